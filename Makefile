@@ -1,0 +1,44 @@
+# Every entry point makes its own environment first; the second time that takes no time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check slow bench protos venv venv-test
+
+help:
+	@echo "make demo    start a small cluster on this machine and talk to it"
+	@echo "make test    all tests that take seconds"
+	@echo "make check   formatting, lint, types, protocol compatibility"
+	@echo "make slow    the tests that take minutes"
+	@echo "make bench   the quick form of every benchmark"
+	@echo "make protos  generate the gRPC stubs anew"
+
+venv:
+	@$(PYTHON) deploy/bootstrap.py
+
+venv-test:
+	@$(PYTHON) deploy/bootstrap.py --extra test
+
+demo: venv
+	@$(BIN)/python -m control.demo
+
+test: venv-test
+	@$(BIN)/python -m pytest
+
+slow: venv-test
+	@$(BIN)/python -m pytest -m slow --timeout 1800
+
+check: venv-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m deploy.protos check
+
+bench: venv-test
+	@for file in bench/*.py; do \
+	  name=$$(basename $$file .py); \
+	  if grep -q '^def main' $$file; then $(BIN)/python -m bench.$$name --quick || exit 1; fi; \
+	done
+
+protos: venv-test
+	@$(BIN)/python -m deploy.protos generate

@@ -1,0 +1,187 @@
+"""The `baton` command. Verbs load what they need and nothing before (`baton --help` loads neither torch nor grpc).
+
+Exit codes: 0 done; 1 the operation failed; 2 wrong usage or settings; 3 nothing is running or nobody answers;
+4 an address is taken; 5 the model cannot be served; 6 refused at join; 7 the transport cannot be used; 8 a process
+did not start; 70 a fault of our own; 130 interrupted. Data goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from core.errors import RpcFailure, SetupError
+
+
+def parser() -> argparse.ArgumentParser:
+    """All verbs and their flags."""
+    top = argparse.ArgumentParser(prog="baton", description="Disaggregated prefill/decode serving of language models.")
+    top.add_argument(
+        "--state",
+        metavar="DIR",
+        help="where a local deployment leaves word of itself (default: $BATON_STATE or the user's state directory)",
+    )
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    up = verbs.add_parser("up", help="start a deployment on this machine")
+    up.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags; flags win")
+    up.add_argument("--detach", action="store_true", help="return when ready and leave it running")
+    _settings(up)
+
+    generate = verbs.add_parser("generate", help="stream the text of one prompt")
+    generate.add_argument("prompt", nargs="?", help="the prompt; standard input if missing")
+    generate.add_argument("--chat", action="store_true", help="send it as a user's chat message")
+    generate.add_argument("--gateway", metavar="HOST:PORT", help="default: the local deployment's first")
+    generate.add_argument("--model", default="", help="served name")
+    generate.add_argument("--max-tokens", type=int)
+    generate.add_argument("--temperature", type=float)
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int)
+    generate.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
+    generate.add_argument("--ignore-eos", action="store_true")
+    generate.add_argument("--request-id", default="")
+    generate.add_argument("--timeout", type=float, metavar="SECONDS")
+    generate.add_argument("--waterfall", action="store_true", help="show where the time went")
+
+    verbs.add_parser("status", help="who is there, ready or not, over which lanes")
+    verbs.add_parser("down", help="end the local deployment")
+    doctor = verbs.add_parser("doctor", help="what this machine can do, and what is missing")
+    doctor.add_argument("--model", help="say how much fits for this model directory or hub id")
+    doctor.add_argument("--kv-memory", default="256M", help="KV cache of a worker (default %(default)s)")
+    doctor.add_argument("--port", type=int, default=50051, help="gateway port to look at (default %(default)s)")
+    for verb in verbs.choices.values():
+        verb.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one verb and exit."""
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
+    try:
+        code = _run(args, words)
+    except (SetupError, RpcFailure) as error:
+        print(f"baton: {error}", file=sys.stderr)
+        code = error.exit_code if isinstance(error, SetupError) else 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 1
+    sys.exit(code)
+
+
+def _run(args: argparse.Namespace, words: list[str]) -> int:
+    from control import state
+
+    where = state.directory(args.state)
+    as_json = args.output == "json"
+    match args.verb:
+        case "up":
+            from control.up import up
+
+            return up(_deployment(args), where, as_json=as_json, detach=args.detach, argv=words)
+        case "down":
+            from control.up import down
+
+            return down(where)
+        case "generate":
+            return _generate(args, args.gateway or state.read(where).gateways[0], as_json=as_json)
+        case "status":
+            from control.status import status
+
+            return status(state.read(where), as_json=as_json)
+        case _:
+            from control.doctor import doctor
+
+            return doctor(args.model, args.kv_memory, args.port, where, as_json=as_json)
+
+
+def _settings(up: argparse.ArgumentParser) -> None:
+    """One flag for each field of DeploymentConfig."""
+    from dataclasses import MISSING, fields
+
+    from core.config import DeploymentConfig, documented
+
+    texts = documented(DeploymentConfig)
+    for field in fields(DeploymentConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        default = "" if field.default in (MISSING, "") else f" (default {field.default})"
+        text = (texts[field.name] + default).replace("%", "%%")
+        if field.type == "bool":
+            up.add_argument(
+                flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=texts[field.name]
+            )
+        else:
+            kind = {"int": int, "float": float, "str": str}[str(field.type)]
+            up.add_argument(flag, dest=field.name, type=kind, default=None, help=text, metavar=kind.__name__.upper())
+
+
+def _deployment(args: argparse.Namespace) -> Any:
+    """The settings: defaults, then the TOML file, then flags."""
+    import tomllib
+    from dataclasses import fields
+
+    from core.config import DeploymentConfig, build
+
+    values: dict[str, Any] = {}
+    where = "flags"
+    if args.config:
+        where = args.config
+        try:
+            values = tomllib.loads(Path(args.config).read_text())
+        except OSError as error:
+            raise SetupError(f"{args.config}: {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise SetupError(f"{args.config}: not TOML: {error}") from error
+    for field in fields(DeploymentConfig):
+        given = getattr(args, field.name)
+        if given is not None:
+            values[field.name] = given
+    return build(DeploymentConfig, values, where)
+
+
+def _generate(args: argparse.Namespace, gateway: str, *, as_json: bool) -> int:
+    from control.client import Ask, generate, waterfall
+
+    text = args.prompt if args.prompt is not None else sys.stdin.read()
+    names = ("model", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
+    ask = Ask(text, args.chat, args.request_id, {name: getattr(args, name) for name in names})
+    try:
+        request = ask.request()
+    except (ValueError, TypeError) as error:
+        raise SetupError(f"a sampling flag is out of its range: {error}") from error
+    tokens: list[int] = []
+    words: list[str] = []
+    end = None
+    for response in generate(gateway, request, args.timeout):
+        tokens.extend(response.token_ids)
+        words.append(response.text)
+        if not as_json:
+            print(response.text, end="", flush=True)
+        if response.HasField("end"):
+            end = response.end
+    if end is None:
+        raise RpcFailure("the stream ended without its last message")
+    if as_json:
+        from google.protobuf.json_format import MessageToDict
+
+        document = {
+            "text": "".join(words),
+            "token_ids": tokens,
+            "end": MessageToDict(end, preserving_proto_field_name=True),
+        }
+        print(json.dumps(document))
+        return 0
+    print()
+    if args.waterfall:
+        print("\n".join(waterfall(end)), file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

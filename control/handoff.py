@@ -1,0 +1,151 @@
+"""The hand-off shell: commands of the source and the sink become peer messages and transfer jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import assert_never
+
+from core.errors import LocalError
+from core.kv import page_runs
+from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken, ToPeer
+from core.request import Stage
+from core.worker import Identity, Lane
+from runtime.driver import Driver
+from scheduler.decode_policy import Asked, KvArrived, Withdrawn
+from scheduler.prefill_policy import Granted, HandOffOver
+from transfer import sink as taking
+from transfer import source as giving
+from transfer.thread import Digested, DigestFailed, TransferThread
+from transfer.transport import ReadDone, ReadFailed, ReadFenced
+
+SOURCE, SINK = "source", "sink"
+
+
+class HandOffShell:
+    """Seats `source` and `sink` in `driver`. The seats "prefill" and "decode" exist as far as the role needs them."""
+
+    def __init__(
+        self,
+        me: Identity,
+        source: giving.Source,
+        sink: taking.Sink,
+        driver: Driver,
+        transfer: TransferThread,
+        send: Callable[[Identity, ToPeer], bool],
+        lane: Callable[[Identity], Lane | None],
+    ) -> None:
+        self.source = source
+        self.sink = sink
+        self._me = me
+        self._driver = driver
+        self._transfer = transfer
+        self._send = send
+        self._lane = lane
+        self._jobs: dict[int, Callable[[tuple[int, ...]], None]] = {}
+        self._next_job = 1
+        self.pulled_nbytes = 0
+        driver.seat(SOURCE, source, self._give)
+        driver.seat(SINK, sink, self._take)
+
+    def heard(self, peer: Identity, message: ToPeer) -> None:
+        """A peer's message; one about a ticket that is not between us and it is ignored."""
+        ticket = message.ticket
+        if isinstance(message, Reserve | Ready) and (ticket.source, ticket.sink) == (peer, self._me):
+            self._driver.post(SINK, message)
+        elif isinstance(message, Grant | Refuse | Taken) and (ticket.source, ticket.sink) == (self._me, peer):
+            self._driver.post(SOURCE, message)
+        elif isinstance(message, Release) and peer in (ticket.source, ticket.sink):
+            self._driver.post(SOURCE if ticket.source == self._me else SINK, message)
+
+    def lost(self, peer: Identity) -> None:
+        """A peer's life is over."""
+        self._driver.post(SOURCE, giving.SinkLost(peer))
+        self._driver.post(SINK, taking.SourceLost(peer))
+
+    def completed(self, completion: Digested | DigestFailed | ReadDone | ReadFailed | ReadFenced) -> None:
+        """The transfer thread finished something; on the loop's thread."""
+        match completion:
+            case Digested(job_id, digests):
+                self._jobs.pop(job_id)(digests)
+            case DigestFailed(job_id, reason):
+                del self._jobs[job_id]
+                raise LocalError(f"digest job {job_id}: {reason}")
+            case ReadDone(read_id, nbytes, seconds):
+                self.pulled_nbytes += nbytes
+                self._driver.post(SINK, taking.ReadEnded(read_id, True, seconds))
+            case ReadFailed(read_id, reason, in_doubt):
+                self._driver.post(SINK, taking.ReadEnded(read_id, False, 0.0, in_doubt, reason))
+            case ReadFenced(read_id):
+                self._driver.post(SINK, taking.Fenced((read_id,)))
+            case _:
+                assert_never(completion)
+
+    def _give(self, command: giving.SourceCommand) -> None:
+        match command:
+            case giving.SendToSink(message):
+                ticket = message.ticket
+                if ticket.sink == self._me:
+                    self._driver.post(SINK, message)
+                elif not self._send(ticket.sink, message) and isinstance(message, Reserve):
+                    self._driver.post(SOURCE, Refuse(ticket, f"no lane to {ticket.sink.name}"))
+            case giving.Digest(key, first_page, pages, tokens):
+                self._digest(
+                    pages,
+                    first_page,
+                    tokens,
+                    lambda digests: self._driver.post(SOURCE, giving.Digested(key, first_page, digests)),
+                )
+            case giving.GrantCame(key):
+                self._driver.post("prefill", Granted(key))
+            case giving.HandOffEnded(key, taken, reason):
+                self._driver.post("prefill", HandOffOver(key, taken, reason))
+            case _:
+                assert_never(command)
+
+    def _take(self, command: taking.SinkCommand) -> None:
+        match command:
+            case taking.SendToSource(message):
+                if message.ticket.source == self._me:
+                    self._driver.post(SOURCE, message)
+                else:
+                    self._send(message.ticket.source, message)
+            case taking.AskPolicy(ticket, request):
+                self._driver.post("decode", Asked(ticket, request))
+            case taking.Read(read_id, source, runs, pages):
+                self._transfer.read(read_id, str(source), runs, page_runs(pages))
+            case taking.Check(read_id, first_page, pages, tokens):
+                self._digest(
+                    pages,
+                    first_page,
+                    tokens,
+                    lambda digests: self._driver.post(SINK, taking.Checked(read_id, digests)),
+                )
+            case taking.Fence(read_ids):
+                self._transfer.fence(read_ids)
+            case taking.Arrived(ticket, request, first_token, pull):
+                arrived = KvArrived(ticket, request, first_token, self._stages(ticket.source, pull))
+                self._driver.post("decode", arrived)
+            case taking.Gone(ticket, reason, recompute):
+                self._driver.post("decode", Withdrawn(ticket, reason, recompute))
+            case _:
+                assert_never(command)
+
+    def _digest(
+        self, pages: tuple[int, ...], first_page: int, tokens: int, done: Callable[[tuple[int, ...]], None]
+    ) -> None:
+        job, self._next_job = self._next_job, self._next_job + 1
+        self._jobs[job] = done
+        self._transfer.digest(job, pages, first_page, tokens)
+
+    def _stages(self, source: Identity, pull: taking.Pull) -> tuple[Stage, ...]:
+        lane = self._lane(source)
+        detail = {
+            "from": source.name,
+            "nbytes": str(pull.nbytes),
+            "runs": str(pull.runs),
+            "gbytes_per_s": f"{pull.nbytes / pull.read_s / 1e9:.3g}" if pull.read_s else "",
+            "transport": lane.transport if lane else "own memory",
+            "read_s": f"{pull.read_s:.6f}",
+        }
+        me = self._me.name
+        return (Stage("reserve_wait", me, pull.granted_s), Stage("pull", me, pull.total_s, detail))

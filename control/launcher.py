@@ -1,0 +1,272 @@
+"""Starts and ends the processes of a deployment on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from core.config import CoordinatorConfig, DeploymentConfig, GatewayConfig, ProcessConfig, WorkerConfig, nbytes, to_json
+from core.errors import SetupError
+from core.worker import Role
+
+START_S = 120.0
+"""A process that does not listen within this time has failed."""
+STOP_S = 8.0
+
+
+@dataclass(slots=True)
+class Running:
+    """One started process."""
+
+    config: ProcessConfig
+    process: subprocess.Popen[str]
+    address: str = ""
+    metrics: str = ""
+    words: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+
+    @property
+    def name(self) -> str:
+        """Its name in the deployment."""
+        return self.config.name
+
+
+def engine_threads(config: DeploymentConfig) -> int:
+    """Threads of each engine: the cores shared out, because two spinning pools on one core cost 20 times."""
+    return config.threads or max(1, (os.cpu_count() or 1) // config.workers)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """What a child's environment must say before torch or UCX is loaded."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "KMP_BLOCKTIME": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
+        "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),
+        "NIXL_LOG_LEVEL": os.environ.get("NIXL_LOG_LEVEL", "ERROR"),
+        "UCX_LOG_LEVEL": os.environ.get("UCX_LOG_LEVEL", "ERROR"),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def pick_transport(wanted: str) -> tuple[str, str]:
+    """The transport and, where it is not UCX, why. An explicit "nixl" that cannot be had is a SetupError."""
+    if wanted == "zeromq":
+        return "zeromq", "asked for"
+    from transfer.nixl import available
+
+    reason = available()
+    if reason is None:
+        return "nixl", ""
+    if wanted == "nixl":
+        raise SetupError(f"transport: nixl cannot be used: {reason}", exit_code=7)
+    if platform.system() == "Linux":
+        raise SetupError(
+            f"transport: nixl cannot be used ({reason}); run `make demo` once to install it, or choose zeromq "
+            "explicitly, which is slower",
+            exit_code=7,
+        )
+    return "zeromq", reason
+
+
+class Deployment:
+    """All processes of one `DeploymentConfig`. `say` hears one line about each step; use it as a context manager."""
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        model: Path,
+        served_name: str,
+        *,
+        log_path: Path | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self._model = model
+        self._served_name = served_name
+        self._say = say
+        self._env = dict(env or {})
+        self._log: IO[str] | None = log_path.open("a") if log_path else None
+        self.transport, self.transport_reason = pick_transport(config.transport)
+        self.running: dict[str, Running] = {}
+
+    def __enter__(self) -> Deployment:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def coordinator(self) -> str:
+        """Address of the coordinator."""
+        return self.running["coordinator"].address
+
+    @property
+    def gateways(self) -> list[str]:
+        """Addresses of the gateways."""
+        return [each.address for each in self.running.values() if isinstance(each.config, GatewayConfig)]
+
+    def start(self) -> None:
+        """Start everything and wait until each process listens; raises SetupError with the child's own sentence."""
+        self._spawn(CoordinatorConfig(listen=f"{self.config.host}:0"))
+        self._await_words(["coordinator"])
+        workers = self._workers()
+        for config in [*self._gateways(), *workers]:
+            self._spawn(config)
+        self._await_words([name for name in self.running if name != "coordinator"])
+
+    def restart(self, name: str) -> None:
+        """Start a process that has ended again, under its name and settings."""
+        old = self.running[name]
+        if old.process.poll() is None:
+            raise SetupError(f"{name} is still running")
+        self._spawn(old.config)
+        self._await_words([name])
+
+    def kill(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to one process."""
+        self.running[name].process.send_signal(number)
+
+    def ended(self) -> dict[str, int]:
+        """Processes that ended by themselves, with their exit codes."""
+        return {each.name: code for each in self.running.values() if (code := each.process.poll()) is not None}
+
+    def stop(self) -> None:
+        """End everything: gateways first, coordinator last; who does not end in time is killed."""
+        order = sorted(
+            self.running.values(), key=lambda each: ("gateway", "worker", "coordinator").index(each.config.process)
+        )
+        for kind in ("gateway", "worker", "coordinator"):
+            group = [each for each in order if each.config.process == kind]
+            for each in group:
+                if each.process.poll() is None:
+                    each.process.send_signal(signal.SIGCONT)
+                    each.process.terminate()
+            until = time.monotonic() + STOP_S
+            for each in group:
+                try:
+                    each.process.wait(max(0.1, until - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    self._say(f"{each.name} did not end in {STOP_S:g} s and was killed")
+                    each.process.kill()
+                    each.process.wait()
+        for each in order:
+            for pipe in (each.process.stdin, each.process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self.running.clear()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _gateways(self) -> list[GatewayConfig]:
+        c = self.config
+        return [
+            GatewayConfig(
+                name=f"gateway-{i}",
+                coordinator=self.coordinator,
+                model=str(self._model),
+                served_name=self._served_name,
+                listen=f"{c.host}:{c.port + i if c.port else 0}",
+                timeout_s=c.timeout_s,
+                max_queue_s=c.max_queue_s,
+                ttft_s=c.ttft_s,
+                gap_s=c.gap_s,
+                check=c.check,
+            )
+            for i in range(c.gateways)
+        ]
+
+    def _workers(self) -> list[WorkerConfig]:
+        c = self.config
+        roles = [Role.PREFILL] * c.prefill + [Role.DECODE] * c.decode + [Role.MIXED] * c.mixed
+        counts: dict[Role, int] = {}
+        workers = []
+        for role in roles:
+            number = counts[role] = counts.get(role, -1) + 1
+            workers.append(
+                WorkerConfig(
+                    name=f"{role}-{number}",
+                    role=role,
+                    coordinator=self.coordinator,
+                    model=str(self._model),
+                    served_name=self._served_name,
+                    listen=f"{c.host}:0",
+                    kv_memory=nbytes(c.kv_memory),
+                    page_tokens=c.page_tokens,
+                    dtype=c.dtype,
+                    exact=c.exact,
+                    threads=engine_threads(c),
+                    transport=self.transport,
+                    chunk_tokens=c.chunk_tokens,
+                    max_rows=c.max_rows,
+                    max_steps=c.max_steps,
+                    hash_logits=c.hash_logits,
+                    check=c.check,
+                )
+            )
+        return workers
+
+    def _spawn(self, config: ProcessConfig) -> None:
+        threads = config.threads if isinstance(config, WorkerConfig) else 1
+        process = subprocess.Popen(
+            [sys.executable, "-m", "control.process", to_json(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log or subprocess.DEVNULL,
+            text=True,
+            env={**environment(threads), **self._env},
+            cwd=Path(__file__).resolve().parent.parent,
+            start_new_session=True,
+        )
+        running = Running(config, process)
+        self.running[config.name] = running
+        threading.Thread(target=_listen, args=(running,), daemon=True).start()
+
+    def _await_words(self, names: list[str]) -> None:
+        """Wait for the line in which each child says where it listens, or why it cannot."""
+        until = time.monotonic() + START_S
+        for name in names:
+            each = self.running[name]
+            try:
+                word = each.words.get(timeout=max(0.1, until - time.monotonic()))
+            except queue.Empty:
+                raise SetupError(f"{name} did not start within {START_S:g} s", exit_code=8) from None
+            if "error" in word:
+                raise SetupError(f"{name}: {word['error']}", exit_code=int(word["exit_code"]))
+            each.address, each.metrics = word["address"], word["metrics"]
+            self._say(f"{name} on {each.address}")
+
+
+def _listen(running: Running) -> None:
+    """Read a child's standard output to its end, so that it can never block on it."""
+    assert running.process.stdout is not None
+    for line in running.process.stdout:
+        try:
+            word = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(word, dict) and word.get("name") == running.name:
+            running.words.put(word)
+    running.words.put({"error": "ended without a word; see the log", "exit_code": 8})

@@ -1,0 +1,198 @@
+"""A worker's streams: to its gateways, which dial it, and to the workers it may hand over to or take from."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import cast
+
+import grpc
+
+from core.errors import RemoteError
+from core.messages import Grant, Message, Ready, Refuse, Release, Reserve, Taken, ToPeer
+from core.worker import Greeting, Identity, Lane, Member, Role
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from protos.baton.v1.worker_pb2 import Frame
+from runtime import rpc, streams, wire
+from runtime.driver import Driver
+from runtime.streams import SILENCE_S, Dials, Stream
+from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
+from scheduler.membership import mismatch
+
+log = logging.getLogger("baton.peers")
+
+
+class Gateways:
+    """The streams that gateways opened to this worker. A gateway that is gone for 3 s is lost."""
+
+    def __init__(
+        self,
+        me: Identity,
+        driver: Driver,
+        heard: Callable[[Identity, Message], None],
+        lost: Callable[[Identity], None],
+    ) -> None:
+        self._driver = driver
+        self._heard = heard
+        self._lost = lost
+        self._streams: dict[Identity, Stream] = {}
+        driver.seat("gateways", Liveness(silence_s=SILENCE_S, grace_s=3.0), self._perform)
+
+    def tell(self, gateway: Identity, message: Message) -> None:
+        """Send a message if the gateway is there; if not, its requests are about to be cancelled anyway."""
+        stream = self._streams.get(gateway)
+        if stream is not None:
+            stream.send(wire.frames(message))
+
+    async def accept(
+        self,
+        requests: AsyncIterator[worker_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext,
+        greeting: Greeting,
+    ) -> None:
+        """Serve one stream that a gateway opened."""
+        await streams.accepted(requests, context, worker_pb2.SessionResponse, greeting, self)
+
+    def close(self, reason: str) -> None:
+        """Say goodbye to all."""
+        for stream in self._streams.values():
+            stream.close(reason)
+
+    def opened(self, stream: Stream) -> None:
+        assert stream.peer is not None
+        member = stream.peer.member
+        if member.role is not Role.GATEWAY:
+            raise RemoteError(f"role: got {member.role} on a gateway's stream")
+        self._streams[member.identity] = stream
+        self._driver.post("gateways", Connected(member.identity))
+
+    def heard(self, stream: Stream, frame: Frame) -> None:
+        assert stream.peer is not None
+        gateway = stream.peer.member.identity
+        self._driver.post("gateways", Heard(gateway))
+        if frame.WhichOneof("body") != "heartbeat":
+            message = stream.reader.message(frame)
+            if message is not None:
+                self._heard(gateway, message)
+
+    def ended(self, stream: Stream, goodbye: bool) -> None:
+        assert stream.peer is not None
+        gateway = stream.peer.member.identity
+        if self._streams.get(gateway) is stream:
+            del self._streams[gateway]
+            self._driver.post("gateways", Disconnected(gateway, goodbye))
+
+    def _perform(self, command: Lost) -> None:
+        log.info("gateway %s is lost: %s", command.identity, command.reason)
+        self._lost(command.identity)
+
+
+class Peers:
+    """One stream to every worker of the other phase; of two, the one whose name sorts first dials."""
+
+    def __init__(
+        self,
+        me: Member,
+        greeting: Greeting,
+        driver: Driver,
+        opened: Callable[[Greeting], None],
+        heard: Callable[[Identity, ToPeer | Lane], None],
+        lost: Callable[[Identity, str], None],
+    ) -> None:
+        self._me = me
+        self._greeting = greeting
+        self._driver = driver
+        self._opened = opened
+        self._heard = heard
+        self._lost = lost
+        self._streams: dict[Identity, Stream] = {}
+        self._dials = Dials(self._dial)
+        driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
+
+    def members_changed(self, members: tuple[Member, ...]) -> None:
+        """The coordinator's list changed."""
+        self._dials.want({m.identity: m for m in members if self._pair(m) and self._me.identity < m.identity})
+
+    def has(self, peer: Identity) -> bool:
+        """True while a stream to the peer stands."""
+        return peer in self._streams
+
+    def send(self, peer: Identity, message: ToPeer) -> bool:
+        """Send a message; False if there is no stream to the peer."""
+        stream = self._streams.get(peer)
+        if stream is None:
+            return False
+        stream.send(wire.frames(message))
+        return True
+
+    def tell_lane(self, peer: Identity, lane: Lane) -> None:
+        """Tell a peer what we measured reading from it."""
+        stream = self._streams.get(peer)
+        if stream is not None:
+            stream.send([wire.lane_frame(lane)])
+
+    async def accept(self, requests: AsyncIterator[worker_pb2.PeerRequest], context: grpc.aio.ServicerContext) -> None:
+        """Serve one stream that a peer opened."""
+        await streams.accepted(requests, context, worker_pb2.PeerResponse, self._greeting, self)
+
+    async def close(self, reason: str) -> None:
+        """Say goodbye to all."""
+        for stream in self._streams.values():
+            stream.close(reason)
+        await asyncio.sleep(0.05)
+        await self._dials.close()
+
+    def opened(self, stream: Stream) -> None:
+        assert stream.peer is not None
+        member = stream.peer.member
+        if (why := mismatch(self._me, member)) is not None:
+            raise RemoteError(why)
+        if member.identity in self._streams:
+            raise RemoteError(f"{member.identity} has a stream already")
+        self._streams[member.identity] = stream
+        self._driver.post("peers", Connected(member.identity))
+        self._opened(stream.peer)
+
+    def heard(self, stream: Stream, frame: Frame) -> None:
+        assert stream.peer is not None
+        peer = stream.peer.member.identity
+        self._driver.post("peers", Heard(peer))
+        match frame.WhichOneof("body"):
+            case "heartbeat":
+                pass
+            case "lane":
+                self._heard(peer, wire.lane_from(frame.lane))
+            case _:
+                message = stream.reader.message(frame)
+                if not isinstance(message, Reserve | Grant | Refuse | Ready | Taken | Release):
+                    raise RemoteError(f"{peer} sent {type(message).__name__}")
+                self._heard(peer, message)
+
+    def ended(self, stream: Stream, goodbye: bool) -> None:
+        assert stream.peer is not None
+        peer = stream.peer.member.identity
+        if self._streams.get(peer) is stream:
+            del self._streams[peer]
+            self._driver.post("peers", Disconnected(peer, goodbye))
+
+    def _pair(self, other: Member) -> bool:
+        if other.identity == self._me.identity:
+            return False
+        mine, its = self._me.role, other.role
+        return (mine.prefills and its.decodes) or (mine.decodes and its.prefills)
+
+    async def _dial(self, member: Member) -> None:
+        channel = rpc.channel(member.address)
+        try:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            call = cast("Callable[[], grpc.aio.StreamStreamCall]", stub.Peer)
+            await streams.dialled(call, worker_pb2.PeerRequest, self._greeting, self)
+        finally:
+            await channel.close()
+
+    def _perform(self, command: Lost) -> None:
+        stream = self._streams.pop(command.identity, None)
+        if stream is not None:
+            stream.close(f"you are lost to us: {command.reason}")
+        self._lost(command.identity, command.reason)

@@ -1,0 +1,71 @@
+"""Where `baton up` leaves word of itself, so that the other verbs find it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from core.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A deployment that runs on this machine."""
+
+    pid: int
+    """Of `baton up`."""
+    coordinator: str
+    gateways: list[str]
+    served_name: str
+    log: str
+
+
+def directory(given: str | None) -> Path:
+    """The directory of the state file: `given`, $BATON_STATE, or the user's state directory."""
+    chosen = given or os.environ.get("BATON_STATE")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "baton"
+
+
+def write(where: Path, state: State) -> None:
+    """Leave word; complete or not at all."""
+    where.mkdir(parents=True, exist_ok=True)
+    fresh = where / "deployment.json.new"
+    fresh.write_text(json.dumps(asdict(state)))
+    fresh.replace(where / "deployment.json")
+
+
+def read(where: Path) -> State:
+    """The deployment that runs; raises SetupError (exit code 3) if none does."""
+    path = where / "deployment.json"
+    try:
+        state = State(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        raise SetupError(
+            f"no deployment is running here ({path} is missing); start one with `baton up`", exit_code=3
+        ) from None
+    if not alive(state.pid):
+        raise SetupError(f"the deployment of {path} has ended; start one with `baton up`", exit_code=3)
+    return state
+
+
+def remove(where: Path) -> None:
+    """Take the word back."""
+    with contextlib.suppress(FileNotFoundError):
+        (where / "deployment.json").unlink()
+
+
+def alive(pid: int) -> bool:
+    """True while a process of that number runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,39 @@
+"""`baton status`: who is there, ready or not, and over which lanes KV goes."""
+
+from __future__ import annotations
+
+import json
+
+from google.protobuf.json_format import MessageToDict
+
+from control.client import members
+from control.state import State
+from protos.baton.v1 import registry_pb2
+
+
+def status(state: State, *, as_json: bool) -> int:
+    """Print the membership; exit code 0 if all are ready, else 1."""
+    known = members(state.coordinator)
+    ready = bool(known) and all(member.ready for member in known)
+    if as_json:
+        rows = [
+            MessageToDict(m, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for m in known
+        ]
+        print(json.dumps({"coordinator": state.coordinator, "ready": ready, "members": rows}))
+        return 0 if ready else 1
+    print(f"{'NAME':<14} {'ROLE':<8} {'READY':<6} {'ADDRESS':<22} {'METRICS':<22} {'KV TOKENS':>10}  LANES")
+    print(f"{'coordinator':<14} {'':<8} {'yes':<6} {state.coordinator:<22}")
+    for member in known:
+        print(_row(member))
+    return 0 if ready else 1
+
+
+def _row(member: registry_pb2.Member) -> str:
+    tokens = f"{member.pages * member.kv.page_tokens:,}" if member.pages else ""
+    lanes = "; ".join(
+        f"{lane.source.split('#')[0]} {lane.transport} {lane.gbytes_per_s:.1f} GB/s {lane.latency_us:.0f} us"
+        for lane in member.lanes
+    )
+    ready = "yes" if member.ready else "no"
+    name = member.identity.split("#")[0]
+    return f"{name:<14} {member.role:<8} {ready:<6} {member.address:<22} {member.metrics_address:<22} {tokens:>10}  {lanes}"

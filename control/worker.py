@@ -1,0 +1,340 @@
+"""A worker: both shells, one source, one sink, one ledger, one engine thread, one transfer thread, one loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+
+import grpc
+
+from control.handoff import HandOffShell
+from control.peers import Gateways, Peers
+from core.config import WorkerConfig
+from core.errors import LocalError, RemoteError, SetupError
+from core.kv import PageRun
+from core.messages import Cancel, Message, Offer, Prompt, ToPeer
+from core.pages import Owner, Pages
+from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from decode.shell import DecodeShell
+from engine.api import Engine
+from prefill.shell import PrefillShell
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from runtime import rpc
+from runtime.driver import Driver
+from runtime.jobs import JobThread
+from runtime.metrics import Gauges, Metrics
+from runtime.registry import Registry
+from scheduler import decode_policy, prefill_policy
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
+from transfer import thread as lanes
+from transfer.sink import Sink
+from transfer.source import Source
+from transfer.thread import TransferThread
+from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
+
+log = logging.getLogger("baton.worker")
+
+SERVICE = "baton.v1.WorkerService"
+SCRATCH_NBYTES = 4 * 2**20
+"""Most bytes of the arena kept for lane probes."""
+
+
+def make_transport(kind: str, me: Identity) -> Transport:
+    """The transport of that name; called on the transfer thread."""
+    if kind == "nixl":
+        from transfer.nixl import Nixl
+
+        return Nixl(str(me))
+    from transfer.zeromq import ZeroMQ
+
+    return ZeroMQ(str(me))
+
+
+class Worker(worker_pb2_grpc.WorkerServiceServicer):
+    """One worker process's inside. `bug` is called when it should end because of a fault of our own."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        me: Identity,
+        build: str,
+        load: Callable[[WorkerConfig], tuple[Engine, Numerics, str, int]],
+        bug: Callable[[BaseException], None],
+    ) -> None:
+        self._config = config
+        self._me = me
+        self._build = build
+        self._load = load
+        self._bug = bug
+        self._loop = asyncio.get_running_loop()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._engine_thread = JobThread("engine", bug)
+        self._driver = Driver(bug, check=config.check)
+        self._server = rpc.Server(config.listen, [SERVICE])
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server.grpc)
+        self._metrics = Metrics(self._gauges)
+        self._step_s = self._metrics.histogram("decode_step_seconds", "Engine time of one decode step.")
+        self._healthy = False
+        self._lag_s = 0.0
+        self.address = self._server.address
+        self.metrics_address = ""
+
+    async def start(self) -> None:
+        """Load the model, register the arena, serve, join the deployment; returns when registered is under way."""
+        config, role = self._config, self._config.role
+        self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
+        engine, numerics, fingerprint, context = await self._loaded()
+        self._engine = engine
+        self._ledger = Pages(engine.pages)
+        scratch = max(1, min(SCRATCH_NBYTES // engine.kv.page_nbytes, engine.pages // 20))
+        self._ledger.bind("scratch", scratch, Owner.SCRATCH)
+        self._scratch = PageRun(0, scratch)
+        self._lanes: dict[Identity, Lane] = {}
+        self._readers: dict[Identity, Lane] = {}
+        opened: asyncio.Future[lanes.Opened] = self._loop.create_future()
+        self._opened = opened
+        self._transfer = TransferThread(
+            lambda: make_transport(config.transport, self._me),
+            engine.arena,
+            engine.kv.page_nbytes,
+            lambda event: self._post_threadsafe(event),
+            engine.kv,
+        )
+        self._transfer.start()
+        metadata = (await opened).metadata
+        self._base = Member(
+            identity=self._me,
+            role=role,
+            address=self.address,
+            metrics_address=self.metrics_address,
+            build=self._build,
+            model=config.served_name,
+            fingerprint=fingerprint,
+            kv=engine.kv,
+            pages=self._ledger.available,
+            context=context,
+            numerics=numerics,
+            transport=config.transport,
+        )
+        self._greeting = Greeting(self._base, metadata, scratch)
+        self._seat(engine, role)
+        await self._server.start()
+        self._registry = Registry(config.coordinator, self.member, self._peers.members_changed)
+        self._tasks = [asyncio.create_task(self._registered()), asyncio.create_task(self._watch_lag())]
+        if role is Role.MIXED:
+            self._connect(self._greeting)
+        log.info("serving %s on %s: %d pages of %d tokens", role, self.address, engine.pages, engine.kv.page_tokens)
+
+    def _seat(self, engine: Engine, role: Role) -> None:
+        config, driver = self._config, self._driver
+        self._gateways = Gateways(self._me, driver, self._gateway_heard, self._gateway_lost)
+        self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
+        self._handoff = HandOffShell(
+            self._me,
+            Source(engine.kv),
+            Sink(engine.kv, self._ledger),
+            driver,
+            self._transfer,
+            self._send_peer,
+            self._lanes.get,
+        )
+        self._prefill: PrefillShell | None = None
+        self._decode: DecodeShell | None = None
+        if role.prefills:
+            settings = PrefillConfig(chunk_tokens=config.chunk_tokens, max_rows=config.max_rows)
+            policy = PrefillPolicy(self._me, engine.kv, self._ledger, settings)
+            self._prefill = PrefillShell(policy, driver, engine, self._engine_thread, self._gateways.tell)
+        if role.decodes:
+            # A mixed worker's prompts wait for the running order, so it gives short ones.
+            steps = 1 if role is Role.MIXED else config.max_steps
+            batch = DecodePolicy(self._me, engine.kv, self._ledger, DecodeConfig(config.max_rows, steps))
+            self._decode = DecodeShell(
+                batch, driver, engine, self._engine_thread, self._gateways.tell, lambda _, s: self._step_s.observe(s)
+            )
+
+    async def stop(self, reason: str) -> None:
+        """Say goodbye to everybody and end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "_registry"):
+            await self._registry.leave()
+            await self._peers.close(reason)
+            self._gateways.close(reason)
+            await asyncio.sleep(0.05)
+            self._driver.close()
+            await self._server.stop(0.2)
+            await self._loop.run_in_executor(None, self._transfer.close)
+        self._metrics.close()
+
+    def member(self) -> Member:
+        """What we tell the coordinator now."""
+        lanes = tuple(self._lanes[source] for source in sorted(self._lanes))
+        return replace(self._base, ready=self._ready(), lanes=lanes)
+
+    async def Session(
+        self, request_iterator: AsyncIterator[worker_pb2.SessionRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        await self._gateways.accept(request_iterator, context, self._greeting)
+
+    async def Peer(
+        self, request_iterator: AsyncIterator[worker_pb2.PeerRequest], context: grpc.aio.ServicerContext
+    ) -> None:
+        await self._peers.accept(request_iterator, context)
+
+    async def _loaded(self) -> tuple[Engine, Numerics, str, int]:
+        """The engine, made on its own thread."""
+        done: asyncio.Future[tuple[Engine, Numerics, str, int]] = self._loop.create_future()
+
+        def job() -> None:
+            try:
+                loaded = self._load(self._config)
+            except Exception as error:
+                self._loop.call_soon_threadsafe(done.set_exception, error)
+            else:
+                self._loop.call_soon_threadsafe(done.set_result, loaded)
+
+        self._engine_thread.do(job)
+        return await done
+
+    async def _registered(self) -> None:
+        try:
+            await self._registry.run()
+        except SetupError as error:
+            self._bug(error)
+
+    async def _watch_lag(self) -> None:
+        """How late the loop wakes, as a gauge."""
+        while True:
+            due = self._loop.time() + 0.1
+            await asyncio.sleep(0.1)
+            self._lag_s = self._loop.time() - due
+
+    def _ready(self) -> bool:
+        """Weights are loaded by now; a worker alone cannot hand over, so its lane must have been measured, too."""
+        role = self._config.role
+        if role is Role.MIXED:
+            return self._me in self._lanes
+        return bool(self._readers) if role is Role.PREFILL else bool(self._lanes)
+
+    def _changed(self) -> None:
+        """Readiness or lanes changed: tell those who route."""
+        self._registry.renew()
+        if self._ready() != self._healthy:
+            self._healthy = self._ready()
+            log.info("ready" if self._healthy else "not ready: no measured lane")
+            self._tasks.append(asyncio.create_task(self._server.healthy(self._healthy)))
+
+    # Gateways.
+    def _gateway_heard(self, gateway: Identity, message: Message) -> None:
+        if message.ticket.minter != gateway:
+            raise RemoteError(f"ticket of {message.ticket.minter} came from {gateway}")
+        match message:
+            case Offer() | Prompt():
+                if self._prefill is None:
+                    raise RemoteError(f"{gateway} offers a prompt to a {self._config.role} worker")
+                self._driver.post("prefill", message)
+            case Cancel(ticket, reason):
+                if self._prefill is not None:
+                    self._driver.post("prefill", message)
+                if self._decode is not None:
+                    self._driver.post("decode", decode_policy.CancelDecode(ticket, reason))
+            case _:
+                raise RemoteError(f"{gateway} sent {type(message).__name__}")
+
+    def _gateway_lost(self, gateway: Identity) -> None:
+        if self._prefill is not None:
+            self._driver.post("prefill", prefill_policy.GatewayGone(gateway))
+        if self._decode is not None:
+            self._driver.post("decode", decode_policy.GatewayGone(gateway))
+
+    # Peers.
+    def _send_peer(self, peer: Identity, message: ToPeer) -> bool:
+        return self._peers.send(peer, message)
+
+    def _peer_opened(self, greeting: Greeting) -> None:
+        self._transfer.boost(1.0)
+        if self._config.role.decodes and greeting.member.role.prefills:
+            self._connect(greeting)
+
+    def _connect(self, greeting: Greeting) -> None:
+        peer = str(greeting.member.identity)
+        count = min(self._scratch.count, greeting.scratch_pages)
+        self._transfer.connect(peer, greeting.transport_metadata)
+        self._transfer.probe(peer, PageRun(0, count), PageRun(0, count))
+
+    def _peer_heard(self, peer: Identity, message: ToPeer | Lane) -> None:
+        if isinstance(message, Lane):
+            self._readers[peer] = message
+            self._changed()
+        else:
+            self._handoff.heard(peer, message)
+
+    def _peer_lost(self, peer: Identity, reason: str) -> None:
+        log.warning("lost %s: %s", peer, reason)
+        self._handoff.lost(peer)
+        self._transfer.disconnect(str(peer))
+        self._lanes.pop(peer, None)
+        self._readers.pop(peer, None)
+        self._changed()
+
+    # Transfer thread.
+    def _post_threadsafe(self, event: lanes.Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._transferred, event)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def _transferred(self, event: lanes.Event) -> None:
+        match event:
+            case lanes.Opened():
+                self._opened.set_result(event)
+            case lanes.OpenFailed(reason):
+                self._opened.set_exception(SetupError(f"transport {self._config.transport}: {reason}", exit_code=7))
+            case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports):
+                self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
+            case lanes.ConnectFailed(peer, reason) | lanes.ProbeFailed(peer, reason):
+                log.error("lane from %s: %s", peer, reason)
+            case lanes.Closed(error):
+                if error:
+                    self._bug(LocalError(f"transfer thread: {error}"))
+            case lanes.Digested() | lanes.DigestFailed() | ReadDone() | ReadFailed() | ReadFenced():
+                self._handoff.completed(event)
+            case lanes.Connected():
+                pass
+
+    def _measured(self, peer: Identity, lane: Lane) -> None:
+        if peer != self._me and not self._peers.has(peer):
+            return
+        self._lanes[peer] = replace(lane, source=peer)
+        log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, lane.transport, lane.gbytes_per_s, lane.latency_us)
+        self._peers.tell_lane(peer, self._lanes[peer])
+        self._changed()
+
+    def _gauges(self) -> Gauges:
+        yield "loop_lag_seconds", "How late the event loop woke last.", {}, self._lag_s
+        if not hasattr(self, "_registry"):
+            return
+        for state, count in self._ledger.counts().items():
+            yield "pages", "KV pages by owner state.", {"state": state}, float(count)
+        yield "pages_promised", "KV pages promised and not bound.", {}, float(self._ledger.promised)
+        if self._prefill is not None:
+            for where, count in self._prefill.policy.queue().items():
+                yield "requests", "Requests by phase and state.", {"phase": "prefill", "state": where}, float(count)
+            yield "prefill_tokens", "Prompt tokens computed.", {}, float(self._prefill.computed_tokens)
+        if self._decode is not None:
+            for state_, count in self._decode.policy.queue().items():
+                yield "requests", "Requests by phase and state.", {"phase": "decode", "state": state_}, float(count)
+        for peer, lane in self._lanes.items():
+            labels = {"source": peer.name, "transport": lane.transport}
+            yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s
+            yield "lane_latency_seconds", "Measured latency of a lane.", labels, lane.latency_us / 1e6
+        yield "pulled_bytes", "KV bytes pulled.", {}, float(self._handoff.pulled_nbytes)
+        yield "digest_mismatches", "Pages that differed from their digest.", {}, float(self._handoff.sink.mismatches)
+        ignored = {"source": self._handoff.source.ignored, "sink": self._handoff.sink.ignored}
+        for machine, count in ignored.items():
+            yield "ignored_messages", "Late or unknown messages.", {"machine": machine}, float(count)

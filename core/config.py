@@ -1,0 +1,260 @@
+"""The settings of every process: one frozen dataclass each, from TOML and flags, every field documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from core.errors import SetupError
+from core.worker import Role
+
+T = TypeVar("T")
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """One worker process."""
+
+    name: str
+    role: Role
+    coordinator: str
+    """host:port of the coordinator."""
+    model: str
+    """Model directory."""
+    served_name: str
+    """Name that clients call the model by."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC service; port 0 takes any free one."""
+    kv_memory: int = 256 * 2**20
+    """Bytes of KV cache."""
+    page_tokens: int = 64
+    """Tokens in a page."""
+    dtype: str = ""
+    """Compute and KV type; empty: what suits the checkpoint and this CPU."""
+    exact: bool = False
+    """Bit-equal logits however a request is batched, chunked or moved; slower."""
+    threads: int = 1
+    """Threads of the engine."""
+    transport: str = "nixl"
+    """nixl or zeromq."""
+    chunk_tokens: int = 512
+    """Most prompt tokens in one engine step."""
+    max_rows: int = 64
+    """Most sequences in one engine step."""
+    max_steps: int = 16
+    """Most decode steps in one order to the engine."""
+    hash_logits: bool = False
+    """Hash the logits of every token, for comparisons."""
+    check: bool = False
+    """Check every machine's invariants at every step; for tests."""
+
+    @property
+    def process(self) -> str:
+        """What kind of process this configures."""
+        return "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """One gateway process."""
+
+    name: str
+    coordinator: str
+    """host:port of the coordinator."""
+    model: str
+    """Model directory; only its tokenizer and config are read."""
+    served_name: str
+    """Name that clients call the model by."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC service; port 0 takes any free one."""
+    timeout_s: float = 600.0
+    """Longest life of a request whose call has no deadline."""
+    max_queue_s: float = 30.0
+    """A request without a TTFT goal is accepted while its wait stays under this."""
+    ttft_s: float = 0.0
+    """TTFT goal of requests that bring none; 0: best effort."""
+    gap_s: float = 0.0
+    """Token gap goal of requests that bring none; 0: best effort."""
+    check: bool = False
+    """Check the router's invariants at every step; for tests."""
+
+    @property
+    def process(self) -> str:
+        """What kind of process this configures."""
+        return "gateway"
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """The coordinator process."""
+
+    name: str = "coordinator"
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC service; port 0 takes any free one."""
+    lease_s: float = 3.5
+    """A member that is silent this long is dropped from the list."""
+
+    @property
+    def process(self) -> str:
+        """What kind of process this configures."""
+        return "coordinator"
+
+
+ProcessConfig = WorkerConfig | GatewayConfig | CoordinatorConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentConfig:
+    """What `baton up` starts on one machine."""
+
+    model: str
+    """Model directory, or a hub id that is in the local cache."""
+    served_name: str = ""
+    """Name that clients call the model by; empty: the last part of `model`."""
+    download: bool = False
+    """Fetch a hub id that is not in the local cache."""
+    prefill: int = 1
+    """Prefill workers."""
+    decode: int = 1
+    """Decode workers."""
+    mixed: int = 0
+    """Workers that do both."""
+    gateways: int = 1
+    """Gateways; each takes the next port."""
+    port: int = 50051
+    """Port of the first gateway; 0: any free one."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    kv_memory: str = "256M"
+    """KV cache of each worker, in bytes or with K, M, G."""
+    page_tokens: int = 64
+    """Tokens in a page."""
+    dtype: str = ""
+    """float32, bfloat16 or float16; empty: what suits the checkpoint and this CPU."""
+    exact: bool = False
+    """Bit-equal logits however a request is batched, chunked or moved; slower."""
+    threads: int = 0
+    """Threads of each engine; 0: cores divided by workers."""
+    transport: str = "auto"
+    """nixl (UCX), zeromq, or auto: nixl, and zeromq only where nixl has no wheel."""
+    chunk_tokens: int = 512
+    """Most prompt tokens in one engine step."""
+    max_rows: int = 64
+    """Most sequences in one engine step."""
+    max_steps: int = 16
+    """Most decode steps in one order to the engine."""
+    max_queue_s: float = 30.0
+    """A request without a TTFT goal is accepted while its wait stays under this."""
+    ttft_s: float = 0.0
+    """TTFT goal of requests that bring none; 0: best effort."""
+    gap_s: float = 0.0
+    """Token gap goal of requests that bring none; 0: best effort."""
+    timeout_s: float = 600.0
+    """Longest life of a request whose call has no deadline."""
+    hash_logits: bool = False
+    """Hash the logits of every token, for comparisons."""
+    check: bool = False
+    """Check every machine's invariants at every step; for tests."""
+
+    def __post_init__(self) -> None:
+        def bad(field: str, want: str) -> SetupError:
+            return SetupError(f"{field}: got {getattr(self, field)!r}, want {want}")
+
+        for field in ("prefill", "decode", "mixed"):
+            if getattr(self, field) < 0:
+                raise bad(field, "at least 0")
+        if not self.mixed and not (self.prefill and self.decode):
+            raise SetupError(
+                f"workers: got {self.prefill} prefill, {self.decode} decode, {self.mixed} mixed; "
+                "want a prefill and a decode worker, or a mixed one"
+            )
+        for field in ("gateways", "page_tokens", "chunk_tokens", "max_rows", "max_steps"):
+            if getattr(self, field) < 1:
+                raise bad(field, "at least 1")
+        if not 0 <= self.port <= 65535:
+            raise bad("port", "in 0..65535")
+        if self.transport not in ("auto", "nixl", "zeromq"):
+            raise bad("transport", "auto, nixl or zeromq")
+        if self.dtype not in ("", "float32", "bfloat16", "float16"):
+            raise bad("dtype", "float32, bfloat16, float16 or nothing")
+        if 256 % self.page_tokens:
+            raise bad("page_tokens", "a divisor of 256")
+        nbytes(self.kv_memory)
+
+    @property
+    def workers(self) -> int:
+        """Engine processes."""
+        return self.prefill + self.decode + self.mixed
+
+
+def nbytes(text: str) -> int:
+    """Bytes from "1048576", "64K", "256M" or "2G"; raises SetupError on anything else."""
+    number, unit = text.strip().rstrip("iB"), ""
+    if number and number[-1].upper() in _UNITS:
+        number, unit = number[:-1], number[-1].upper()
+    try:
+        value = int(float(number) * _UNITS[unit])
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise SetupError(f"kv_memory: got {text!r}, want bytes such as 64M or 2G")
+    return value
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """An instance of a config class; an unknown, missing or mistyped field is a SetupError that names it."""
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise SetupError(f"{where}: got unknown setting {name!r}, want one of {', '.join(sorted(known))}")
+    wanted: dict[str, type] = {"int": int, "str": str, "bool": bool, "float": float, "Role": Role}
+    clean: dict[str, Any] = {}
+    for name, field in known.items():
+        if name not in values:
+            if field.default is MISSING:
+                raise SetupError(f"{where}: {name} is missing")
+            continue
+        value, kind = values[name], wanted[str(field.type)]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if kind is Role and isinstance(value, str) and value in list(Role):
+            value = Role(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise SetupError(f"{where}: {name}: got {value!r}, want {field.type}")
+        clean[name] = value
+    return cls(**clean)
+
+
+def to_json(config: ProcessConfig) -> str:
+    """A process's settings as its launcher passes them on."""
+    return json.dumps({"process": config.process, **asdict(config)})
+
+
+def from_json(text: str) -> ProcessConfig:
+    """The inverse of `to_json`."""
+    values = json.loads(text)
+    kinds: dict[str, type[ProcessConfig]] = {
+        "worker": WorkerConfig,
+        "gateway": GatewayConfig,
+        "coordinator": CoordinatorConfig,
+    }
+    kind = values.pop("process")
+    return build(kinds[kind], values, kind)
+
+
+def documented(cls: type) -> dict[str, str]:
+    """The docstring under each field of a config class, for `--help`."""
+    tree = ast.parse(inspect.getsource(cls)).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    texts: dict[str, str] = {}
+    for line, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            isdoc = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            texts[line.target.id] = str(text.value.value) if isdoc else ""  # type: ignore[attr-defined]
+    return texts

@@ -1,0 +1,86 @@
+"""The KV cache as bytes: the shape of a page, and runs of neighbouring pages.
+
+Layout is page-major (decided in docs/decisions/0002-page-major-kv.md): one page holds all layers of `page_tokens`
+tokens as ``[layer, K|V, kv_head, token, dim]``, contiguous, so that neighbouring pages are neighbouring bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from core.errors import LocalError
+
+ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What one page of KV cache looks like; equal shapes can exchange pages byte for byte."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page_tokens: int
+    dtype: str
+    """One of `ITEM_NBYTES`."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_NBYTES:
+            raise LocalError(f"kv dtype: got {self.dtype!r}, want one of {sorted(ITEM_NBYTES)}")
+        for field in ("layers", "kv_heads", "head_dim", "page_tokens"):
+            if getattr(self, field) < 1:
+                raise LocalError(f"kv {field}: got {getattr(self, field)}, want at least 1")
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row: one token of one head of K or V in one layer."""
+        return self.head_dim * ITEM_NBYTES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """Rows in a page."""
+        return self.layers * 2 * self.kv_heads * self.page_tokens
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page, all layers."""
+        return self.rows * self.row_nbytes
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of KV that one token takes over all layers."""
+        return self.page_nbytes // self.page_tokens
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages needed for `tokens` tokens."""
+        return -(-tokens // self.page_tokens)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PageRun:
+    """`count` neighbouring pages from page `start` on."""
+
+    start: int
+    count: int
+
+    @property
+    def stop(self) -> int:
+        """First page after the run."""
+        return self.start + self.count
+
+
+def page_runs(pages: Sequence[int]) -> tuple[PageRun, ...]:
+    """The pages in their given order, joined where the next page is the next number."""
+    runs: list[PageRun] = []
+    for page in pages:
+        if runs and runs[-1].stop == page:
+            runs[-1] = PageRun(runs[-1].start, runs[-1].count + 1)
+        else:
+            runs.append(PageRun(page, 1))
+    return tuple(runs)
+
+
+def pages_of(runs: Iterable[PageRun]) -> tuple[int, ...]:
+    """The page numbers of `runs`, in order: the inverse of `page_runs`."""
+    return tuple(page for run in runs for page in range(run.start, run.stop))

@@ -1,0 +1,158 @@
+"""What our processes say to each other about a request. One frozen dataclass a message; the wire form is in protos/.
+
+Gateway to worker: Offer, Prompt, Cancel. Worker to gateway: Accept, Reject, Tokens, Handed, Finished, Failed.
+Prefill to decode worker: Reserve, Ready. Decode to prefill worker: Grant, Refuse, Taken. Either way: Release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from core.kv import PageRun
+from core.request import Hints, Request, Stage, Ticket
+from core.worker import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Would you prefill this? No prompt yet."""
+
+    ticket: Ticket
+    prompt_tokens: int
+    max_tokens: int
+    wait_s: float
+    """The first token is wanted within this time; the worker refuses what it cannot start soon enough."""
+    hints: Hints = field(default=Hints())
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """Yes; lapses after a second without the prompt."""
+
+    ticket: Ticket
+    cached_tokens: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """No: ask another worker. `wait_s` is when it might be yes."""
+
+    ticket: Ticket
+    reason: str
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The accepted request itself."""
+
+    ticket: Ticket
+    request: Request
+    second: Identity | None = None
+    """Another sink, should the ticket's refuse or be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Stop working on it and free what it holds."""
+
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Generated tokens; `index` counts from the request's first generated token."""
+
+    ticket: Ticket
+    index: int
+    tokens: tuple[int, ...]
+    logits_hashes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """The prefill worker's part is over: the sink has the KV. Carries the waterfall of this part."""
+
+    ticket: Ticket
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """All tokens were sent."""
+
+    ticket: Ticket
+    reason: str
+    """"stop" or "length"."""
+    completion_tokens: int
+    stop_token_id: int | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """This attempt is over without a result."""
+
+    ticket: Ticket
+    code: str
+    """Name of a gRPC status."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Will you decode this? Asks for memory, not for pages."""
+
+    ticket: Ticket
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Memory is promised: announce pages as they are sealed."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Not here."""
+
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""
+
+    ticket: Ticket
+    first_page: int
+    runs: tuple[PageRun, ...]
+    digests: tuple[int, ...]
+    """One 64-bit digest a page."""
+    first_token: int | None = None
+    """Set in the last announcement: the prompt is complete and this is the token it gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Every page arrived and was verified: the source may free them."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """I am no longer interested in this ticket: the other side frees what it holds for it."""
+
+    ticket: Ticket
+    reason: str
+
+
+ToWorker = Offer | Prompt | Cancel
+ToGateway = Accept | Reject | Tokens | Handed | Finished | Failed
+ToPeer = Reserve | Grant | Refuse | Ready | Taken | Release
+Message = ToWorker | ToGateway | ToPeer

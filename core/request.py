@@ -1,0 +1,121 @@
+"""A request: what was asked, by when, and the phases of its life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.sampling import Sampling
+from core.worker import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What a request's client was promised; 0 means no promise."""
+
+    ttft_s: float = 0.0
+    """Time to first token."""
+    gap_s: float = 0.0
+    """Tail of the gaps between tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a caller knows about its request; carried everywhere, used by policies as they learn to."""
+
+    priority: int = 0
+    session: str = ""
+    tenant: str = ""
+    group: str = ""
+    program_step: int = 0
+    tool: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to one placement of one request: who minted it, which attempt, and the two workers' lives.
+
+    Minted by whoever decides the move (the gateway for prefill to decode). Valid by incarnation only. Nothing is
+    matched by request-id strings.
+    """
+
+    minter: Identity
+    counter: int
+    attempt: int
+    source: Identity
+    """The worker that holds the KV first."""
+    sink: Identity
+    """The worker that pulls it; equal to `source` where nothing has to move."""
+
+    @property
+    def key(self) -> str:
+        """Names the request and attempt inside a worker: the same for either choice of sink."""
+        return f"{self.minter}/{self.counter}.{self.attempt}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request as the gateway admitted it."""
+
+    id: str
+    """The client's name for it, or one made up; for logs and Abort only."""
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    timeout_s: float
+    """The whole request must end within this time of its arrival."""
+    slo: Slo = field(default=Slo())
+    hints: Hints = field(default=Hints())
+
+
+class Phase(StrEnum):
+    """Where a request is; one owner each (gateway, P, P until Taken, D)."""
+
+    QUEUED = "queued"
+    OFFERED = "offered"
+    PREFILLING = "prefilling"
+    HANDING_OFF = "handing_off"
+    DECODING = "decoding"
+    DONE = "done"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """True if nothing more will happen."""
+        return not PHASE_NEXT[self]
+
+
+_ENDS = (Phase.CANCELLED, Phase.FAILED)
+PHASE_NEXT: dict[Phase, tuple[Phase, ...]] = {
+    Phase.QUEUED: (Phase.OFFERED, Phase.REJECTED, *_ENDS),
+    Phase.OFFERED: (Phase.PREFILLING, Phase.QUEUED, *_ENDS),
+    Phase.PREFILLING: (Phase.HANDING_OFF, Phase.DONE, Phase.QUEUED, *_ENDS),
+    Phase.HANDING_OFF: (Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS),
+    Phase.DECODING: (Phase.DONE, Phase.QUEUED, *_ENDS),
+    Phase.DONE: (),
+    Phase.REJECTED: (),
+    Phase.CANCELLED: (),
+    Phase.FAILED: (),
+}
+"""The life of a request, as the gateway sees it: state -> states that may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of a request's waterfall: seconds measured on one process's clock."""
+
+    name: str
+    """queued, offered, batch_wait, prefill, reserve_wait, pull, join_wait, decode."""
+    worker: str
+    seconds: float
+    detail: dict[str, str] = field(default_factory=dict)

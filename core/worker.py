@@ -1,0 +1,119 @@
+"""Who is who: roles, identities with incarnations, and what a member of the deployment says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.errors import LocalError
+from core.kv import KvShape
+
+PROTOCOL_VERSION = 1
+"""Raised when a message between our own processes changes its meaning; unequal versions are refused at join."""
+
+
+class Role(StrEnum):
+    """What a process does."""
+
+    GATEWAY = "gateway"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+    @property
+    def prefills(self) -> bool:
+        """True if it takes prompts."""
+        return self in (Role.PREFILL, Role.MIXED)
+
+    @property
+    def decodes(self) -> bool:
+        """True if it generates beyond the first token."""
+        return self in (Role.DECODE, Role.MIXED)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Identity:
+    """One life of one process: a restart under the same name is somebody else."""
+
+    name: str
+    incarnation: int
+    """Random 48-bit number drawn at start."""
+
+    def __str__(self) -> str:
+        return f"{self.name}#{self.incarnation:012x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Identity:
+        """The inverse of `str`; raises LocalError on anything else."""
+        name, mark, number = text.rpartition("#")
+        try:
+            if not (name and mark):
+                raise ValueError
+            return cls(name, int(number, 16))
+        except ValueError:
+            raise LocalError(f"identity: got {text!r}, want NAME#HEX") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """What must be equal for two workers to compute the same bits; compared at join when `exact` is on."""
+
+    exact: bool
+    dtype: str
+    threads: int
+    cpu: str
+    """Instruction set the linear algebra uses, such as "AVX512_BF16 AMX"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The measured way from one worker's memory into another's."""
+
+    source: Identity
+    """The worker whose pages are read."""
+    transport: str
+    """What carries the bytes, such as "ucx: cma" or "zeromq: tcp"."""
+    gbytes_per_s: float
+    latency_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """What a process registers with the coordinator."""
+
+    identity: Identity
+    role: Role
+    address: str
+    """host:port of its gRPC service."""
+    metrics_address: str
+    """host:port of its /metrics."""
+    build: str
+    protocol: int = PROTOCOL_VERSION
+    model: str = ""
+    """Served model name."""
+    fingerprint: str = ""
+    """Hash of the model's config and tensor index; workers of one deployment must agree."""
+    kv: KvShape | None = None
+    pages: int = 0
+    context: int = 0
+    """Longest prompt + output in tokens."""
+    numerics: Numerics | None = None
+    transport: str = ""
+    ready: bool = False
+    lanes: tuple[Lane, ...] = field(default=())
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that fit into its arena."""
+        return self.pages * self.kv.page_tokens if self.kv else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """First word on every stream between our processes."""
+
+    member: Member
+    transport_metadata: bytes = b""
+    """What the other side's transport needs to read our pages."""
+    scratch_pages: int = 0
+    """Pages 0..n-1 of our arena hold nothing and may be read as a probe."""

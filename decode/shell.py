@@ -1,0 +1,145 @@
+"""The decode shell: a standing order becomes engine steps, whose tokens go to the gateways without passing the policy."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from core.messages import Message, Tokens
+from core.request import Ticket
+from core.worker import Identity
+from engine.api import Engine, Row, Sampled
+from runtime.driver import Driver
+from runtime.jobs import JobThread
+from scheduler.decode_policy import (
+    Answer,
+    Cut,
+    DecodeCommand,
+    DecodePolicy,
+    DropHandOff,
+    Ended,
+    Join,
+    Leave,
+    Ran,
+    Run,
+    Tell,
+)
+from transfer.sink import Decided, Drop
+
+SEAT = "decode"
+
+
+@dataclass(slots=True)
+class _Row:
+    ticket: Ticket
+    prompt_tokens: int
+    first_token: int
+    first_sent: bool = False
+
+
+class DecodeShell:
+    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "sink" must exist."""
+
+    def __init__(
+        self,
+        policy: DecodePolicy,
+        driver: Driver,
+        engine: Engine,
+        thread: JobThread,
+        tell: Callable[[Identity, Message], None],
+        stepped: Callable[[int, float], None] = lambda rows, seconds: None,
+    ) -> None:
+        self.policy = policy
+        self._driver = driver
+        self._engine = engine
+        self._thread = thread
+        self._tell = tell
+        self._stepped = stepped
+        self._loop = asyncio.get_running_loop()
+        self._cut = threading.Event()
+        self._rows: dict[str, _Row] = {}
+        self._positions: dict[str, int] = {}
+        """Of each sequence's newest token; the engine thread's own."""
+        driver.seat(SEAT, policy, self._perform)
+
+    def _perform(self, command: DecodeCommand) -> None:
+        match command:
+            case Answer(key, granted, reason):
+                self._driver.post("sink", Decided(key, granted, reason))
+            case Run():
+                for join in command.joining:
+                    row = _Row(join.ticket, len(join.request.prompt), join.first_token)
+                    self._rows[join.ticket.key] = row
+                self._cut.clear()
+                self._thread.do(lambda: self._run(command))
+            case Cut():
+                self._cut.set()
+            case Leave(key):
+                self._rows.pop(key, None)
+                self._thread.do(lambda: self._leave(key))
+            case DropHandOff(key, reason):
+                self._driver.post("sink", Drop(key, reason))
+            case Tell(message):
+                self._tell(message.ticket.minter, message)
+            case _:
+                assert_never(command)
+
+    def _run(self, command: Run) -> None:
+        """On the engine's thread: steps until the order is used up, a sequence ends, or a cut came."""
+        for join in command.joining:
+            self._join(join)
+        for grow in command.growing:
+            self._engine.extend(grow.key, grow.pages)
+        steps, ended = 0, False
+        sampled: list[Sampled] = []
+        while steps < command.steps and not ended:
+            if steps and self._cut.is_set():
+                break
+            started = self._driver.now()
+            sampled = self._engine.step(
+                [Row(key, self._positions[key], self._positions[key] + 1) for key in command.rows]
+            )
+            for each in sampled:
+                self._positions[each.sequence] = each.position
+                ended = ended or each.finish is not None
+            steps += 1
+            self._loop.call_soon_threadsafe(self._emit, sampled, self._driver.now() - started)
+        self._loop.call_soon_threadsafe(self._ran, command, steps, sampled)
+
+    def _join(self, join: Join) -> None:
+        key, request = join.ticket.key, join.request
+        tokens = (*request.prompt, join.first_token)
+        self._positions[key] = len(request.prompt)
+        self._engine.open(key, tokens, join.pages, request.sampling, len(request.prompt))
+
+    def _leave(self, key: str) -> None:
+        self._positions.pop(key, None)
+        self._engine.close(key)
+
+    def _emit(self, sampled: list[Sampled], seconds: float) -> None:
+        """The first step of a sequence repeats its first token, should the prefill worker's message be lost."""
+        self._stepped(len(sampled), seconds)
+        for each in sampled:
+            row = self._rows.get(each.sequence)
+            if row is None:
+                continue
+            index = each.position - row.prompt_tokens
+            tokens, hashes = ((), ()) if each.finish == "stop" else ((each.token,), (each.logits_hash,))
+            if not row.first_sent:
+                row.first_sent = True
+                index, tokens, hashes = index - 1, (row.first_token, *tokens), (0, *hashes)
+            if tokens:
+                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes))
+
+    def _ran(self, command: Run, steps: int, sampled: list[Sampled]) -> None:
+        ended = []
+        for each in sampled:
+            if each.finish is not None:
+                row = self._rows[each.sequence]
+                stop = each.token if each.finish == "stop" else None
+                generated = each.position - row.prompt_tokens + (0 if each.finish == "stop" else 1)
+                ended.append(Ended(each.sequence, each.finish, generated, stop))
+        self._driver.post(SEAT, Ran(command.run_id, steps, tuple(ended)))

@@ -1,0 +1,49 @@
+"""The KV arena: one allocation of whole pages, seen as bytes by transfers and as a tensor by the model."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from core.errors import SetupError
+from core.kv import KvShape
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Arena:
+    """As many pages as fit into `kv_memory` bytes, at an address that never changes.
+
+    Page-major (core/kv.py): `pages` is the view ``[page, layer, K|V, kv_head, token, dim]``. The memory is anonymous
+    and zero at first; huge pages are asked for where the system has them. Raises `SetupError` if not even one page
+    fits or the memory cannot be had.
+    """
+
+    def __init__(self, kv: KvShape, kv_memory: int) -> None:
+        self.kv = kv
+        self.count = kv_memory // kv.page_nbytes
+        if self.count < 1:
+            raise SetupError(f"kv_memory: got {kv_memory} bytes, want at least one page of {kv.page_nbytes} bytes")
+        try:
+            self._map = mmap.mmap(-1, self.count * kv.page_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise SetupError(f"kv_memory: {self.count * kv.page_nbytes} bytes cannot be had: {error}") from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            try:
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+            except OSError:
+                pass  # a kernel without huge pages: slower, not wrong
+        self.memory = memoryview(self._map)
+        self.pages = torch.frombuffer(self._map, dtype=TORCH_DTYPES[kv.dtype]).view(
+            self.count, kv.layers, 2, kv.kv_heads, kv.page_tokens, kv.head_dim
+        )
+
+    def layer(self, index: int) -> torch.Tensor:
+        """One layer of every page: ``[page, K|V, kv_head, token, dim]``, strided, in place."""
+        return self.pages[:, index]
+
+    def clear(self, page: int, slot: int) -> None:
+        """Zero the slots of `page` from `slot` on, in every layer: no key or value of a former owner is left there."""
+        if slot < self.kv.page_tokens:
+            self.pages[page, :, :, :, slot:].zero_()

@@ -1,0 +1,251 @@
+"""The engine: sequences, their page tables and one forward pass a step. Implements `engine.api.Engine` with torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import LocalError, ModelError
+from core.kv import KvShape
+from core.sampling import Sampling
+from engine.api import Row, Sampled
+from engine.arena import Arena
+from engine.config import ModelConfig
+from engine.model import Decoder
+from engine.sampler import Sampler
+from engine.weights import Progress, load
+from kernels.batch import Batch, Segment
+from kernels.exact_attention import BLOCK_TOKENS
+from kernels.exact_cpu import ExactOps
+from kernels.fast_cpu import FastOps
+from kernels.ops import Ops
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One running sequence: all tokens known so far and where their KV lies."""
+
+    tokens: list[int]
+    pages: NDArray[np.int64]
+    sampling: Sampling
+    stops: frozenset[int]
+    prompt: int
+    cleared: int = field(default=-1)
+    """The last page (by its place in the table) whose slots behind the newest token were cleared."""
+
+
+class TorchEngine:
+    """Runs a Hugging Face checkpoint on the CPU over page-major KV.
+
+    `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32`` or ``bfloat16``); by
+    default bf16 if the checkpoint is bf16 and this CPU multiplies bf16, else fp32. With `exact`, a sequence's logits
+    are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with equal `threads` and CPU.
+    `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
+    Raises `ModelError` if the model directory cannot be served, `SetupError` if the arena cannot be had.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        kv_memory: int,
+        page_tokens: int = 64,
+        dtype: str | None = None,
+        exact: bool = False,
+        threads: int | None = None,
+        hash_logits: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.config = ModelConfig.read(model_dir)
+        self.dtype = dtype or default_dtype(self.config.dtype)
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ModelError(f"dtype: got {self.dtype!r}, want 'float32' or 'bfloat16' on a CPU")
+        if exact and BLOCK_TOKENS % page_tokens:
+            raise ModelError(f"page_tokens: got {page_tokens}, want a divisor of {BLOCK_TOKENS} in exact mode")
+        self.exact = exact
+        self.hash_logits = hash_logits
+        self._kv = self.config.kv(page_tokens, self.dtype)
+        ops: Ops = ExactOps() if exact else FastOps()
+        self._arena = Arena(self._kv, kv_memory)
+        with torch.inference_mode():
+            weights = load(model_dir, self.config, ops, self.dtype, progress)
+            self._model = Decoder(self.config, weights, ops, self._arena)
+        self._sampler = Sampler(self.config.vocab)
+        self._sequences: dict[str, _Sequence] = {}
+
+    @property
+    def kv(self) -> KvShape:
+        """The shape of a page."""
+        return self._kv
+
+    @property
+    def pages(self) -> int:
+        """Pages in the arena."""
+        return self._arena.count
+
+    @property
+    def arena(self) -> memoryview:
+        """The arena's bytes, writable, at one address for life."""
+        return self._arena.memory
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence."""
+        return self.config.context
+
+    def open(self, sequence: str, tokens: Seq[int], pages: Seq[int], sampling: Sampling, prompt: int) -> None:
+        """See `engine.api`. KV of positions that are not stepped here is taken to be in the pages already."""
+        if sequence in self._sequences:
+            raise LocalError(f"sequence {sequence!r} is open already")
+        if not 1 <= prompt <= len(tokens):
+            raise LocalError(f"sequence {sequence!r}: prompt: got {prompt}, want 1 to {len(tokens)} tokens")
+        if len(tokens) > self.config.context:
+            raise LocalError(f"sequence {sequence!r}: got {len(tokens)} tokens, the context is {self.config.context}")
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab:
+            raise LocalError(f"sequence {sequence!r}: got a token outside [0, {self.config.vocab})")
+        table = self._table(sequence, pages)
+        self._sequences[sequence] = _Sequence(
+            list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt
+        )
+
+    def extend(self, sequence: str, pages: Seq[int]) -> None:
+        """Append pages to a sequence's page table."""
+        known = self._known(sequence)
+        known.pages = np.concatenate([known.pages, self._table(sequence, pages)])
+
+    def close(self, sequence: str) -> None:
+        """Forget a sequence; unknown names are ignored."""
+        self._sequences.pop(sequence, None)
+
+    def tokens(self, sequence: str) -> tuple[int, ...]:
+        """All tokens of a sequence so far, prompt first."""
+        return tuple(self._known(sequence).tokens)
+
+    @torch.inference_mode()
+    def step(self, rows: Seq[Row]) -> list[Sampled]:
+        """See `engine.api`. A `LocalError` is raised before anything is changed."""
+        if not rows:
+            return []
+        sequences = self._check(rows)
+        batch = self._batch(rows, sequences)
+        logits = self._model.forward(batch)
+        if logits is None:
+            return []
+        lines = logits.numpy()
+        ending = [(row, known) for row, known in zip(rows, sequences, strict=True) if row.stop == len(known.tokens)]
+        chosen = []
+        for (row, known), line in zip(ending, lines, strict=True):
+            token = self._sampler.choose(line, known.sampling, row.stop)
+            if not np.isfinite(line[token]):
+                raise LocalError(f"sequence {row.sequence!r}: the logits at position {row.stop} are not finite")
+            chosen.append(token)
+        sampled = []
+        for (row, known), line, token in zip(ending, lines, chosen, strict=True):
+            known.tokens.append(token)
+            digest = _hash(line) if self.hash_logits else 0
+            sampled.append(Sampled(row.sequence, row.stop, token, self._finish(known, token), digest))
+        return sampled
+
+    def _finish(self, known: _Sequence, token: int) -> str | None:
+        if token in known.stops:
+            return "stop"
+        made = len(known.tokens) - known.prompt
+        return "length" if made >= known.sampling.max_tokens or len(known.tokens) >= self.config.context else None
+
+    def _known(self, sequence: str) -> _Sequence:
+        try:
+            return self._sequences[sequence]
+        except KeyError:
+            raise LocalError(f"sequence {sequence!r} is not open") from None
+
+    def _table(self, sequence: str, pages: Seq[int]) -> NDArray[np.int64]:
+        table = np.asarray(pages, dtype=np.int64).reshape(-1)
+        if len(table) and not (table.min() >= 0 and table.max() < self.pages):
+            raise LocalError(f"sequence {sequence!r}: got a page outside [0, {self.pages})")
+        return table
+
+    def _check(self, rows: Seq[Row]) -> list[_Sequence]:
+        seen: set[str] = set()
+        sequences = []
+        for row in rows:
+            known = self._known(row.sequence)
+            if row.sequence in seen:
+                raise LocalError(f"sequence {row.sequence!r} is twice in one step")
+            seen.add(row.sequence)
+            if not 0 <= row.start < row.stop <= len(known.tokens):
+                raise LocalError(
+                    f"sequence {row.sequence!r}: got rows [{row.start}, {row.stop}), want some of "
+                    f"[0, {len(known.tokens)})"
+                )
+            if row.stop > min(len(known.pages) * self._kv.page_tokens, self.config.context):
+                raise LocalError(
+                    f"sequence {row.sequence!r}: got rows up to {row.stop}, its {len(known.pages)} pages hold "
+                    f"{len(known.pages) * self._kv.page_tokens} tokens and the context is {self.config.context}"
+                )
+            sequences.append(known)
+        return sequences
+
+    def _batch(self, rows: Seq[Row], sequences: list[_Sequence]) -> Batch:
+        page_tokens, tile = self._kv.page_tokens, self._model.ops.row_tile
+        count = sum(row.stop - row.start for row in rows)
+        padded = -(-count // tile) * tile
+        tokens, positions = np.zeros(padded, np.int64), np.zeros(padded, np.int64)
+        page, slot = np.empty(count, np.int64), np.empty(count, np.int64)
+        segments: list[Segment] = []
+        sample: list[int] = []
+        at = 0
+        for row, known in zip(rows, sequences, strict=True):
+            span = slice(at, at + row.stop - row.start)
+            tokens[span] = known.tokens[row.start : row.stop]
+            positions[span] = np.arange(row.start, row.stop)
+            np.divmod(positions[span], page_tokens, out=(page[span], slot[span]))
+            page[span] = known.pages[page[span]]
+            newest = row.stop == len(known.tokens)
+            segments.append(Segment(at, row.stop - row.start, row.start, known.pages, newest))
+            if newest:
+                sample.append(span.stop - 1)
+                self._clear_behind(known, row.stop)
+            at = span.stop
+        samples = len(sample)
+        sample += [0] * (-samples % tile)
+        none = torch.empty(0)
+        as_tensor = torch.from_numpy
+        return Batch(
+            rows=count,
+            tokens=as_tensor(tokens),
+            positions=as_tensor(positions),
+            page=as_tensor(page),
+            slot=as_tensor(slot),
+            segments=segments,
+            sample=torch.tensor(sample, dtype=torch.int64),
+            samples=samples,
+            cos=none,
+            sin=none,
+        )
+
+    def _clear_behind(self, known: _Sequence, stop: int) -> None:
+        """Zero the slots behind a sequence's newest token, once a page: nobody owns them, and they may hold NaN."""
+        place, slot = divmod(stop - 1, self._kv.page_tokens)
+        if known.cleared < place:
+            self._arena.clear(int(known.pages[place]), slot + 1)
+            known.cleared = place
+
+
+def default_dtype(checkpoint: str) -> str:
+    """bf16 if the checkpoint is bf16 and this CPU multiplies it in hardware, else fp32."""
+    cpu = torch.cpu
+    fast = any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bfloat16" if checkpoint == "bfloat16" and fast else "float32"
+
+
+def _hash(line: NDArray[np.float32]) -> int:
+    """64 bits of a row of logits."""
+    return int.from_bytes(hashlib.blake2b(line.tobytes(), digest_size=8).digest(), "little")

@@ -1,0 +1,116 @@
+"""From a client's GenerateRequest to a Request: defaults, limits, tokens. All refusals are typed."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.config import GatewayConfig
+from core.errors import RequestError
+from core.request import Request, Slo
+from core.sampling import Sampling
+from gateway.chat import ChatTemplate
+from gateway.text import Tokenizer
+from protos.baton.v1 import inference_pb2
+from runtime import wire
+
+MAX_STOPS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the gateway knows of the model, read without its weights."""
+
+    name: str
+    fingerprint: str
+    context: int
+    vocabulary: int
+    eos: tuple[int, ...]
+
+
+class Intake:
+    """Reads and checks what clients send."""
+
+    def __init__(
+        self, config: GatewayConfig, facts: ModelFacts, tokenizer: Tokenizer, chat: ChatTemplate | None
+    ) -> None:
+        self._config = config
+        self._facts = facts
+        self._tokenizer = tokenizer
+        self._chat = chat
+
+    def model(self, name: str) -> None:
+        """Refuse a model that is not served; an empty name is ours."""
+        if name not in ("", self._facts.name):
+            raise RequestError("NOT_FOUND", f"model: got {name!r}, want {self._facts.name!r}")
+
+    def tokens(
+        self, kind: str | None, prompt: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest
+    ) -> tuple[int, ...]:
+        """The prompt's token ids, from ids, text or chat messages."""
+        match kind:
+            case "token_ids":
+                return self.ids(prompt.token_ids.ids)  # type: ignore[union-attr]
+            case "text":
+                return self._tokenizer.encode(prompt.text)
+            case "chat":
+                if self._chat is None:
+                    raise RequestError("FAILED_PRECONDITION", f"chat: {self._facts.name} has no chat template")
+                messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
+                return self._tokenizer.encode(self._chat.render(messages), special=False)
+            case _:
+                raise RequestError("INVALID_ARGUMENT", "prompt: got none, want text, token_ids or chat")
+
+    def ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Token ids, if all of them are in the vocabulary."""
+        wrong = next((i for i in ids if not 0 <= i < self._facts.vocabulary), None)
+        if wrong is not None:
+            raise RequestError("INVALID_ARGUMENT", f"token_ids: got {wrong}, want 0..{self._facts.vocabulary - 1}")
+        return tuple(ids)
+
+    def request(
+        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None
+    ) -> tuple[Request, tuple[str, ...]]:
+        """The request and its stop strings."""
+        self.model(asked.model)
+        prompt = self.tokens(asked.WhichOneof("prompt"), asked)
+        context = self._facts.context
+        if not prompt:
+            raise RequestError("INVALID_ARGUMENT", "prompt: got 0 tokens, want at least 1")
+        if len(prompt) >= context:
+            raise RequestError(
+                "INVALID_ARGUMENT",
+                f"prompt: got {len(prompt)} tokens, want at most {context - 1}, as the context holds {context}",
+            )
+        room = context - len(prompt)
+        if asked.HasField("max_tokens") and asked.max_tokens > room:
+            raise RequestError(
+                "INVALID_ARGUMENT",
+                f"max_tokens: got {asked.max_tokens}, want at most {room}, as the prompt has {len(prompt)} tokens "
+                f"and the context holds {context}",
+            )
+        stops = self._stops(asked.stop)
+        ends = () if asked.ignore_eos else self._facts.eos
+        sampling = Sampling(
+            max_tokens=asked.max_tokens if asked.HasField("max_tokens") else room,
+            temperature=asked.temperature if asked.HasField("temperature") else 0.0,
+            top_k=asked.top_k if asked.HasField("top_k") else 0,
+            top_p=asked.top_p if asked.HasField("top_p") else 1.0,
+            seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
+            stop_token_ids=tuple(dict.fromkeys((*asked.stop_token_ids, *ends))),
+            ignore_eos=asked.ignore_eos,
+        )
+        timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
+        slo = Slo(asked.slo.ttft_s or self._config.ttft_s, asked.slo.gap_s or self._config.gap_s)
+        if slo.ttft_s < 0 or slo.gap_s < 0:
+            raise RequestError("INVALID_ARGUMENT", f"slo: got {slo}, want no negative time")
+        name = asked.request_id or f"req-{secrets.token_hex(8)}"
+        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(asked.hints)), stops
+
+    def _stops(self, stops: Sequence[str]) -> tuple[str, ...]:
+        if len(stops) > MAX_STOPS:
+            raise RequestError("INVALID_ARGUMENT", f"stop: got {len(stops)} strings, want at most {MAX_STOPS}")
+        if any(not stop for stop in stops):
+            raise RequestError("INVALID_ARGUMENT", "stop: got an empty string, want text")
+        return tuple(stops)

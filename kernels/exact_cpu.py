@@ -1,0 +1,81 @@
+"""The exact CPU backend: a row's bits depend on its own history only, not on the rest of the step.
+
+Every product and every norm runs on tiles of exactly `TILE_ROWS` rows (padded), so that the library meets one shape;
+attention has its own tile (`kernels.exact_attention`). Thread count and instruction set must be the same on all
+workers that are to agree.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import linear
+from kernels.batch import Batch
+from kernels.exact_attention import ExactAttention
+from kernels.ops import Heads, Packed
+from kernels.rope import rotate_and_store
+
+TILE_ROWS = 32
+SERIAL_NUMBERS = 16384
+"""Numbers for one call of a transcendental: few enough that torch does not split the call between threads, and a
+multiple of every vector length, so that no number is left to the scalar code, which rounds differently."""
+
+
+class ExactOps:
+    """See `kernels.ops`. All inputs have a multiple of `TILE_ROWS` rows."""
+
+    row_tile = TILE_ROWS
+
+    def __init__(self) -> None:
+        self._attention: ExactAttention | None = None
+
+    def pack(self, weight: Tensor) -> Packed:
+        return linear.pack(weight)
+
+    def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
+        if self._attention is None or self._attention.heads != heads:
+            self._attention = ExactAttention(heads)
+
+    def linear(self, x: Tensor, weight: Packed) -> Tensor:
+        return torch.cat([linear.linear(tile, weight) for tile in _tiles(x)])
+
+    def logits(self, x: Tensor, weight: Packed) -> Tensor:
+        return torch.cat([linear.wide_linear(tile, weight) for tile in _tiles(x)])
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        for tile, normed in zip(_tiles(x), _tiles(out), strict=True):
+            wide = tile.float()
+            scale = torch.rsqrt((wide * wide).sum(-1, keepdim=True) / x.shape[-1] + eps)
+            torch.mul(wide * scale, weight, out=normed)
+        return out
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        residual = residual.add_(x)
+        return self.rms_norm(residual, weight, eps), residual
+
+    def rope_store(self, qkv: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
+        return rotate_and_store(qkv, batch, layer, heads)
+
+    def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
+        assert self._attention is not None
+        out = q.new_zeros(q.shape)
+        for segment in batch.segments:
+            rows = slice(segment.row, segment.row + segment.count)
+            out[rows] = self._attention(q[rows], segment, layer)
+        return out.flatten(1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        wide = gate_up.float()
+        gate, up = wide.chunk(2, dim=-1)
+        share = gate.clone(memory_format=torch.contiguous_format)
+        flat = share.view(-1)
+        for start in range(0, flat.numel(), SERIAL_NUMBERS):
+            flat[start : start + SERIAL_NUMBERS].sigmoid_()
+        return share.mul_(gate).mul_(up).to(gate_up.dtype)
+
+
+def _tiles(x: Tensor) -> Tensor:
+    """Views of `TILE_ROWS` rows each."""
+    return x.view(-1, TILE_ROWS, x.shape[-1])

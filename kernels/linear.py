@@ -1,0 +1,52 @@
+"""Products with prepacked weights: oneDNN's own layout saves a reorder per call (1.5 to 1.8 times faster in bf16).
+
+The packing operations are private to torch: where they are missing, the plain product serves.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.ops import Packed
+
+
+def _can_pack() -> bool:
+    mkldnn = torch.ops.mkldnn
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    built: bool = torch._C._has_mkldnn
+    return built and all(hasattr(mkldnn, name) for name in names)
+
+
+PACKS = _can_pack()
+
+
+def pack(weight: Tensor) -> Packed:
+    """`weight` ``[out, in]`` in oneDNN's layout if this torch can, else as it is."""
+    rows, cols = weight.shape
+    data = torch.ops.mkldnn._reorder_linear_weight(weight, None) if PACKS else weight
+    return Packed(rows, cols, data)
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    """``x W^T`` in x's dtype, ``[row, out]``."""
+    if weight.data.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")  # type: ignore[no-any-return]
+    return F.linear(x, weight.data)
+
+
+def wide_linear(x: Tensor, weight: Packed) -> Tensor:
+    """``x W^T`` in fp32.
+
+    oneDNN adds up bf16 products in fp32 but rounds the sum to bf16, and no CPU operation of torch hands the fp32 sum
+    out. So the product runs twice: ``high = bf16(x W^T)``, then ``low = bf16(x W^T - high)`` with the subtraction
+    fused in before the rounding; ``high + low`` is right to 16 bits. Cheaper than fp32 weights from 8 rows on.
+    """
+    if x.dtype == torch.float32:
+        return linear(x, weight)
+    if not weight.data.is_mkldnn:
+        return F.linear(x.float(), weight.data.float())
+    high = linear(x, weight)
+    low = torch.ops.mkldnn._linear_pointwise.binary(x, high.neg(), weight.data, None, "add")
+    return torch.add(high.float(), low)

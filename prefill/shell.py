@@ -1,0 +1,95 @@
+"""The prefill shell: the prefill policy's commands become engine calls, and their ends become events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import assert_never
+
+from core.messages import Message, Tokens
+from core.request import Ticket
+from core.worker import Identity
+from engine.api import Engine, Row, Sampled
+from runtime.driver import Driver
+from runtime.jobs import JobThread
+from scheduler.prefill_policy import (
+    Answer,
+    AskForSink,
+    Begin,
+    ChunkDone,
+    EndSequence,
+    First,
+    PrefillCommand,
+    PrefillPolicy,
+    RunChunk,
+    SealPages,
+    WithdrawHandOff,
+    holder,
+)
+from transfer.source import AskSink, Sealed, Withdraw
+
+SEAT = "prefill"
+
+
+class PrefillShell:
+    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist."""
+
+    def __init__(
+        self,
+        policy: PrefillPolicy,
+        driver: Driver,
+        engine: Engine,
+        thread: JobThread,
+        tell: Callable[[Identity, Message], None],
+    ) -> None:
+        self.policy = policy
+        self._driver = driver
+        self._engine = engine
+        self._thread = thread
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._tickets: dict[str, Ticket] = {}
+        self.computed_tokens = 0
+        driver.seat(SEAT, policy, self._perform)
+
+    def _perform(self, command: PrefillCommand) -> None:
+        match command:
+            case Answer(message):
+                self._tell(message.ticket.minter, message)
+            case Begin(ticket, request, pages):
+                name = holder(ticket.key)
+                self._tickets[ticket.key] = ticket
+                prompt = len(request.prompt)
+                self._thread.do(lambda: self._engine.open(name, request.prompt, pages, request.sampling, prompt))
+            case RunChunk():
+                self._thread.do(lambda: self._run(command))
+            case EndSequence(key):
+                self._tickets.pop(key, None)
+                self._thread.do(lambda: self._engine.close(holder(key)))
+            case AskForSink(ticket, request, deadline):
+                self._driver.post("source", AskSink(ticket, request, deadline))
+            case SealPages(key, pages, tokens, first_token):
+                self._driver.post("source", Sealed(key, pages, tokens, first_token))
+            case WithdrawHandOff(key, reason):
+                self._driver.post("source", Withdraw(key, reason))
+            case _:
+                assert_never(command)
+
+    def _run(self, command: RunChunk) -> None:
+        """On the engine's thread."""
+        rows = [Row(holder(span.key), span.start, span.stop) for span in command.spans]
+        sampled = self._engine.step(rows)
+        self._loop.call_soon_threadsafe(self._done, command, sampled)
+
+    def _done(self, command: RunChunk, sampled: list[Sampled]) -> None:
+        """First tokens go to their clients before anything else is decided."""
+        keys = {holder(span.key): span.key for span in command.spans}
+        self.computed_tokens += sum(span.stop - span.start for span in command.spans)
+        firsts = []
+        for each in sampled:
+            key = keys[each.sequence]
+            firsts.append(First(key, each.token, each.finish))
+            if each.finish != "stop":
+                ticket = self._tickets[key]
+                self._tell(ticket.minter, Tokens(ticket, 0, (each.token,), (each.logits_hash,)))
+        self._driver.post(SEAT, ChunkDone(command.run_id, tuple(firsts)))

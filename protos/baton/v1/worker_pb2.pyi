@@ -1,0 +1,312 @@
+from protos.baton.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SessionRequest(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class SessionResponse(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class PeerRequest(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class PeerResponse(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "reserve", "grant", "refuse", "ready", "taken", "release")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_FIELD_NUMBER: _ClassVar[int]
+    REJECT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    HANDED_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    GRANT_FIELD_NUMBER: _ClassVar[int]
+    REFUSE_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    hello: Hello
+    heartbeat: Heartbeat
+    goodbye: Goodbye
+    lane: LaneMeasured
+    offer: Offer
+    accept: Accept
+    reject: Reject
+    prompt: PromptPiece
+    cancel: Cancel
+    tokens: Tokens
+    finished: Finished
+    failed: Failed
+    handed: Handed
+    reserve: Reserve
+    grant: Grant
+    refuse: Refuse
+    ready: Ready
+    taken: Taken
+    release: Release
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+
+class Ticket(_message.Message):
+    __slots__ = ("minter", "counter", "attempt", "source", "sink")
+    MINTER_FIELD_NUMBER: _ClassVar[int]
+    COUNTER_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SINK_FIELD_NUMBER: _ClassVar[int]
+    minter: str
+    counter: int
+    attempt: int
+    source: str
+    sink: str
+    def __init__(self, minter: _Optional[str] = ..., counter: _Optional[int] = ..., attempt: _Optional[int] = ..., source: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    BUILD_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    KV_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_METADATA_FIELD_NUMBER: _ClassVar[int]
+    SCRATCH_PAGES_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    role: str
+    protocol: int
+    build: str
+    model: str
+    fingerprint: str
+    kv: _common_pb2.KvShape
+    pages: int
+    context: int
+    numerics: _common_pb2.Numerics
+    transport: str
+    transport_metadata: bytes
+    scratch_pages: int
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Goodbye(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class LaneMeasured(_message.Message):
+    __slots__ = ("source", "transport", "gbytes_per_s", "latency_us")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    GBYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    transport: str
+    gbytes_per_s: float
+    latency_us: float
+    def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    prompt_tokens: int
+    max_tokens: int
+    wait_s: float
+    hints: _common_pb2.Hints
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
+
+class Accept(_message.Message):
+    __slots__ = ("ticket", "cached_tokens", "wait_s")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    cached_tokens: int
+    wait_s: float
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class Reject(_message.Message):
+    __slots__ = ("ticket", "reason", "wait_s")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    reason: str
+    wait_s: float
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+
+class PromptPiece(_message.Message):
+    __slots__ = ("ticket", "tokens", "request", "second")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    SECOND_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    request: RequestMeta
+    second: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
+
+class RequestMeta(_message.Message):
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    SLO_FIELD_NUMBER: _ClassVar[int]
+    HINTS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    sampling: _common_pb2.Sampling
+    timeout_s: float
+    slo: _common_pb2.Slo
+    hints: _common_pb2.Hints
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("ticket", "reason")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    reason: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Tokens(_message.Message):
+    __slots__ = ("ticket", "index", "tokens", "logits_hashes")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_HASHES_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    index: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    logits_hashes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logits_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    reason: str
+    completion_tokens: int
+    stop_token_id: int
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("ticket", "code", "message")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    code: str
+    message: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class Handed(_message.Message):
+    __slots__ = ("ticket", "stages")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+
+class Reserve(_message.Message):
+    __slots__ = ("ticket", "request", "prompt")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    request: RequestMeta
+    prompt: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Grant(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+
+class Refuse(_message.Message):
+    __slots__ = ("ticket", "reason")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    reason: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class PageRun(_message.Message):
+    __slots__ = ("start", "count")
+    START_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    count: int
+    def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("ticket", "first_page", "runs", "digests", "first_token")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    first_page: int
+    runs: _containers.RepeatedCompositeFieldContainer[PageRun]
+    digests: _containers.RepeatedScalarFieldContainer[int]
+    first_token: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ...) -> None: ...
+
+class Taken(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("ticket", "reason")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    reason: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,115 @@
+"""Joins machines to the world: one FIFO of events, one timer, on the process's event loop.
+
+Nothing else calls a machine. A machine's commands are performed by its shell at once, in order; what they lead to
+comes back as events through `post`, from any machine's commands, the engine thread, the transfer thread or a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from core.errors import RemoteError
+from core.machine import Machine
+
+log = logging.getLogger("baton.driver")
+
+
+@dataclass(slots=True)
+class _Seat:
+    machine: Machine[Any, Any]
+    perform: Callable[[Any], None]
+
+
+class Driver:
+    """Runs the machines of one process to completion, event by event, in the order of posting.
+
+    All methods but `post_threadsafe` are called on the loop's thread. An exception out of a machine is a bug of ours:
+    it is logged with the event, handed to `on_bug`, and the other machines go on.
+    """
+
+    def __init__(self, on_bug: Callable[[BaseException], None] | None = None, *, check: bool = False) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._seats: dict[str, _Seat] = {}
+        self._queue: deque[tuple[str, Any]] = deque()
+        self._draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._on_bug = on_bug
+        self._check = check
+        self.turns = 0
+        """Events taken; grows while the loop is alive."""
+
+    def now(self) -> float:
+        """Seconds on the clock that every machine of this process is given."""
+        return self._loop.time()
+
+    def seat(self, name: str, machine: Machine[Any, Any], perform: Callable[[Any], None]) -> None:
+        """Add a machine under a name, with the shell that performs its commands."""
+        self._seats[name] = _Seat(machine, perform)
+
+    def post(self, name: str, event: object) -> None:
+        """Give `event` to the named machine after everything posted before."""
+        self._queue.append((name, event))
+        if not self._draining:
+            self._drain()
+
+    def post_threadsafe(self, name: str, event: object) -> None:
+        """`post` from another thread; after the loop has closed the event is dropped, as nobody is left to hear it."""
+        try:
+            self._loop.call_soon_threadsafe(self.post, name, event)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+
+    def close(self) -> None:
+        """No more deadlines."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _drain(self) -> None:
+        self._draining = True
+        try:
+            while self._queue:
+                name, event = self._queue.popleft()
+                self._step(name, event)
+        finally:
+            self._draining = False
+        self._arm()
+
+    def _step(self, name: str, event: object) -> None:
+        seat = self._seats[name]
+        self.turns += 1
+        try:
+            for command in seat.machine.on(event, self.now()):
+                seat.perform(command)
+            if self._check:
+                seat.machine.check()
+        except RemoteError as error:
+            log.warning("%s: %s", name, error)
+        except Exception as error:
+            log.exception("%s failed on %s", name, type(event).__name__)
+            if self._on_bug is not None:
+                self._on_bug(error)
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadlines = [when for seat in self._seats.values() if (when := seat.machine.deadline()) is not None]
+        if deadlines:
+            self._timer = self._loop.call_at(min(deadlines), self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        now = self.now()
+        for name, seat in self._seats.items():
+            when = seat.machine.deadline()
+            if when is not None and when <= now:
+                self._queue.append((name, None))
+        if not self._draining:
+            self._drain()

@@ -1,0 +1,106 @@
+"""gRPC as all our processes use it: channel and server options, starting a server, statuses with details."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from core.errors import RequestError, SetupError
+
+MAX_MESSAGE_NBYTES = 64 * 1024 * 1024
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A dial before the peer listens waits out the back-off; the defaults (1 s and more) are made for wide networks.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 300),
+)
+
+SERVER_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Gateways upstream ping idle channels every 30 s; the default would close the connection on them.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # Two servers on one port would share it silently; we want to hear that it is taken.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """An insecure channel with our options; loopback and trusted networks only."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
+class Server:
+    """A gRPC server with health and reflection, bound to `address` (port 0: any free port)."""
+
+    def __init__(self, address: str, services: Iterable[str]) -> None:
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        self._services = ("", *services)
+        reflection.enable_server_reflection((*services, "grpc.health.v1.Health", reflection.SERVICE_NAME), self.grpc)
+        host = address.rpartition(":")[0]
+        try:
+            port = self.grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise SetupError(f"address: cannot listen on {address}; is the port in use?", exit_code=4) from error
+        self.address = f"{host}:{port}"
+
+    async def start(self) -> None:
+        """Serve; healthy only after `healthy(True)`."""
+        await self.healthy(False)
+        await self.grpc.start()
+
+    async def healthy(self, ready: bool) -> None:
+        """Report readiness of the whole process; liveness is that it answers at all."""
+        from grpc_health.v1.health_pb2 import HealthCheckResponse
+
+        state = HealthCheckResponse.SERVING if ready else HealthCheckResponse.NOT_SERVING
+        for service in self._services:
+            await self.health.set(service, state)
+        await self.health.set("liveness", HealthCheckResponse.SERVING)
+        await self.health.set("readiness", state)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give those running `grace_s` to end."""
+        await self.health.enter_graceful_shutdown()
+        await self.grpc.stop(grace_s)
+
+
+def status_of(error: RequestError) -> status_pb2.Status:
+    """The rich status of a refused request: RetryInfo where waiting helps, ErrorInfo always."""
+    details = [error_details_pb2.ErrorInfo(reason=error.code, domain="baton")]
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    if error.retry_s is not None:
+        wait = duration_pb2.Duration()
+        wait.FromNanoseconds(int(error.retry_s * 1e9))
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(error_details_pb2.RetryInfo(retry_delay=wait))
+    return status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message, details=packed)
+
+
+async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
+    """End the call with the error's status and details."""
+    status = rpc_status.to_status(status_of(error))
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(status.code, status.details)
+    raise AssertionError("abort returns never")

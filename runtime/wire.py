@@ -1,0 +1,378 @@
+"""The wire form of everything our processes say: core dataclasses to protobuf and back, total in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from core import messages as m
+from core.errors import LocalError, RemoteError, RequestError
+from core.kv import KvShape, PageRun
+from core.request import Hints, Request, Slo, Stage, Ticket
+from core.sampling import Sampling
+from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
+from protos.baton.v1.worker_pb2 import Frame
+
+PIECE_TOKENS = 64 * 1024
+"""Most prompt tokens in one frame (at most 3 bytes each for common vocabularies), so that tokens never wait long."""
+
+
+def hello(greeting: Greeting) -> Frame:
+    """A greeting as the first frame of a stream."""
+    member = greeting.member
+    body = worker_pb2.Hello(
+        identity=str(member.identity),
+        role=member.role,
+        protocol=member.protocol,
+        build=member.build,
+        model=member.model,
+        fingerprint=member.fingerprint,
+        kv=_kv(member.kv),
+        pages=member.pages,
+        context=member.context,
+        numerics=_numerics(member.numerics),
+        transport=member.transport,
+        transport_metadata=greeting.transport_metadata,
+        scratch_pages=greeting.scratch_pages,
+    )
+    return Frame(hello=body)
+
+
+def greeting(frame: Frame) -> Greeting:
+    """The inverse of `hello`; raises RemoteError on any other frame."""
+    if frame.WhichOneof("body") != "hello":
+        raise RemoteError(f"first frame: got {frame.WhichOneof('body')}, want hello")
+    body = frame.hello
+    member = Member(
+        identity=_identity(body.identity),
+        role=_role(body.role),
+        address="",
+        metrics_address="",
+        build=body.build,
+        protocol=body.protocol,
+        model=body.model,
+        fingerprint=body.fingerprint,
+        kv=_kv_from(body.kv) if body.HasField("kv") else None,
+        pages=body.pages,
+        context=body.context,
+        numerics=_numerics_from(body.numerics) if body.HasField("numerics") else None,
+        transport=body.transport,
+    )
+    return Greeting(member, body.transport_metadata, body.scratch_pages)
+
+
+def lane_frame(lane: Lane) -> Frame:
+    """What the reader of a lane measured."""
+    return Frame(
+        lane=worker_pb2.LaneMeasured(
+            source=str(lane.source),
+            transport=lane.transport,
+            gbytes_per_s=lane.gbytes_per_s,
+            latency_us=lane.latency_us,
+        )
+    )
+
+
+def lane_from(body: worker_pb2.LaneMeasured | registry_pb2.Lane) -> Lane:
+    """The inverse of `lane_frame` and of the registry's lanes."""
+    return Lane(_identity(body.source), body.transport, body.gbytes_per_s, body.latency_us)
+
+
+def registry_lane(lane: Lane) -> registry_pb2.Lane:
+    """A lane as the registry carries it."""
+    return registry_pb2.Lane(
+        source=str(lane.source), transport=lane.transport, gbytes_per_s=lane.gbytes_per_s, latency_us=lane.latency_us
+    )
+
+
+def registry_member(member: Member) -> registry_pb2.Member:
+    """A member as the registry carries it."""
+    return registry_pb2.Member(
+        identity=str(member.identity),
+        role=member.role,
+        address=member.address,
+        metrics_address=member.metrics_address,
+        build=member.build,
+        protocol=member.protocol,
+        model=member.model,
+        fingerprint=member.fingerprint,
+        kv=_kv(member.kv),
+        pages=member.pages,
+        context=member.context,
+        numerics=_numerics(member.numerics),
+        transport=member.transport,
+        ready=member.ready,
+        lanes=[registry_lane(lane) for lane in member.lanes],
+    )
+
+
+def member_from(body: registry_pb2.Member) -> Member:
+    """The inverse of `registry_member`."""
+    return Member(
+        identity=_identity(body.identity),
+        role=_role(body.role),
+        address=body.address,
+        metrics_address=body.metrics_address,
+        build=body.build,
+        protocol=body.protocol,
+        model=body.model,
+        fingerprint=body.fingerprint,
+        kv=_kv_from(body.kv) if body.HasField("kv") else None,
+        pages=body.pages,
+        context=body.context,
+        numerics=_numerics_from(body.numerics) if body.HasField("numerics") else None,
+        transport=body.transport,
+        ready=body.ready,
+        lanes=tuple(lane_from(lane) for lane in body.lanes),
+    )
+
+
+def frames(message: m.Message) -> list[Frame]:
+    """A message as frames: one, but for a prompt, which travels in pieces of `PIECE_TOKENS`."""
+    ticket = _ticket(message.ticket)
+    match message:
+        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints):
+            offer = worker_pb2.Offer(
+                ticket=ticket, prompt_tokens=prompt_tokens, max_tokens=max_tokens, wait_s=wait_s, hints=_hints(hints)
+            )
+            return [Frame(offer=offer)]
+        case m.Accept(_, cached_tokens, wait_s):
+            return [Frame(accept=worker_pb2.Accept(ticket=ticket, cached_tokens=cached_tokens, wait_s=wait_s))]
+        case m.Reject(_, reason, wait_s):
+            return [Frame(reject=worker_pb2.Reject(ticket=ticket, reason=reason, wait_s=wait_s))]
+        case m.Prompt(_, request, second):
+            cuts = range(0, len(request.prompt), PIECE_TOKENS)
+            pieces = [worker_pb2.PromptPiece(ticket=ticket, tokens=request.prompt[c : c + PIECE_TOKENS]) for c in cuts]
+            pieces[-1].request.CopyFrom(_meta(request))
+            pieces[-1].second = str(second) if second else ""
+            return [Frame(prompt=piece) for piece in pieces]
+        case m.Cancel(_, reason):
+            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason))]
+        case m.Tokens(_, index, tokens, hashes):
+            body = worker_pb2.Tokens(ticket=ticket, index=index, tokens=tokens, logits_hashes=hashes)
+            return [Frame(tokens=body)]
+        case m.Handed(_, stages):
+            return [Frame(handed=worker_pb2.Handed(ticket=ticket, stages=[stage_proto(stage) for stage in stages]))]
+        case m.Finished(_, reason, completion_tokens, stop_token_id, stages):
+            finished = worker_pb2.Finished(
+                ticket=ticket,
+                reason=reason,
+                completion_tokens=completion_tokens,
+                stop_token_id=stop_token_id,
+                stages=[stage_proto(stage) for stage in stages],
+            )
+            return [Frame(finished=finished)]
+        case m.Failed(_, code, why):
+            return [Frame(failed=worker_pb2.Failed(ticket=ticket, code=code, message=why))]
+        case m.Reserve(_, request):
+            return [Frame(reserve=worker_pb2.Reserve(ticket=ticket, request=_meta(request), prompt=request.prompt))]
+        case m.Grant():
+            return [Frame(grant=worker_pb2.Grant(ticket=ticket))]
+        case m.Refuse(_, reason):
+            return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
+        case m.Ready(_, first_page, runs, digests, first_token):
+            ready = worker_pb2.Ready(
+                ticket=ticket,
+                first_page=first_page,
+                runs=[worker_pb2.PageRun(start=run.start, count=run.count) for run in runs],
+                digests=digests,
+                first_token=first_token,
+            )
+            return [Frame(ready=ready)]
+        case m.Taken():
+            return [Frame(taken=worker_pb2.Taken(ticket=ticket))]
+        case m.Release(_, reason):
+            return [Frame(release=worker_pb2.Release(ticket=ticket, reason=reason))]
+
+
+class Reader:
+    """Messages out of one stream's frames; holds the pieces of prompts that are not whole yet."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[int]] = {}
+
+    def message(self, frame: Frame) -> m.Message | None:
+        """The message a frame completes, None for a piece of a prompt. Raises RemoteError if it makes no sense."""
+        try:
+            return self._message(frame)
+        except (LocalError, RequestError) as error:
+            raise RemoteError(f"frame {frame.WhichOneof('body')}: {error}") from error
+
+    def _message(self, frame: Frame) -> m.Message | None:
+        match frame.WhichOneof("body"):
+            case "offer":
+                offer = frame.offer
+                ticket = _ticket_from(offer.ticket)
+                return m.Offer(ticket, offer.prompt_tokens, offer.max_tokens, offer.wait_s, _hints_from(offer.hints))
+            case "accept":
+                return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)
+            case "reject":
+                return m.Reject(_ticket_from(frame.reject.ticket), frame.reject.reason, frame.reject.wait_s)
+            case "prompt":
+                return self._prompt(frame.prompt)
+            case "cancel":
+                ticket = _ticket_from(frame.cancel.ticket)
+                self._pieces.pop(ticket.key, None)
+                return m.Cancel(ticket, frame.cancel.reason)
+            case "tokens":
+                tokens = frame.tokens
+                return m.Tokens(
+                    _ticket_from(tokens.ticket), tokens.index, tuple(tokens.tokens), tuple(tokens.logits_hashes)
+                )
+            case "handed":
+                return m.Handed(_ticket_from(frame.handed.ticket), _stages_from(frame.handed.stages))
+            case "finished":
+                finished = frame.finished
+                return m.Finished(
+                    _ticket_from(finished.ticket),
+                    finished.reason,
+                    finished.completion_tokens,
+                    finished.stop_token_id if finished.HasField("stop_token_id") else None,
+                    _stages_from(finished.stages),
+                )
+            case "failed":
+                return m.Failed(_ticket_from(frame.failed.ticket), frame.failed.code, frame.failed.message)
+            case "reserve":
+                reserve = frame.reserve
+                return m.Reserve(_ticket_from(reserve.ticket), _request(reserve.request, tuple(reserve.prompt)))
+            case "grant":
+                return m.Grant(_ticket_from(frame.grant.ticket))
+            case "refuse":
+                return m.Refuse(_ticket_from(frame.refuse.ticket), frame.refuse.reason)
+            case "ready":
+                ready = frame.ready
+                return m.Ready(
+                    _ticket_from(ready.ticket),
+                    ready.first_page,
+                    tuple(PageRun(run.start, run.count) for run in ready.runs),
+                    tuple(ready.digests),
+                    ready.first_token if ready.HasField("first_token") else None,
+                )
+            case "taken":
+                return m.Taken(_ticket_from(frame.taken.ticket))
+            case "release":
+                return m.Release(_ticket_from(frame.release.ticket), frame.release.reason)
+            case other:
+                raise RemoteError(f"frame: got {other}, want a message")
+
+    def _prompt(self, piece: worker_pb2.PromptPiece) -> m.Prompt | None:
+        ticket = _ticket_from(piece.ticket)
+        tokens = self._pieces.setdefault(ticket.key, [])
+        tokens.extend(piece.tokens)
+        if not piece.HasField("request"):
+            return None
+        del self._pieces[ticket.key]
+        second = _identity(piece.second) if piece.second else None
+        return m.Prompt(ticket, _request(piece.request, tuple(tokens)), second)
+
+
+def stage_proto(stage: Stage) -> common_pb2.Stage:
+    """A stage of a waterfall."""
+    return common_pb2.Stage(name=stage.name, worker=stage.worker, seconds=stage.seconds, detail=stage.detail)
+
+
+def hints_from(body: common_pb2.Hints) -> Hints:
+    """A caller's hints."""
+    return _hints_from(body)
+
+
+def _ticket(ticket: Ticket) -> worker_pb2.Ticket:
+    return worker_pb2.Ticket(
+        minter=str(ticket.minter),
+        counter=ticket.counter,
+        attempt=ticket.attempt,
+        source=str(ticket.source),
+        sink=str(ticket.sink),
+    )
+
+
+def _ticket_from(body: worker_pb2.Ticket) -> Ticket:
+    return Ticket(_identity(body.minter), body.counter, body.attempt, _identity(body.source), _identity(body.sink))
+
+
+def _identity(text: str) -> Identity:
+    try:
+        return Identity.parse(text)
+    except LocalError as error:
+        raise RemoteError(str(error)) from error
+
+
+def _role(text: str) -> Role:
+    try:
+        return Role(text)
+    except ValueError:
+        raise RemoteError(f"role: got {text!r}, want one of {[role.value for role in Role]}") from None
+
+
+def _kv(shape: KvShape | None) -> common_pb2.KvShape | None:
+    if shape is None:
+        return None
+    return common_pb2.KvShape(
+        layers=shape.layers,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        page_tokens=shape.page_tokens,
+        dtype=shape.dtype,
+    )
+
+
+def _kv_from(body: common_pb2.KvShape) -> KvShape:
+    try:
+        return KvShape(body.layers, body.kv_heads, body.head_dim, body.page_tokens, body.dtype)
+    except LocalError as error:
+        raise RemoteError(str(error)) from error
+
+
+def _numerics(numerics: Numerics | None) -> common_pb2.Numerics | None:
+    if numerics is None:
+        return None
+    return common_pb2.Numerics(exact=numerics.exact, dtype=numerics.dtype, threads=numerics.threads, cpu=numerics.cpu)
+
+
+def _numerics_from(body: common_pb2.Numerics) -> Numerics:
+    return Numerics(body.exact, body.dtype, body.threads, body.cpu)
+
+
+def _hints(hints: Hints) -> common_pb2.Hints:
+    return common_pb2.Hints(
+        priority=hints.priority,
+        session=hints.session,
+        tenant=hints.tenant,
+        group=hints.group,
+        program_step=hints.program_step,
+        tool=hints.tool,
+    )
+
+
+def _hints_from(body: common_pb2.Hints) -> Hints:
+    return Hints(body.priority, body.session, body.tenant, body.group, body.program_step, body.tool)
+
+
+def _stages_from(stages: Iterable[common_pb2.Stage]) -> tuple[Stage, ...]:
+    return tuple(Stage(stage.name, stage.worker, stage.seconds, dict(stage.detail)) for stage in stages)
+
+
+def _meta(request: Request) -> worker_pb2.RequestMeta:
+    sampling = request.sampling
+    return worker_pb2.RequestMeta(
+        id=request.id,
+        sampling=common_pb2.Sampling(
+            max_tokens=sampling.max_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=sampling.ignore_eos,
+        ),
+        timeout_s=request.timeout_s,
+        slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
+        hints=_hints(request.hints),
+    )
+
+
+def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
+    s = meta.sampling
+    sampling = Sampling(s.max_tokens, s.temperature, s.top_k, s.top_p, s.seed, tuple(s.stop_token_ids), s.ignore_eos)
+    slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
+    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, _hints_from(meta.hints))

@@ -1,0 +1,102 @@
+"""Who is still there, judged from what was heard: streams that ended, heartbeats that stopped. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.worker import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A stream to this process stands."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Something came from it."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """Its stream ended; `goodbye` if it said so itself, anything else is a loss (a killed peer looks like a close)."""
+
+    identity: Identity
+    goodbye: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """This life of the process is over for us; it may only come back as another incarnation or a new stream."""
+
+    identity: Identity
+    reason: str
+
+
+LivenessEvent = Connected | Heard | Disconnected
+
+
+@dataclass(slots=True)
+class _Known:
+    heard_at: float
+    gone_at: float | None = None
+
+
+class Liveness:
+    """Declares each identity lost once: at goodbye, `grace_s` after its stream broke, or when silent too long.
+
+    A new incarnation of a name ends the old one at once.
+    """
+
+    def __init__(self, *, silence_s: float, grace_s: float) -> None:
+        self._silence_s = silence_s
+        self._grace_s = grace_s
+        self._known: dict[Identity, _Known] = {}
+
+    def alive(self) -> tuple[Identity, ...]:
+        """Everybody not declared lost, those in their grace included."""
+        return tuple(self._known)
+
+    def on(self, event: LivenessEvent | None, now: float) -> list[Lost]:
+        match event:
+            case None:
+                lost = [Lost(who, self._why(known)) for who, known in self._known.items() if self._until(known) <= now]
+            case Connected(identity):
+                lost = [
+                    Lost(who, "replaced by a new incarnation")
+                    for who in self._known
+                    if who.name == identity.name and who != identity
+                ]
+                self._known[identity] = _Known(now)
+            case Heard(identity):
+                if identity in self._known:
+                    self._known[identity].heard_at = now
+                lost = []
+            case Disconnected(identity, goodbye):
+                known = self._known.get(identity)
+                lost = []
+                if known is not None and (goodbye or self._grace_s == 0):
+                    lost = [Lost(identity, "said goodbye" if goodbye else "stream broke")]
+                elif known is not None and known.gone_at is None:
+                    known.gone_at = now
+        for each in lost:
+            del self._known[each.identity]
+        return lost
+
+    def deadline(self) -> float | None:
+        return min((self._until(known) for known in self._known.values()), default=None)
+
+    def check(self) -> None:
+        names = [identity.name for identity in self._known]
+        assert len(names) == len(set(names)), "two lives of one name"
+
+    def _until(self, known: _Known) -> float:
+        silent = known.heard_at + self._silence_s
+        return silent if known.gone_at is None else min(silent, known.gone_at + self._grace_s)
+
+    def _why(self, known: _Known) -> str:
+        return "silent" if known.gone_at is None else "stream broke and did not come back"

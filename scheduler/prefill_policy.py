@@ -1,0 +1,416 @@
+"""What a prefill worker computes next: accept or reject, queue, chunk, hand off. Pure.
+
+First come, first served, in chunks of a fixed token budget (after Sarathi-Serve, section 4.2: a bounded step keeps
+the wait for a cancellation or a new batch bounded). A request is offered before its prompt is sent, so that a worker
+that cannot meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from core.kv import KvShape
+from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
+from core.pages import Owner, Pages
+from core.request import Request, Stage, Ticket
+from core.worker import Identity
+
+
+# Events (beside the messages Offer, Prompt and Cancel).
+@dataclass(frozen=True, slots=True)
+class ChunkDone:
+    """A `RunChunk` is over; `firsts` are the sequences whose prompt is complete, with the token that it gave."""
+
+    run_id: int
+    firsts: tuple[First, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class First:
+    """The first token of a sequence; `finish` if it is also its last."""
+
+    key: str
+    token: int
+    finish: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The sink promised memory."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandOffOver:
+    """The source forgot the ticket: the sink has the KV (`taken`), or will not have it."""
+
+    key: str
+    taken: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayGone:
+    """A gateway died, and its requests with it."""
+
+    identity: Identity
+
+
+# Commands.
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Send a message to the ticket's gateway."""
+
+    message: Accept | Reject | Failed | Finished | Handed
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Make a sequence known to the engine."""
+
+    ticket: Ticket
+    request: Request
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Compute prompt positions [start, stop) of a sequence."""
+
+    key: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunChunk:
+    """One engine step; ends in one `ChunkDone`."""
+
+    run_id: int
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AskForSink:
+    """Ask the ticket's sink for memory; ends in `HandOffOver`, perhaps after `Granted`."""
+
+    ticket: Ticket
+    request: Request
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class SealPages:
+    """The first `tokens` of the prompt are in `pages`: let the sink pull what is whole."""
+
+    key: str
+    pages: tuple[int, ...]
+    tokens: int
+    first_token: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawHandOff:
+    """End the hand-off from this side; ends in `HandOffOver`."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndSequence:
+    """Forget a sequence at the engine."""
+
+    key: str
+
+
+PrefillEvent = Offer | Prompt | Cancel | ChunkDone | Granted | HandOffOver | GatewayGone
+PrefillCommand = Answer | Begin | RunChunk | AskForSink | SealPages | WithdrawHandOff | EndSequence
+
+
+class State(StrEnum):
+    """Where a request is on a prefill worker."""
+
+    OFFERED = "offered"
+    QUEUED = "queued"
+    RUNNING = "running"
+    HANDING_OFF = "handing_off"
+
+
+class Grant(StrEnum):
+    """How far the sink is."""
+
+    NOT_ASKED = "not_asked"
+    ASKED = "asked"
+    GIVEN = "given"
+
+
+@dataclass(slots=True)
+class _Job:
+    ticket: Ticket
+    prompt_tokens: int
+    deadline: float
+    since: float
+    state: State = State.OFFERED
+    request: Request | None = None
+    second: Identity | None = None
+    grant: Grant = Grant.NOT_ASKED
+    begun: bool = False
+    done: int = 0
+    first_token: int | None = None
+    cancelled: str | None = None
+    accepted_at: float = 0.0
+    started_at: float = 0.0
+    computed_at: float = 0.0
+    chunks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillConfig:
+    """Settings of a prefill worker's policy."""
+
+    chunk_tokens: int = 512
+    """Most tokens in one engine step."""
+    max_rows: int = 32
+    """Most sequences in one engine step."""
+    offer_s: float = 1.0
+    """An accepted offer lapses after this time without its prompt."""
+    ungranted_share: float = 0.1
+    """Share of the arena that may hold KV no sink has promised to take."""
+
+
+def holder(key: str) -> str:
+    """Names a prefill sequence in the ledger and the engine, apart from the same ticket's decode sequence."""
+    return f"prefill {key}"
+
+
+class PrefillPolicy:
+    """The queue of one prefill worker; at most one `RunChunk` is out at a time."""
+
+    def __init__(self, me: Identity, shape: KvShape, ledger: Pages, config: PrefillConfig) -> None:
+        self._me = me
+        self._shape = shape
+        self._ledger = ledger
+        self._config = config
+        self._capacity = ledger.available
+        self._jobs: dict[str, _Job] = {}
+        self._running: tuple[Span, ...] = ()
+        self._run_id = 0
+        self._run_started = 0.0
+        self._tokens_per_s = 0.0
+        self.ignored = 0
+        """Messages about tickets we do not hold."""
+
+    def queue(self) -> dict[State, int]:
+        """Requests in each state."""
+        counts = dict.fromkeys(State, 0)
+        for job in self._jobs.values():
+            counts[job.state] += 1
+        return counts
+
+    def predicted_wait_s(self, tokens: int = 0) -> float:
+        """Time until the queue and `tokens` more are computed, from the measured speed; 0 before there is one."""
+        left = sum(job.prompt_tokens - job.done for job in self._jobs.values() if job.first_token is None)
+        return (left + tokens) / self._tokens_per_s if self._tokens_per_s else 0.0
+
+    def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
+        commands: list[PrefillCommand] = []
+        match event:
+            case None:
+                for late in [job for job in self._jobs.values() if self._until(job) <= now]:
+                    if late.state is not State.OFFERED:
+                        commands.append(Answer(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
+                    commands += self._cancel(late, "deadline")
+            case Offer():
+                commands.append(self._offered(event, now))
+            case Prompt(ticket, request, second):
+                job = self._jobs.get(ticket.key)
+                if job is None or job.state is not State.OFFERED or len(request.prompt) != job.prompt_tokens:
+                    self.ignored += 1
+                    return [Answer(Failed(ticket, "ABORTED", "the offer has lapsed"))]
+                job.state, job.request, job.second, job.since = State.QUEUED, request, second, now
+                job.deadline = now + request.timeout_s
+            case Cancel(ticket, reason):
+                commands += self._cancel_where(lambda job: job.ticket.key == ticket.key, reason)
+            case GatewayGone(identity):
+                commands += self._cancel_where(lambda job: job.ticket.minter == identity, "its gateway was lost")
+            case Granted(key):
+                job = self._jobs.get(key)
+                if job is None:
+                    self.ignored += 1
+                else:
+                    job.grant = Grant.GIVEN
+            case HandOffOver():
+                commands += self._hand_off_over(event, now)
+            case ChunkDone():
+                commands += self._chunk_done(event, now)
+        return commands + self._plan(now)
+
+    def deadline(self) -> float | None:
+        return min((self._until(job) for job in self._jobs.values() if job.cancelled is None), default=None)
+
+    def check(self) -> None:
+        running = {span.key for span in self._running}
+        for key, job in self._jobs.items():
+            assert key == job.ticket.key
+            held = len(self._ledger.pages(holder(key)))
+            assert held == (self._shape.pages_for(job.prompt_tokens) if job.begun else 0)
+            assert job.begun == (job.state in (State.RUNNING, State.HANDING_OFF))
+            assert job.cancelled is None or key in running or job.grant is not Grant.NOT_ASKED, "a cancelled job stays"
+            assert (job.state is State.HANDING_OFF) == (job.first_token is not None)
+        assert running <= self._jobs.keys(), "a computed sequence was freed"
+
+    def _until(self, job: _Job) -> float:
+        if job.cancelled is not None:
+            return float("inf")
+        return job.since + self._config.offer_s if job.state is State.OFFERED else job.deadline
+
+    def _offered(self, offer: Offer, now: float) -> PrefillCommand:
+        ticket = offer.ticket
+        if ticket.key in self._jobs or ticket.source != self._me:
+            self.ignored += 1
+            return Answer(Reject(ticket, "offered twice or to an earlier life of this worker"))
+        if self._shape.pages_for(offer.prompt_tokens) > self._capacity:
+            room = self._capacity * self._shape.page_tokens
+            return Answer(Reject(ticket, f"prompt of {offer.prompt_tokens} tokens, room for {room}"))
+        wait_s = self.predicted_wait_s(offer.prompt_tokens)
+        if wait_s > offer.wait_s:
+            return Answer(Reject(ticket, f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s", wait_s))
+        self._jobs[ticket.key] = _Job(ticket, offer.prompt_tokens, 0.0, now, accepted_at=now)
+        return Answer(Accept(ticket, wait_s=wait_s))
+
+    def _plan(self, now: float) -> list[PrefillCommand]:
+        """Fill one step in order of arrival; the first request that cannot start yet ends it, so none is overtaken."""
+        commands: list[PrefillCommand] = []
+        if self._running:
+            head = next((job for job in self._jobs.values() if job.state is State.QUEUED), None)
+            return self._ask(head) if head else []
+        spans: list[Span] = []
+        budget = self._config.chunk_tokens
+        for key, job in self._jobs.items():
+            if job.state not in (State.QUEUED, State.RUNNING) or job.cancelled is not None:
+                continue
+            if budget == 0 or len(spans) == self._config.max_rows:
+                break
+            if not job.begun:
+                commands += self._ask(job)
+                if not self._may_start(job):
+                    break
+                pages = self._ledger.bind(holder(key), self._shape.pages_for(job.prompt_tokens), Owner.PREFILLING)
+                job.begun, job.state, job.started_at = True, State.RUNNING, now
+                assert job.request is not None
+                commands.append(Begin(job.ticket, job.request, pages))
+            stop = min(job.prompt_tokens, job.done + budget)
+            spans.append(Span(key, job.done, stop))
+            budget -= stop - job.done
+        if spans:
+            self._run_id += 1
+            self._running, self._run_started = tuple(spans), now
+            commands.append(RunChunk(self._run_id, self._running))
+        return commands
+
+    def _ask(self, job: _Job) -> list[PrefillCommand]:
+        """Ask the sink before the start, unless the first token is all that is wanted."""
+        assert job.request is not None
+        if job.grant is not Grant.NOT_ASKED or job.request.sampling.max_tokens == 1:
+            return []
+        job.grant = Grant.ASKED
+        return [AskForSink(job.ticket, job.request, job.deadline)]
+
+    def _may_start(self, job: _Job) -> bool:
+        pages = self._shape.pages_for(job.prompt_tokens)
+        if pages > self._ledger.available:
+            return False
+        if job.grant is not Grant.ASKED:
+            return True
+        ungranted = sum(
+            self._shape.pages_for(other.prompt_tokens)
+            for other in self._jobs.values()
+            if other.begun and other.grant is Grant.ASKED
+        )
+        return ungranted + pages <= self._config.ungranted_share * self._capacity
+
+    def _chunk_done(self, event: ChunkDone, now: float) -> list[PrefillCommand]:
+        spans, self._running = self._running, ()
+        if now > self._run_started:
+            speed = sum(span.stop - span.start for span in spans) / (now - self._run_started)
+            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed if self._tokens_per_s else speed
+        firsts = {first.key: first for first in event.firsts}
+        commands: list[PrefillCommand] = []
+        for span in spans:
+            job = self._jobs[span.key]
+            job.done = span.stop
+            job.chunks += 1
+            first = firsts.get(span.key)
+            if job.cancelled is not None:
+                commands += self._end_if_free(job)
+                continue
+            if first is not None:
+                job.first_token, job.state, job.computed_at = first.token, State.HANDING_OFF, now
+                self._ledger.move(holder(span.key), Owner.HANDING_OFF)
+            if first is not None and first.finish is not None:
+                stop = first.token if first.finish == "stop" else None
+                count = 0 if first.finish == "stop" else 1
+                commands.append(Answer(Finished(job.ticket, first.finish, count, stop, self._stages(job, now))))
+                commands += self._cancel(job, "finished with its first token")
+            elif job.grant is not Grant.NOT_ASKED:
+                commands.append(SealPages(span.key, self._ledger.pages(holder(span.key)), job.done, job.first_token))
+        return commands
+
+    def _hand_off_over(self, event: HandOffOver, now: float) -> list[PrefillCommand]:
+        job = self._jobs.get(event.key)
+        if job is None:
+            self.ignored += 1
+            return []
+        job.grant = Grant.NOT_ASKED
+        if event.taken:
+            commands: list[PrefillCommand] = [Answer(Handed(job.ticket, self._stages(job, now)))]
+            job.cancelled = "taken"
+            return commands + self._end_if_free(job)
+        if job.cancelled is not None:
+            return self._end_if_free(job)
+        if job.second is not None:
+            job.ticket, job.second = replace(job.ticket, sink=job.second), None
+            commands = self._ask(job)
+            if job.done:
+                commands.append(SealPages(event.key, self._ledger.pages(holder(event.key)), job.done, job.first_token))
+            return commands
+        commands = [Answer(Failed(job.ticket, "UNAVAILABLE", f"no decode worker took it: {event.reason}"))]
+        return commands + self._cancel(job, event.reason)
+
+    def _cancel_where(self, which: Callable[[_Job], bool], reason: str) -> list[PrefillCommand]:
+        jobs = [job for job in self._jobs.values() if which(job)]
+        if not jobs:
+            self.ignored += 1
+        return [command for job in jobs for command in self._cancel(job, reason)]
+
+    def _cancel(self, job: _Job, reason: str) -> list[PrefillCommand]:
+        """Ask everything that works on the job to stop; its pages are freed when the last of it has."""
+        if job.cancelled is not None:
+            return []
+        job.cancelled = reason
+        if job.grant is not Grant.NOT_ASKED:
+            return [WithdrawHandOff(job.ticket.key, reason)]
+        return self._end_if_free(job)
+
+    def _end_if_free(self, job: _Job) -> list[PrefillCommand]:
+        key = job.ticket.key
+        if job.grant is not Grant.NOT_ASKED or any(span.key == key for span in self._running):
+            return []
+        del self._jobs[key]
+        self._ledger.release(holder(key))
+        return [EndSequence(key)] if job.begun else []
+
+    def _stages(self, job: _Job, now: float) -> tuple[Stage, ...]:
+        me = self._me.name
+        detail = {"tokens": str(job.prompt_tokens), "chunks": str(job.chunks)}
+        stages = [
+            Stage("batch_wait", me, job.started_at - job.accepted_at),
+            Stage("prefill", me, job.computed_at - job.started_at, detail),
+        ]
+        if job.first_token is not None and now > job.computed_at:
+            stages.append(Stage("handing_off", me, now - job.computed_at))
+        return tuple(stages)

@@ -1,0 +1,430 @@
+"""Where a request goes, and what becomes of it: the gateway's one decision maker. Pure.
+
+Offers a request to prefill workers, least loaded first, until one accepts (after P/D-Serve, "on-demand forwarding
+upon rejections"); chooses its decode worker; puts tokens in order and drops duplicates; places it again, with the
+tokens so far, when a worker that it needs is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from core.errors import LocalError
+from core.messages import (
+    Accept,
+    Cancel,
+    Failed,
+    Finished,
+    Handed,
+    Offer,
+    Prompt,
+    Reject,
+    ToGateway,
+    Tokens,
+    ToWorker,
+)
+from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
+from core.worker import Identity, Member
+
+
+# Events (beside the messages from workers).
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A client's request; `counter` is new in this gateway's life."""
+
+    counter: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """Nobody wants the rest of it: the client left, aborted, was too slow or has its stop string."""
+
+    counter: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """A worker can be used: its session stands and it is ready. Comes again when its facts change."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    """This life of a worker cannot be used any more."""
+
+    identity: Identity
+
+
+# Commands.
+@dataclass(frozen=True, slots=True)
+class ToOne:
+    """Send a message to a worker."""
+
+    worker: Identity
+    message: ToWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Give the client these tokens, which follow those delivered before."""
+
+    counter: int
+    tokens: tuple[int, ...]
+    logits_hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The request is over. `phase` is DONE, REJECTED, CANCELLED or FAILED."""
+
+    counter: int
+    phase: Phase
+    reason: str
+    """Finish reason if DONE, else a sentence."""
+    code: str = "OK"
+    """Name of a gRPC status."""
+    retry_s: float | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    stages: tuple[Stage, ...] = ()
+    attempts: int = 1
+
+
+RouterEvent = Arrived | ClientGone | WorkerUp | WorkerDown | ToGateway
+RouterCommand = ToOne | Deliver | End
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Settings of a gateway's policy."""
+
+    max_queue_s: float = 30.0
+    """A request without a TTFT goal is accepted while its wait stays under this."""
+    offer_s: float = 1.0
+    """A worker that does not answer an offer within this time is passed over."""
+    max_attempts: int = 4
+    """Placements of one request before it fails."""
+
+
+@dataclass(slots=True)
+class _Flight:
+    request: Request
+    counter: int
+    arrived_at: float
+    phase: Phase = Phase.QUEUED
+    attempt: int = 0
+    """Numbers the offers, so that a late answer to an old one is told apart."""
+    placements: int = 0
+    """Offers that were accepted."""
+    ticket: Ticket | None = None
+    second: Identity | None = None
+    tried: set[Identity] = field(default_factory=set)
+    refusals: list[Reject] = field(default_factory=list)
+    offered_at: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    base: int = 0
+    """Tokens delivered before this attempt began; its own count starts there."""
+    cached_tokens: int = 0
+    stages: list[Stage] = field(default_factory=list)
+
+    @property
+    def deadline(self) -> float:
+        return self.arrived_at + self.request.timeout_s
+
+    @property
+    def size(self) -> int:
+        """Tokens of KV it may come to."""
+        return len(self.request.prompt) + self.request.sampling.max_tokens
+
+
+class Router:
+    """All requests of one gateway. Each `Arrived` ends in exactly one `End`."""
+
+    def __init__(self, me: Identity, config: RouterConfig) -> None:
+        self._me = me
+        self._config = config
+        self._workers: dict[Identity, Member] = {}
+        self._flights: dict[int, _Flight] = {}
+        self.ignored = 0
+        """Messages about old attempts or ended requests."""
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def phases(self) -> dict[Phase, int]:
+        """Live requests in each phase."""
+        counts = {phase: 0 for phase in Phase if not phase.ended}
+        for flight in self._flights.values():
+            counts[flight.phase] += 1
+        return counts
+
+    def missing(self) -> str | None:
+        """What the deployment lacks to serve anything, None if nothing."""
+        roles = [member.role for member in self._workers.values()]
+        lacking = [
+            name
+            for name, there in (
+                ("prefill", any(role.prefills for role in roles)),
+                ("decode", any(role.decodes for role in roles)),
+            )
+            if not there
+        ]
+        return f"no {' and no '.join(lacking)} worker is ready" if lacking else None
+
+    def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
+        match event:
+            case None:
+                return self._overdue(now)
+            case Arrived(counter, request):
+                if counter in self._flights:
+                    raise LocalError(f"request {counter} arrived twice")
+                return self._arrived(_Flight(request, counter, now), now)
+            case ClientGone(counter, reason):
+                flight = self._flights.get(counter)
+                return self._end(flight, Phase.CANCELLED, reason, "CANCELLED", now) if flight else []
+            case WorkerUp(member):
+                self._workers[member.identity] = member
+                return []
+            case WorkerDown(identity):
+                return self._worker_down(identity, now)
+            case _:
+                return self._heard(event, now)
+
+    def deadline(self) -> float | None:
+        return min((self._until(flight) for flight in self._flights.values()), default=None)
+
+    def check(self) -> None:
+        for counter, flight in self._flights.items():
+            assert counter == flight.counter
+            assert not flight.phase.ended
+            assert (flight.ticket is None) == (flight.phase is Phase.QUEUED)
+            assert flight.base <= len(flight.tokens) <= flight.request.sampling.max_tokens
+
+    def _until(self, flight: _Flight) -> float:
+        offer = flight.offered_at + self._config.offer_s if flight.phase is Phase.OFFERED else flight.deadline
+        return min(offer, flight.deadline)
+
+    def _arrived(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        self._flights[flight.counter] = flight
+        if missing := self.missing():
+            return self._end(flight, Phase.REJECTED, missing, "UNAVAILABLE", now)
+        prompt = len(flight.request.prompt)
+        room = max(member.kv_tokens for member in self._workers.values() if member.role.prefills)
+        if prompt > room:
+            why = f"prompt: got {prompt} tokens, no worker holds more than {room}"
+            return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
+        room = max(member.kv_tokens for member in self._workers.values() if member.role.decodes)
+        if flight.size > room:
+            why = f"prompt and max_tokens: got {flight.size} tokens, no decode worker holds more than {room}"
+            return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
+        return self._offer(flight, now)
+
+    def _offer(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
+        sources = [
+            member.identity
+            for member in self._workers.values()
+            if member.role.prefills and member.identity not in flight.tried
+        ]
+        sinks = sorted(
+            (member for member in self._workers.values() if member.role.decodes and member.kv_tokens >= flight.size),
+            key=lambda member: (self._load(member.identity, sink=True) / member.kv_tokens, member.identity),
+        )
+        if not sources or not sinks:
+            return self._shed(flight, now)
+        source = min(sources, key=lambda identity: (self._load(identity, sink=False), identity))
+        best = [member.identity for member in sinks]
+        if source in best:
+            best = [source]
+        flight.attempt += 1
+        flight.tried.add(source)
+        flight.ticket = Ticket(self._me, flight.counter, flight.attempt, source, best[0])
+        flight.second = best[1] if len(best) > 1 else None
+        flight.phase, flight.offered_at = Phase.OFFERED, now
+        slo = flight.request.slo.ttft_s
+        wait_s = max(0.0, flight.arrived_at + (slo or self._config.max_queue_s) - now)
+        request = self._rest(flight, now)
+        offer = Offer(flight.ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
+        return [ToOne(source, offer)]
+
+    def _shed(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        if not flight.refusals:
+            why = self.missing() or "no worker with room for it answers"
+            return self._end(flight, Phase.FAILED if flight.tokens else Phase.REJECTED, why, "UNAVAILABLE", now)
+        best = min(flight.refusals, key=lambda reject: reject.wait_s)
+        why = f"all {len(flight.refusals)} prefill workers refused; {best.ticket.source.name}: {best.reason}"
+        return self._end(flight, Phase.REJECTED, why, "RESOURCE_EXHAUSTED", now, retry_s=max(best.wait_s, 0.1))
+
+    def _rest(self, flight: _Flight, now: float) -> Request:
+        """What is left to do: the tokens so far are forced, because they are part of the prompt."""
+        request, done = flight.request, tuple(flight.tokens)
+        return replace(
+            request,
+            prompt=request.prompt + done,
+            sampling=replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done)),
+            timeout_s=max(0.0, flight.deadline - now),
+        )
+
+    def _load(self, identity: Identity, *, sink: bool) -> int:
+        """Tokens this gateway has in flight at a worker."""
+        total = 0
+        for flight in self._flights.values():
+            ticket = flight.ticket
+            if ticket is None:
+                continue
+            if sink and ticket.sink == identity:
+                total += flight.size
+            elif not sink and ticket.source == identity and flight.phase in (Phase.OFFERED, Phase.PREFILLING):
+                total += len(flight.request.prompt)
+        return total
+
+    def _heard(self, message: ToGateway, now: float) -> list[RouterCommand]:
+        flight = self._flights.get(message.ticket.counter)
+        if flight is None or flight.ticket is None or message.ticket.key != flight.ticket.key:
+            self.ignored += 1
+            return []
+        match message:
+            case Accept(_, cached_tokens):
+                if flight.phase is not Phase.OFFERED:
+                    return self._ignore()
+                self._enter(flight, Phase.PREFILLING)
+                flight.cached_tokens = cached_tokens
+                flight.placements += 1
+                flight.stages.append(Stage("queued", self._me.name, flight.offered_at - flight.arrived_at))
+                flight.stages.append(Stage("offered", self._me.name, now - flight.offered_at))
+                flight.base = len(flight.tokens)
+                prompt = Prompt(flight.ticket, self._rest(flight, now), flight.second)
+                return [ToOne(flight.ticket.source, prompt)]
+            case Reject():
+                if flight.phase is not Phase.OFFERED:
+                    return self._ignore()
+                flight.refusals.append(message)
+                return self._again(flight, now)
+            case Tokens():
+                return self._tokens(flight, message, now)
+            case Handed(_, stages):
+                flight.stages += stages
+                return self._moved(flight, message.ticket, now)
+            case Finished(_, reason, completion, stop_token_id, stages):
+                flight.stages += stages
+                if flight.base + completion != len(flight.tokens):
+                    why = f"{flight.base + completion} tokens were generated, {len(flight.tokens)} came"
+                    return self._end(flight, Phase.FAILED, why, "INTERNAL", now)
+                return self._end(flight, Phase.DONE, reason, "OK", now, stop_token_id=stop_token_id)
+            case Failed(_, code, why):
+                if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
+                    return self._lost_attempt(flight, why, now)
+                return self._end(flight, Phase.FAILED, why, code, now)
+
+    def _tokens(self, flight: _Flight, message: Tokens, now: float) -> list[RouterCommand]:
+        """Deliver what is new; a token that was sent is never sent again nor changed."""
+        have = len(flight.tokens)
+        first = flight.base + message.index
+        if first > have:
+            raise LocalError(f"{message.ticket.key}: got token {first}, want at most {have}")
+        fresh = message.tokens[have - first :]
+        if not fresh:
+            return []
+        flight.tokens.extend(fresh)
+        if flight.phase is Phase.PREFILLING:
+            self._enter(flight, Phase.HANDING_OFF)
+        deliver = Deliver(flight.counter, fresh, message.logits_hashes[have - first :])
+        if len(flight.tokens) > flight.base + 1:
+            return [deliver, *self._moved(flight, message.ticket, now)]
+        return [deliver]
+
+    def _moved(self, flight: _Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
+        """The sink has the KV; it may be the second choice, and it may have died since."""
+        if flight.phase is not Phase.HANDING_OFF:
+            return []
+        self._enter(flight, Phase.DECODING)
+        flight.ticket = ticket
+        if ticket.sink in self._workers:
+            return []
+        return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
+
+    def _worker_down(self, identity: Identity, now: float) -> list[RouterCommand]:
+        self._workers.pop(identity, None)
+        commands: list[RouterCommand] = []
+        for flight in list(self._flights.values()):
+            ticket = flight.ticket
+            if ticket is None:
+                continue
+            needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
+            at_source = needs_source and ticket.source == identity
+            at_sink = flight.phase is Phase.DECODING and ticket.sink == identity
+            if at_source or at_sink:
+                commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
+        return commands
+
+    def _lost_attempt(self, flight: _Flight, why: str, now: float) -> list[RouterCommand]:
+        if flight.placements >= self._config.max_attempts:
+            why = f"{flight.placements} attempts, the last: {why}"
+            return self._end(flight, Phase.FAILED, why, "UNAVAILABLE", now)
+        flight.tried.clear()
+        flight.refusals.clear()
+        return [*self._recall(flight, why), *self._again(flight, now)]
+
+    def _again(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        self._enter(flight, Phase.QUEUED)
+        flight.ticket = None
+        return self._offer(flight, now)
+
+    def _overdue(self, now: float) -> list[RouterCommand]:
+        commands: list[RouterCommand] = []
+        for flight in [flight for flight in self._flights.values() if self._until(flight) <= now]:
+            if flight.deadline <= now:
+                why = f"not done within {flight.request.timeout_s:g} s, {len(flight.tokens)} tokens were sent"
+                commands += self._end(flight, Phase.FAILED, why, "DEADLINE_EXCEEDED", now)
+            else:
+                commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
+        return commands
+
+    def _recall(self, flight: _Flight, reason: str) -> list[RouterCommand]:
+        """Cancel at every worker that may hold something for this attempt."""
+        ticket = flight.ticket
+        if ticket is None:
+            return []
+        where = [ticket.source]
+        if flight.phase is not Phase.OFFERED:
+            where += [who for who in (ticket.sink, flight.second) if who is not None and who not in where]
+        return [ToOne(who, Cancel(ticket, reason)) for who in where if who in self._workers]
+
+    def _end(
+        self,
+        flight: _Flight,
+        phase: Phase,
+        reason: str,
+        code: str,
+        now: float,
+        *,
+        retry_s: float | None = None,
+        stop_token_id: int | None = None,
+    ) -> list[RouterCommand]:
+        commands = [] if phase is Phase.DONE else self._recall(flight, reason)
+        self._enter(flight, phase)
+        del self._flights[flight.counter]
+        end = End(
+            flight.counter,
+            phase,
+            reason,
+            code,
+            retry_s,
+            stop_token_id,
+            flight.cached_tokens,
+            tuple(flight.stages),
+            max(flight.placements, 1),
+        )
+        return [*commands, end]
+
+    def _enter(self, flight: _Flight, phase: Phase) -> None:
+        if phase not in PHASE_NEXT[flight.phase]:
+            raise LocalError(f"request {flight.counter}: got {phase} after {flight.phase}")
+        flight.phase = phase
+
+    def _ignore(self) -> list[RouterCommand]:
+        self.ignored += 1
+        return []

@@ -1,0 +1,70 @@
+"""Plays sequences through an engine: chunks, batches, moves between engines, with pages dealt in any order."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from core.sampling import Sampling
+from engine.api import Row, Sampled
+from engine.engine import TorchEngine
+
+
+class Dealer:
+    """Hands out an arena's pages in a shuffled or ascending order."""
+
+    def __init__(self, engine: TorchEngine, shuffle: random.Random | None = None) -> None:
+        self.engine = engine
+        self.free = list(range(engine.pages))
+        if shuffle is not None:
+            shuffle.shuffle(self.free)
+        else:
+            self.free.reverse()
+
+    def deal(self, tokens: int) -> list[int]:
+        """Pages for so many tokens."""
+        return [self.free.pop() for _ in range(self.engine.kv.pages_for(tokens))]
+
+    def back(self, pages: Iterable[int]) -> None:
+        """Take pages back."""
+        self.free.extend(pages)
+
+
+def poison(engine: TorchEngine) -> None:
+    """Fill the arena with NaN (all bits set is NaN in fp32 and in bf16)."""
+    np.frombuffer(engine.arena, dtype=np.uint8)[:] = 0xFF
+
+
+def chunks(start: int, stop: int, sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """[start, stop) cut into pieces of `sizes`, the last size repeating."""
+    out, size = [], 0
+    source = iter(sizes)
+    while start < stop:
+        size = next(source, size)
+        out.append((start, min(start + size, stop)))
+        start = out[-1][1]
+    return out
+
+
+def alone(
+    engine: TorchEngine, prompt: Sequence[int], sampling: Sampling, sizes: Sequence[int] = (10**9,), name: str = "alone"
+) -> list[Sampled]:
+    """Everything that one sequence gives when it runs by itself, pages ascending."""
+    pages = list(range(engine.kv.pages_for(len(prompt) + sampling.max_tokens)))
+    engine.open(name, prompt, pages, sampling, len(prompt))
+    out: list[Sampled] = []
+    for start, stop in chunks(0, len(prompt), sizes):
+        out += engine.step([Row(name, start, stop)])
+    while out[-1].finish is None:
+        out += engine.step([Row(name, out[-1].position, out[-1].position + 1)])
+    engine.close(name)
+    return out
+
+
+def move(sequence: str, source: TorchEngine, pages: Sequence[int], sink: TorchEngine, into: Sequence[int]) -> None:
+    """Copy a sequence's pages into another engine's arena, byte for byte."""
+    size = source.kv.page_nbytes
+    for page, target in zip(pages, into, strict=False):
+        sink.arena[target * size : (target + 1) * size] = source.arena[page * size : (page + 1) * size]

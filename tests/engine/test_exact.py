@@ -1,0 +1,134 @@
+"""Exact mode: a sequence's logits are bit-equal however its work is cut, batched, moved or repeated."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from core.sampling import Sampling
+from engine.api import Row
+from tests.engine.play import Dealer, alone, chunks, move, poison
+
+PROMPTS = [random.Random(length).choices(range(2, 128), k=length) for length in (1, 7, 8, 33, 90, 300, 515)]
+SAMPLINGS = [
+    Sampling(6),
+    Sampling(9, temperature=0.8, seed=11),
+    Sampling(7, temperature=1.1, top_k=20, top_p=0.9, seed=2**60),
+]
+PAIRS = [(prompt, sampling) for prompt in PROMPTS for sampling in SAMPLINGS]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def exact(request, engine):
+    """Three exact engines of one dtype (arenas of NaN, different page sizes), and each pair's text when alone."""
+    engines = [engine("gqa", dtype=request.param, exact=True, page_tokens=size) for size in (16, 16, 64)]
+    for one in engines:
+        poison(one)
+    return engines, [alone(engines[0], *pair) for pair in PAIRS]
+
+
+def strip(samples):
+    return [(sample.position, sample.token, sample.finish, sample.logits_hash) for sample in samples]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_schedule_gives_the_same_bits(exact, data):
+    engines, truth = exact
+    rng = random.Random(data.draw(st.integers(0, 2**32)))
+    chosen = data.draw(st.lists(st.integers(0, len(PAIRS) - 1), min_size=1, max_size=8, unique=True))
+    source = engines[data.draw(st.sampled_from([0, 2]))]
+    poison(source)
+    dealer = Dealer(source, rng)
+    got: dict[str, list] = {}
+    work: dict[str, list[tuple[int, int]]] = {}
+    pages = {}
+    for number in chosen:
+        prompt, sampling = PAIRS[number]
+        name = str(number)
+        pages[name] = dealer.deal(len(prompt) + sampling.max_tokens)
+        source.open(name, prompt, pages[name], sampling, len(prompt))
+        work[name] = chunks(0, len(prompt), [rng.choice([1, 3, 8, 31, 64, 200]) for _ in range(1000)])
+        got[name] = []
+    while work:
+        names = [name for name in work if rng.random() < 0.7]
+        rng.shuffle(names)
+        rows = [Row(name, *work[name][0]) for name in names]
+        for name in names:
+            work[name].pop(0)
+        for sample in source.step(rows):
+            name = sample.sequence
+            got[name].append(sample)
+            if sample.finish is None:
+                work[name].append((sample.position, sample.position + 1))
+        work = {name: left for name, left in work.items() if left}
+    for number in chosen:
+        source.close(str(number))
+        assert strip(got[str(number)]) == strip(truth[number])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(number=st.integers(0, len(PAIRS) - 1), after=st.integers(1, 6), seed=st.integers(0, 2**32))
+def test_a_move_changes_no_bit(exact, number, after, seed):
+    (source, sink, _), truth = exact
+    prompt, sampling = PAIRS[number]
+    want = truth[number]
+    after = min(after, len(want) - 1)
+    rng = random.Random(seed)
+    poison(sink)
+    pages = Dealer(source, rng).deal(len(prompt) + sampling.max_tokens)
+    into = Dealer(sink, rng).deal(len(prompt) + sampling.max_tokens)
+    source.open("s", prompt, pages, sampling, len(prompt))
+    got = source.step([Row("s", 0, len(prompt))])
+    while len(got) < after:
+        got += source.step([Row("s", got[-1].position, got[-1].position + 1)])
+    move("s", source, pages, sink, into)
+    source.close("s")
+    sink.open("s", prompt + [sample.token for sample in got], into, sampling, len(prompt))
+    while got[-1].finish is None:
+        got += sink.step([Row("s", got[-1].position, got[-1].position + 1)])
+    sink.close("s")
+    assert strip(got) == strip(want)
+
+
+@pytest.mark.parametrize("number", [2, 10, 20])
+@pytest.mark.parametrize("sizes", [(10**9,), (5,), (100, 1)])
+def test_recomputing_prompt_and_output_changes_no_bit(exact, number, sizes):
+    (_, _, other), truth = exact
+    prompt, sampling = PAIRS[number]
+    want = truth[number]
+    known = prompt + [sample.token for sample in want[:4]]
+    poison(other)
+    other.open("s", known, Dealer(other).deal(len(known) + 8), sampling, len(prompt))
+    got = []
+    for start, stop in chunks(0, len(known), sizes):
+        got += other.step([Row("s", start, stop)])
+    while got[-1].finish is None:
+        got += other.step([Row("s", got[-1].position, got[-1].position + 1)])
+    other.close("s")
+    assert strip(got) == strip(want[4:])
+
+
+@pytest.mark.parametrize("name", ["odd", "mqa", "tied", "wide"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_shapes_keep_their_bits(engine, name, dtype):
+    one = engine(name, dtype=dtype, exact=True)
+    poison(one)
+    prompt, sampling = PROMPTS[5], Sampling(5, temperature=0.7, seed=3)
+    want = strip(alone(one, prompt, sampling))
+    assert strip(alone(one, prompt, sampling, (77, 1, 60))) == want
+    short = Sampling(300)
+    one.open("beside", PROMPTS[4], Dealer(one).deal(500)[::-1], short, len(PROMPTS[4]))
+    one.step([Row("beside", 0, 90)])
+    one.open("s", prompt, list(range(one.pages - 25, one.pages)), sampling, len(prompt))
+    got, at = [], 90
+    for start, stop in [(0, 40), (40, 41), (41, 300)]:
+        both = one.step([Row("beside", at, at + 1), Row("s", start, stop)])
+        at += 1
+        got += both[1:]
+    while got[-1].finish is None:
+        got += one.step([Row("s", got[-1].position, got[-1].position + 1)])
+    assert strip(got) == want

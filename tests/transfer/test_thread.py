@@ -1,0 +1,197 @@
+"""The transfer thread: every call ends in one event, reads are not starved, and idling costs next to nothing."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from core.errors import RemoteError
+from core.kv import KvShape, PageRun
+from tests.transfer.peer import arena, make
+from transfer import nixl
+from transfer.digest import digests
+from transfer.inprocess import InProcess
+from transfer.thread import (
+    Closed,
+    Connected,
+    ConnectFailed,
+    Digested,
+    DigestFailed,
+    Event,
+    LaneProbed,
+    Opened,
+    OpenFailed,
+    ProbeFailed,
+    TransferThread,
+)
+from transfer.transport import ReadDone, ReadFailed, Transport
+
+KV = KvShape(layers=4, kv_heads=2, head_dim=64, page_tokens=16, dtype="bfloat16")
+UNITS = 64
+KINDS = [
+    "inprocess",
+    "zeromq",
+    pytest.param("nixl", marks=pytest.mark.skipif(nixl.available() is not None, reason=str(nixl.available()))),
+]
+
+
+class Owner:
+    """What a worker does with a transfer thread, without a loop."""
+
+    def __init__(self, owner: str, make_one: Callable[[], Transport], seed: int | None = None, kv: KvShape | None = KV):
+        self.owner = owner
+        self.memory = arena(UNITS, KV.page_nbytes, seed)
+        self.bytes = np.frombuffer(self.memory, dtype=np.uint8).reshape(UNITS, -1)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.thread = TransferThread(make_one, self.memory, KV.page_nbytes, self.events.put, kv)
+        self.thread.start()
+
+    def event(self, timeout_s: float = 5.0) -> Event:
+        return self.events.get(timeout=timeout_s)
+
+    def opened(self) -> bytes:
+        event = self.event()
+        assert isinstance(event, Opened), event
+        return event.metadata
+
+
+@pytest.fixture(params=KINDS)
+def owners(request):
+    kind = request.param
+    made = [
+        Owner("sink#01", lambda: make(kind, "sink#01")),
+        Owner("source#02", lambda: make(kind, "source#02"), seed=3),
+    ]
+    sink, source = made
+    sink.opened()
+    sink.thread.connect("source#02", source.opened())
+    source.thread.boost(1.0)
+    event = sink.event()
+    assert isinstance(event, Connected), event
+    yield made
+    for owner in made:
+        assert owner.thread.close()
+
+
+def test_reads_probe_and_digests(owners):
+    sink, source = owners
+    sink.thread.probe("source#02", PageRun(56, 8), PageRun(0, 8))
+    lane = sink.event()
+    assert isinstance(lane, LaneProbed), lane
+    assert lane.peer == "source#02"
+    assert lane.gbytes_per_s > 0.05
+    assert 0 < lane.latency_us < 50_000
+    assert lane.transports not in ("", "not connected")
+    for read_id in range(1, 21):
+        sink.thread.read(read_id, "source#02", [PageRun(read_id, 2)], [PageRun(2 * read_id, 2)])
+    ends = [sink.event() for _ in range(20)]
+    assert [end.read_id for end in ends if isinstance(end, ReadDone)] == list(range(1, 21))
+    assert np.array_equal(sink.bytes[40:42], source.bytes[20:22])
+    sink.thread.digest(7, range(2, 42), 100, 40 * 16 - 3)
+    done = sink.event()
+    assert isinstance(done, Digested), done
+    assert (done.job_id, list(done.digests)) == (7, digests(sink.memory, range(2, 42), KV, 100, 40 * 16 - 3))
+
+
+def test_refusals_are_events(owners):
+    sink, _ = owners
+    one = [PageRun(0, 1)]
+    sink.thread.read(1, "nobody#00", one, one)
+    sink.thread.read(0, "source#02", one, one)
+    sink.thread.read(2, "source#02", one, [PageRun(UNITS, 1)])
+    sink.thread.read(3, "source#02", [PageRun(UNITS, 1)], one)
+    ends = [sink.event() for _ in range(4)]
+    assert all(isinstance(end, ReadFailed) and not end.in_doubt for end in ends)
+    sink.thread.connect("source#02", b"")
+    sink.thread.connect("other#03", b"noise")
+    assert [sink.event(), sink.event()] == [
+        ConnectFailed("source#02", "connect: source#02 is connected already"),
+        ConnectFailed("other#03", "lane metadata: got 5 bytes of something else, want a lane card"),
+    ]
+    sink.thread.digest(1, [UNITS], 0, 1)
+    sink.thread.digest(2, [0], 0, 17)
+    assert isinstance(sink.event(), DigestFailed)
+    assert isinstance(sink.event(), DigestFailed)
+    sink.thread.probe("nobody#00", PageRun(0, 1), PageRun(0, 1))
+    sink.thread.probe("source#02", PageRun(0, 2), PageRun(0, 1))
+    assert isinstance(sink.event(), ProbeFailed)
+    assert isinstance(sink.event(), ProbeFailed)
+    sink.thread.abandon(99)
+    sink.thread.fence([99])
+    sink.thread.disconnect("nobody#00")
+    sink.thread.disconnect("source#02")
+    sink.thread.read(4, "source#02", one, one)
+    assert isinstance(sink.event(), ReadFailed)
+    assert sink.thread.close()
+    assert sink.event() == Closed()
+
+
+def test_idling_costs_under_two_percent_of_a_core(owners):
+    time.sleep(1.1)  # until the boost of connecting is over
+    before = [owner.thread.cpu_s for owner in owners]
+    started = time.monotonic()
+    time.sleep(0.8)
+    seconds = time.monotonic() - started
+    for owner, cpu_s in zip(owners, before, strict=True):
+        assert 0 < owner.thread.cpu_s - cpu_s < 0.02 * seconds
+
+
+def test_a_call_wakes_the_idle_thread_at_once():
+    owner = Owner("one#01", lambda: InProcess("one#01"))
+    owner.opened()
+    waits_s = []
+    for job in range(9):
+        time.sleep(0.03)
+        started = time.perf_counter()
+        owner.thread.digest(job, [0], 0, 16)
+        assert isinstance(owner.event(), Digested)
+        waits_s.append(time.perf_counter() - started)
+    assert sorted(waits_s)[4] < 0.01
+    assert owner.thread.close()
+
+
+def test_reads_pass_long_digests():
+    """A digest over the whole arena many times does not hold a small read up."""
+    source = Owner("source#02", lambda: InProcess("source#02"), seed=3)
+    sink = Owner("sink#01", lambda: InProcess("sink#01"))
+    sink.opened()
+    sink.thread.connect("source#02", source.opened())
+    assert isinstance(sink.event(), Connected)
+    sink.thread.digest(1, list(range(UNITS)) * 50, 0, UNITS * 50 * 16)
+    sink.thread.read(1, "source#02", [PageRun(0, 1)], [PageRun(1, 1)])
+    assert isinstance(sink.event(), ReadDone)
+    assert isinstance(sink.event(), Digested)
+    for owner in (sink, source):
+        assert owner.thread.close()
+
+
+def test_a_transport_that_cannot_be_made():
+    def broken() -> Transport:
+        raise RemoteError("no lane today")
+
+    owner = Owner("one#01", broken)
+    assert owner.event() == OpenFailed("no lane today")
+    assert owner.thread.close()
+
+
+def test_digests_without_a_shape_are_refused():
+    owner = Owner("one#01", lambda: InProcess("one#01"), kv=None)
+    owner.opened()
+    owner.thread.digest(1, [0], 0, 1)
+    assert isinstance(owner.event(), DigestFailed)
+    assert owner.thread.close()
+
+
+def test_a_broken_thread_is_heard_of():
+    class Broken(InProcess):
+        def poll(self):
+            raise ValueError("broken")
+
+    owner = Owner("one#01", lambda: Broken("one#01"))
+    owner.opened()
+    assert owner.event() == Closed("ValueError: broken")
+    assert owner.thread.close()

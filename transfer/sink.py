@@ -1,0 +1,404 @@
+"""The taking side of a hand-off, pure: pulls announced pages, verifies them, says Taken.
+
+The sink binds pages late, out of the memory its decode policy promised. The one danger of one-sided reads is here:
+an abandoned read can still land. Its target pages are *in doubt* until the read reports its end or the local agent
+that posted it was destroyed (`Fence`); time is no fence (docs/architecture.md, "The hand-off").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.errors import LocalError
+from core.kv import KvShape, PageRun, page_runs
+from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.pages import Owner, Pages
+from core.request import Request, Ticket
+from core.worker import Identity
+
+DOUBT_SHARE = 0.05
+"""Share of the arena that may be in doubt before the agents holding those reads are destroyed."""
+
+
+# Events from this worker (the messages Reserve, Ready and Release come from the source).
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The decode policy's answer to `AskPolicy`: its promise is in the ledger if `granted`."""
+
+    key: str
+    granted: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadEnded:
+    """A read reported its end; `in_doubt` if bytes may still land."""
+
+    read_id: int
+    ok: bool
+    seconds: float
+    in_doubt: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Digests of the pages that a read brought."""
+
+    read_id: int
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget the ticket; the source is told."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLost:
+    """This life of a peer is over."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The agents that posted these reads are gone: they cannot land any more."""
+
+    read_ids: tuple[int, ...]
+
+
+# Commands.
+@dataclass(frozen=True, slots=True)
+class SendToSource:
+    """Send a message to the ticket's source."""
+
+    message: Grant | Refuse | Taken | Release
+
+
+@dataclass(frozen=True, slots=True)
+class AskPolicy:
+    """May this come here?"""
+
+    ticket: Ticket
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Pull `runs` of the source's arena into `pages` of ours."""
+
+    read_id: int
+    source: Identity
+    runs: tuple[PageRun, ...]
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
+
+    read_id: int
+    first_page: int
+    pages: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Destroy the agents that posted these reads; ends in `Fenced`."""
+
+    read_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """All of the prompt's KV is here and verified; its pages are the policy's, held under `ticket.key`."""
+
+    ticket: Ticket
+    request: Request
+    first_token: int
+    pull: Pull
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The ticket is forgotten, its promise and pages are no longer its own."""
+
+    ticket: Ticket
+    reason: str
+    recompute: bool = False
+    """True if the KV was damaged and the request should be computed anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What a hand-off cost."""
+
+    nbytes: int
+    runs: int
+    read_s: float
+    """Time the reads took, added up."""
+    total_s: float
+    """First announcement to last verification."""
+    granted_s: float
+    """Reserve to Grant."""
+
+
+SinkEvent = Decided | ReadEnded | Checked | Drop | SourceLost | Fenced | Reserve | Ready | Release
+SinkCommand = SendToSource | AskPolicy | Read | Check | Fence | Arrived | Gone
+
+
+class State(StrEnum):
+    """Where the taking side of a ticket is."""
+
+    ASKED = "asked"
+    PULLING = "pulling"
+
+
+@dataclass(slots=True)
+class _Piece:
+    """One announcement on its way: read, then checked; read once more if a digest differs."""
+
+    key: str
+    ready: Ready
+    pages: tuple[int, ...]
+    again: bool = False
+
+
+@dataclass(slots=True)
+class _Taking:
+    ticket: Ticket
+    request: Request
+    asked_at: float
+    deadline: float
+    state: State = State.ASKED
+    granted_at: float = 0.0
+    ready_at: float | None = None
+    announced_pages: int = 0
+    verified_pages: int = 0
+    first_token: int | None = None
+    reads: set[int] = field(default_factory=set)
+    read_s: float = 0.0
+    runs: int = 0
+
+
+class Sink:
+    """All hand-offs this worker takes. Each Reserve ends in exactly one Refuse, `Arrived` or `Gone`."""
+
+    def __init__(self, shape: KvShape, ledger: Pages) -> None:
+        self._shape = shape
+        self._ledger = ledger
+        self._taking: dict[str, _Taking] = {}
+        self._pieces: dict[int, _Piece] = {}
+        self._doubt: dict[int, str] = {}
+        self._doubtful_source: dict[int, Identity] = {}
+        self._fencing: set[int] = set()
+        self._next_read = 1
+        self.ignored = 0
+        """Messages about tickets we do not hold."""
+        self.mismatches = 0
+        """Pages that did not have the announced digest."""
+
+    def __len__(self) -> int:
+        return len(self._taking)
+
+    def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
+        match event:
+            case None:
+                late = [taking for taking in self._taking.values() if taking.deadline <= now]
+                return [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
+            case Reserve(ticket, request):
+                if ticket.key in self._taking:
+                    return self._ignore()
+                self._taking[ticket.key] = _Taking(ticket, request, now, now + request.timeout_s)
+                return [AskPolicy(ticket, request)]
+            case Decided():
+                return self._decided(event, now)
+            case Ready(ticket):
+                taking = self._taking.get(ticket.key)
+                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
+                    return self._ignore()
+                return self._ready(taking, event, now)
+            case Release(ticket, reason):
+                taking = self._taking.get(ticket.key)
+                if taking is None or taking.ticket != ticket:
+                    return self._ignore()
+                return self._forget(taking, reason, tell=False)
+            case ReadEnded():
+                return self._read_ended(event)
+            case Checked():
+                return self._checked(event, now)
+            case Drop(key, reason):
+                taking = self._taking.get(key)
+                return self._forget(taking, reason, tell=True) if taking else self._ignore()
+            case SourceLost(identity):
+                lost = [taking for taking in self._taking.values() if taking.ticket.source == identity]
+                reason = f"{identity.name} was lost"
+                commands = [command for taking in lost for command in self._forget(taking, reason, tell=False)]
+                return commands + self._fence(who for who in self._doubt if self._doubtful_source[who] == identity)
+            case Fenced(read_ids):
+                for read_id in read_ids:
+                    self._settle(read_id)
+                return []
+
+    def deadline(self) -> float | None:
+        return min((taking.deadline for taking in self._taking.values()), default=None)
+
+    def check(self) -> None:
+        for key, taking in self._taking.items():
+            assert key == taking.ticket.key
+            assert taking.verified_pages <= taking.announced_pages
+            assert taking.state is State.PULLING or not taking.announced_pages, "bound pages before the grant"
+            assert len(self._ledger.pages(key)) == taking.announced_pages
+            assert taking.reads == {read_id for read_id, piece in self._pieces.items() if piece.key == key}
+        assert self._doubt.keys().isdisjoint(self._pieces), "a read is both awaited and abandoned"
+        assert self._fencing <= self._doubt.keys() == self._doubtful_source.keys()
+        doubtful = sum(len(self._ledger.pages(holder)) for holder in set(self._doubt.values()))
+        assert doubtful == self._ledger.counts()[Owner.IN_DOUBT]
+
+    def _decided(self, event: Decided, now: float) -> list[SinkCommand]:
+        taking = self._taking.get(event.key)
+        if taking is None:
+            self._ledger.release(event.key)
+            return self._ignore()
+        if taking.state is not State.ASKED:
+            raise LocalError(f"{event.key} was decided twice")
+        if not event.granted:
+            del self._taking[event.key]
+            return [SendToSource(Refuse(taking.ticket, event.reason))]
+        taking.state, taking.granted_at = State.PULLING, now
+        return [SendToSource(Grant(taking.ticket))]
+
+    def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
+        """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
+        count = sum(run.count for run in ready.runs)
+        whole = self._shape.pages_for(len(taking.request.prompt))
+        after = ready.first_page + count
+        complete = ready.first_token is not None
+        if (
+            ready.first_page != taking.announced_pages
+            or len(ready.digests) != count
+            or after > whole
+            or complete != (after == whole)
+            or taking.first_token is not None
+        ):
+            reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
+            return self._forget(taking, reason, tell=True, recompute=True)
+        if taking.ready_at is None:
+            taking.ready_at = now
+        taking.announced_pages = after
+        taking.first_token = ready.first_token
+        if not count:
+            return self._finish(taking, now)
+        pages = self._ledger.bind(ready.ticket.key, count, Owner.PULLING)
+        taking.runs += max(len(ready.runs), len(page_runs(pages)))
+        return self._read(taking, _Piece(ready.ticket.key, ready, pages))
+
+    def _read(self, taking: _Taking, piece: _Piece) -> list[SinkCommand]:
+        read_id, self._next_read = self._next_read, self._next_read + 1
+        self._pieces[read_id] = piece
+        taking.reads.add(read_id)
+        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages)]
+
+    def _read_ended(self, event: ReadEnded) -> list[SinkCommand]:
+        piece = self._pieces.get(event.read_id)
+        if piece is None:
+            if event.in_doubt:
+                return self._fence_if_crowded()
+            self._settle(event.read_id)
+            return []
+        taking = self._taking[piece.key]
+        if not event.ok:
+            if not event.in_doubt:
+                del self._pieces[event.read_id]
+                taking.reads.discard(event.read_id)
+            return self._forget(taking, f"read failed: {event.reason}", tell=True, recompute=True)
+        taking.read_s += event.seconds
+        before = piece.ready.first_page * self._shape.page_tokens
+        tokens = min(len(taking.request.prompt) - before, len(piece.pages) * self._shape.page_tokens)
+        return [Check(event.read_id, piece.ready.first_page, piece.pages, tokens)]
+
+    def _checked(self, event: Checked, now: float) -> list[SinkCommand]:
+        piece = self._pieces.pop(event.read_id, None)
+        if piece is None:
+            self._settle(event.read_id)
+            return []
+        taking = self._taking[piece.key]
+        taking.reads.discard(event.read_id)
+        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
+        if not wrong:
+            taking.verified_pages += len(piece.pages)
+            return self._finish(taking, now)
+        self.mismatches += wrong
+        if piece.again:
+            return self._forget(taking, f"{wrong} pages differ from their digests", tell=True, recompute=True)
+        piece.again = True
+        return self._read(taking, piece)
+
+    def _finish(self, taking: _Taking, now: float) -> list[SinkCommand]:
+        if taking.first_token is None or taking.verified_pages < taking.announced_pages:
+            return []
+        key = taking.ticket.key
+        del self._taking[key]
+        self._ledger.move(key, Owner.DECODING)
+        assert taking.ready_at is not None
+        pull = Pull(
+            taking.verified_pages * self._shape.page_nbytes,
+            taking.runs,
+            taking.read_s,
+            now - taking.ready_at,
+            taking.granted_at - taking.asked_at,
+        )
+        arrived = Arrived(taking.ticket, taking.request, taking.first_token, pull)
+        return [SendToSource(Taken(taking.ticket)), arrived]
+
+    def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:
+        """End a ticket. Pages of unfinished reads stay in doubt under a name of their own, the rest are freed.
+
+        Pages of one ticket are freed or kept in doubt together: a read names only some of them, but the ledger moves
+        a holder's pages in one call, and a ticket with a read in flight is rarely large when it is abandoned.
+        """
+        key = taking.ticket.key
+        del self._taking[key]
+        commands: list[SinkCommand] = [SendToSource(Release(taking.ticket, reason))] if tell else []
+        commands.append(Gone(taking.ticket, reason, recompute))
+        self._ledger.unpromise(key)
+        if not taking.reads:
+            self._ledger.release(key)
+            return commands
+        holder = f"doubt/{min(taking.reads)}"
+        self._ledger.move(key, Owner.IN_DOUBT, to=holder)
+        for read_id in taking.reads:
+            del self._pieces[read_id]
+            self._doubt[read_id] = holder
+            self._doubtful_source[read_id] = taking.ticket.source
+        return commands + self._fence_if_crowded()
+
+    def _settle(self, read_id: int) -> None:
+        """A read of a forgotten ticket is over; the last one of a holder frees its pages."""
+        holder = self._doubt.pop(read_id, None)
+        self._doubtful_source.pop(read_id, None)
+        self._fencing.discard(read_id)
+        if holder is not None and holder not in self._doubt.values():
+            self._ledger.release(holder)
+
+    def _fence_if_crowded(self) -> list[SinkCommand]:
+        if self._ledger.counts()[Owner.IN_DOUBT] <= DOUBT_SHARE * self._ledger.total:
+            return []
+        return self._fence(self._doubt)
+
+    def _fence(self, read_ids: Iterable[int]) -> list[SinkCommand]:
+        """Destroying the agent of a lost peer disturbs nobody else, so it is done at once."""
+        fresh = tuple(sorted(set(read_ids) - self._fencing))
+        self._fencing.update(fresh)
+        return [Fence(fresh)] if fresh else []
+
+    def _ignore(self) -> list[SinkCommand]:
+        self.ignored += 1
+        return []

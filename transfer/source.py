@@ -1,0 +1,248 @@
+"""The giving side of a hand-off, pure: announces sealed pages with their digests until the sink says Taken.
+
+A source needs no fence: it may free pages at Taken, release, cancel, lost peer or deadline, because it first forgets
+the ticket, and a sink accepts bytes only if every page's digest equals the one announced (docs/architecture.md,
+"The hand-off").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from core.errors import LocalError
+from core.kv import KvShape, page_runs
+from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.request import Request, Ticket
+from core.worker import Identity
+
+
+# Events from this worker (the messages Grant, Refuse, Taken and Release come from the sink).
+@dataclass(frozen=True, slots=True)
+class AskSink:
+    """Ask the ticket's sink for memory."""
+
+    ticket: Ticket
+    request: Request
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """The KV of the first `tokens` prompt tokens is written; `first_token` once the prompt is complete."""
+
+    key: str
+    pages: tuple[int, ...]
+    tokens: int
+    first_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """Digests of the pages asked for by `Digest` with this key."""
+
+    key: str
+    first_page: int
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Forget the ticket; the sink is told."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SinkLost:
+    """This life of a peer is over."""
+
+    identity: Identity
+
+
+# Commands.
+@dataclass(frozen=True, slots=True)
+class SendToSink:
+    """Send a message to the ticket's sink."""
+
+    message: Reserve | Ready | Release
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
+
+    key: str
+    first_page: int
+    pages: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class GrantCame:
+    """The sink promised memory."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandOffEnded:
+    """The ticket is forgotten and its pages are the policy's again."""
+
+    key: str
+    taken: bool
+    reason: str = ""
+
+
+SourceEvent = AskSink | Sealed | Digested | Withdraw | SinkLost | Grant | Refuse | Taken | Release
+SourceCommand = SendToSink | Digest | GrantCame | HandOffEnded
+
+
+class State(StrEnum):
+    """Where the giving side of a ticket is."""
+
+    ASKED = "asked"
+    GRANTED = "granted"
+    ANNOUNCED = "announced"
+    """Everything was announced; only Taken is missing."""
+
+
+TRANSITIONS: dict[tuple[State, type], State | None] = {
+    (State.ASKED, Grant): State.GRANTED,
+    (State.ASKED, Refuse): None,
+    (State.ASKED, Release): None,
+    (State.GRANTED, Release): None,
+    (State.ANNOUNCED, Taken): None,
+    (State.ANNOUNCED, Release): None,
+}
+"""What a sink's message does to a ticket; None ends it, a missing entry is ignored and counted."""
+
+
+@dataclass(slots=True)
+class _Giving:
+    ticket: Ticket
+    request: Request
+    deadline: float
+    state: State = State.ASKED
+    pages: tuple[int, ...] = ()
+    sealed_tokens: int = 0
+    first_token: int | None = None
+    digests: list[int] = field(default_factory=list)
+    asked_pages: int = 0
+    announced_pages: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.first_token is not None
+
+
+class Source:
+    """All hand-offs this worker gives. Ends each ticket in exactly one `HandOffEnded`."""
+
+    def __init__(self, shape: KvShape) -> None:
+        self._shape = shape
+        self._giving: dict[str, _Giving] = {}
+        self.ignored = 0
+        """Messages about tickets we do not hold."""
+
+    def __len__(self) -> int:
+        return len(self._giving)
+
+    def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
+        match event:
+            case None:
+                return self._end_where(lambda g: g.deadline <= now, "deadline", tell=True)
+            case AskSink(ticket, request, deadline):
+                if ticket.key in self._giving:
+                    raise LocalError(f"{ticket.key} is being handed off already")
+                self._giving[ticket.key] = _Giving(ticket, request, deadline)
+                return [SendToSink(Reserve(ticket, request))]
+            case Sealed():
+                return self._sealed(event)
+            case Digested(key, first_page, digests):
+                giving = self._giving.get(key)
+                if giving is None or first_page != len(giving.digests):
+                    return self._ignore()
+                giving.digests.extend(digests)
+                return self._announce(giving)
+            case Withdraw(key, reason):
+                return self._end_where(lambda g: g.ticket.key == key, reason, tell=True)
+            case SinkLost(identity):
+                return self._end_where(lambda g: g.ticket.sink == identity, f"{identity.name} was lost", tell=False)
+            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
+                return self._heard(ticket, event)
+
+    def deadline(self) -> float | None:
+        return min((giving.deadline for giving in self._giving.values()), default=None)
+
+    def check(self) -> None:
+        for key, giving in self._giving.items():
+            assert key == giving.ticket.key
+            assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages <= len(giving.pages)
+            assert giving.state is not State.ASKED or giving.announced_pages == 0, "announced without a grant"
+            if giving.state is State.ANNOUNCED:
+                assert giving.complete
+                assert giving.announced_pages == self._shape.pages_for(giving.sealed_tokens)
+
+    def _heard(self, ticket: Ticket, message: Grant | Refuse | Taken | Release) -> list[SourceCommand]:
+        giving = self._giving.get(ticket.key)
+        if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
+            return self._ignore()
+        after = TRANSITIONS[giving.state, type(message)]
+        if after is not None:
+            giving.state = after
+            return [GrantCame(ticket.key), *self._announce(giving)]
+        del self._giving[ticket.key]
+        reason = message.reason if isinstance(message, Refuse | Release) else ""
+        return [HandOffEnded(ticket.key, taken=isinstance(message, Taken), reason=reason)]
+
+    def _sealed(self, event: Sealed) -> list[SourceCommand]:
+        """Ask for digests of what became whole: full pages, and the open last page only when the prompt is complete."""
+        giving = self._giving.get(event.key)
+        if giving is None:
+            return self._ignore()
+        if event.tokens < giving.sealed_tokens or giving.complete:
+            raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
+        giving.pages, giving.sealed_tokens, giving.first_token = event.pages, event.tokens, event.first_token
+        whole = event.tokens // self._shape.page_tokens
+        upto = self._shape.pages_for(event.tokens) if giving.complete else whole
+        if upto == giving.asked_pages:
+            return []
+        first, giving.asked_pages = giving.asked_pages, upto
+        tokens = min(event.tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
+        return [Digest(event.key, first, event.pages[first:upto], tokens)]
+
+    def _announce(self, giving: _Giving) -> list[SourceCommand]:
+        if giving.state is not State.GRANTED:
+            return []
+        first, upto = giving.announced_pages, len(giving.digests)
+        last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
+        if first == upto and not last:
+            return []
+        giving.announced_pages = upto
+        if last:
+            giving.state = State.ANNOUNCED
+        ready = Ready(
+            giving.ticket,
+            first,
+            page_runs(giving.pages[first:upto]),
+            tuple(giving.digests[first:upto]),
+            giving.first_token if last else None,
+        )
+        return [SendToSink(ready)]
+
+    def _end_where(self, ends: Callable[[_Giving], bool], reason: str, *, tell: bool) -> list[SourceCommand]:
+        commands: list[SourceCommand] = []
+        for key, giving in list(self._giving.items()):
+            if ends(giving):
+                del self._giving[key]
+                if tell:
+                    commands.append(SendToSink(Release(giving.ticket, reason)))
+                commands.append(HandOffEnded(key, taken=False, reason=reason))
+        return commands
+
+    def _ignore(self) -> list[SourceCommand]:
+        self.ignored += 1
+        return []

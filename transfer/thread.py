@@ -1,0 +1,521 @@
+"""The transfer thread: owns one transport, does what the event loop asks, posts how it ended.
+
+Every call on a transport is made here, its creation and end included, because NIXL agents belong to one thread. The
+owner's methods only put a call on a queue and return; each call that takes time ends in exactly one event, given to
+`post`, which runs on this thread (an asyncio owner passes a function that does `loop.call_soon_threadsafe`).
+
+Rhythm: a call wakes the thread at once, and so does news on a transport that has file descriptors (ZeroMQ). One that
+can only be polled (NIXL) is polled after 50 us while reads are in flight, then less and less often, to 1 ms; while
+peers connect or read from us over an emulated lane every 1 ms (1 % of a core); else every 20 ms (0.2 %).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from core.errors import BatonError, LocalError
+from core.kv import KvShape, PageRun
+from transfer.digest import digests
+from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
+
+IDLE_S = 0.02
+LIVELY_S = 0.001
+EAGER_S = 0.00005
+PROBE_S = 1.0
+"""A lane that does not settle within this is measured as it is."""
+PROBE_ANSWER_S = 2.0
+"""A lane that answers no read within this is not up."""
+PROBE_READS = 3
+PROBE_NBYTES = 4096
+DIGEST_NBYTES = 4 << 20
+"""Bytes digested between two looks at the queue and the transport: well under a millisecond."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The transport exists and the arena is registered: `metadata` is what peers need."""
+
+    transport: str
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailed:
+    """The transport cannot be used; the thread has ended."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """`peer` can be read; its lane is built by the first reads (see `LaneProbed`)."""
+
+    peer: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    """`peer` cannot be read, and why."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LaneProbed:
+    """The lane from `peer` is up and measured."""
+
+    peer: str
+    gbytes_per_s: float
+    """1e9 bytes a second, over the scratch pages that were given."""
+    latency_us: float
+    """Median of reads of 4 KiB, from posting to the poll that saw the end."""
+    transports: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeFailed:
+    """The lane from `peer` could not be measured. `doubtful` are scratch pages that a read may still land in."""
+
+    peer: str
+    reason: str
+    doubtful: PageRun | None = None
+    read_id: int = 0
+    """Pass it to `fence` to end the doubt; its `ReadFenced` is posted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Digested:
+    """The digests a job asked for, in the order of its pages."""
+
+    job_id: int
+    digests: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DigestFailed:
+    """A job asked for something impossible."""
+
+    job_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The thread has ended: nothing can land any more, and what had not ended has no other event than this.
+
+    `error` says why if nobody asked for it.
+    """
+
+    error: str = ""
+
+
+Event = (
+    Completion
+    | Opened
+    | OpenFailed
+    | Connected
+    | ConnectFailed
+    | LaneProbed
+    | ProbeFailed
+    | Digested
+    | DigestFailed
+    | Closed
+)
+
+
+@dataclass(slots=True)
+class _Digest:
+    job_id: int
+    pages: tuple[int, ...]
+    first_page_index: int
+    tokens: int
+    found: list[int] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(slots=True)
+class _Probe:
+    peer: str
+    scratch: PageRun
+    remote: PageRun
+    started: float
+    read_id: int = 0
+    streak: int = 0
+    samples_s: list[float] = field(default_factory=list)
+    """Of the streak's small reads."""
+    whole: list[ReadDone] = field(default_factory=list)
+    """Reads over all the scratch pages."""
+    posted: float = 0.0
+    all_pages: bool = False
+    """The read in flight is one over all the scratch pages."""
+    first_poll: bool = True
+
+
+class _Bell:
+    """Wakes a thread that waits for file descriptors."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
+        self._watched: tuple[int, ...] = ()
+        self._rung = False
+
+    def ring(self) -> None:
+        """End the wait, or the next one; from any thread."""
+        if not self._rung:
+            self._rung = True
+            os.write(self._writer, b"!")
+
+    def wait(self, fds: tuple[int, ...], seconds: float) -> None:
+        """Wait until it rings, one of `fds` is readable, or the time is over (whole milliseconds, rounded up)."""
+        if fds != self._watched:
+            for fd in set(self._watched) - set(fds):
+                self._poll.unregister(fd)
+            for fd in set(fds) - set(self._watched):
+                self._poll.register(fd, select.POLLIN)
+            self._watched = fds
+        if any(fd == self._reader for fd, _ in self._poll.poll(math.ceil(seconds * 1e3))):
+            os.read(self._reader, 64)
+            self._rung = False  # before the queue is looked at: what was put there earlier is seen
+
+    def close(self) -> None:
+        """Give the pipe back; nobody may ring any more."""
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+class TransferThread:
+    """A transport on its own thread. Methods may be called from any thread and return at once.
+
+    `make` creates the transport and runs on the transfer thread; `memory` is the arena in pages of `unit_nbytes`;
+    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for `digest` only.
+    Read ids are the caller's, from 1 on; negative ones are this thread's own.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Transport],
+        memory: memoryview,
+        unit_nbytes: int,
+        post: Callable[[Event], None],
+        kv: KvShape | None = None,
+    ) -> None:
+        self._make = make
+        self._memory = memory
+        self._unit_nbytes = unit_nbytes
+        self._post = post
+        self._kv = kv
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._bell: _Bell | None = None
+        self._bell_lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+        self._transport: Transport | None = None
+        self._jobs: deque[_Digest] = deque()
+        self._probes: dict[str, _Probe] = {}
+        self._own_reads = 0
+        self._lively = False
+        self._boosted_until = 0.0
+        self._pause_s = EAGER_S
+        self._closing = False
+        self.cpu_s = 0.0
+        """CPU time this thread has used."""
+
+    def start(self) -> None:
+        """Start the thread; it ends in `OpenFailed`, or goes on with `Opened` until `Closed`."""
+        self._thread.start()
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        """Make `peer` readable: ends in `Connected` or `ConnectFailed`. Polls at 1 ms for the next second."""
+        self._call(lambda: self._connect(peer, metadata))
+
+    def disconnect(self, peer: str) -> None:
+        """Forget `peer` if it is connected; its unfinished reads end as `ReadFailed`."""
+        self._call(lambda: self._disconnect(peer))
+
+    def read(
+        self,
+        read_id: int,
+        peer: str,
+        source: Sequence[PageRun],
+        target: Sequence[PageRun],
+        nbytes: int | None = None,
+    ) -> None:
+        """`Transport.read`: ends in `ReadDone` or `ReadFailed`, also if the read is refused (then not in doubt)."""
+        source, target = tuple(source), tuple(target)
+        self._call(lambda: self._read(read_id, peer, source, target, nbytes))
+
+    def abandon(self, read_id: int) -> None:
+        """`Transport.abandon`."""
+        self._call(lambda: self._open().abandon(read_id))
+
+    def fence(self, read_ids: Sequence[int]) -> None:
+        """`Transport.fence`: each id in doubt ends in `ReadFenced`."""
+        ids = tuple(read_ids)
+        self._call(lambda: self._fence(ids))
+
+    def digest(self, job_id: int, pages: Sequence[int], first_page_index: int, tokens: int) -> None:
+        """Digests of arena pages, as `transfer.digest.digests`: ends in `Digested` or `DigestFailed`."""
+        job = _Digest(job_id, tuple(pages), first_page_index, tokens)
+        self._call(lambda: self._jobs.append(job))
+
+    def probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+        """Bring up and measure the lane from `peer`: ends in `LaneProbed` or `ProbeFailed`.
+
+        Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many. Small reads
+        repeat until 3 in a row end in their first poll, where the lane can do that at all, or until 1 s has passed.
+        """
+        self._call(lambda: self._begin_probe(peer, scratch, remote))
+
+    def boost(self, seconds: float) -> None:
+        """Poll every 1 ms for so long: a peer is connecting to us."""
+        self._call(lambda: self._boost(seconds))
+
+    def lively(self, on: bool) -> None:
+        """Poll every 1 ms while on: peers have live tickets here, and their lanes need us to make progress."""
+
+        def turn() -> None:
+            self._lively = on
+
+        self._call(turn)
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Close the transport and end the thread; True if it ended in time. Safe to call twice, not from `post`."""
+
+        def turn() -> None:
+            self._closing = True
+
+        self._call(turn)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _call(self, call: Callable[[], None]) -> None:
+        self._calls.put(call)
+        with self._bell_lock:
+            if self._bell is not None:
+                self._bell.ring()
+
+    # ---- from here on: on the transfer thread ----
+
+    def _run(self) -> None:
+        try:
+            transport = self._transport = self._make()
+            transport.register(self._memory, self._unit_nbytes)
+            opened = Opened(transport.name, transport.metadata())
+            if transport.fds():
+                with self._bell_lock:
+                    self._bell = _Bell()
+                    self._bell.ring()  # for calls that were made before it hung there
+        except Exception as error:
+            log.exception("transfer: the transport cannot be used")
+            if self._transport is not None:
+                self._shut(self._transport)
+            self._post(OpenFailed(_sentence(error)))
+            return
+        self._post(opened)
+        reason = ""
+        try:
+            while not self._closing:
+                self._take_calls()
+                self._step(transport)
+                self.cpu_s = time.thread_time()
+        except Exception as error:  # a broken thread must be heard of: nothing would ever end
+            log.exception("transfer: the thread broke")
+            reason = _sentence(error)
+        self._shut(transport)
+        self._post(Closed(reason))
+
+    def _shut(self, transport: Transport) -> None:
+        try:
+            transport.close()
+        except Exception:
+            log.exception("transfer: the transport did not close")
+        self._transport = None
+        self._memory = memoryview(b"")
+        with self._bell_lock:
+            if self._bell is not None:
+                self._bell.close()
+            self._bell = None
+
+    def _take_calls(self) -> None:
+        """Wait as long as the rhythm allows for a call; make it and those behind it."""
+        wait_s = self._wait_s()
+        try:
+            if self._bell is not None:
+                self._bell.wait(self._open().fds(), wait_s)
+                wait_s = 0.0
+            call = self._calls.get(timeout=wait_s) if wait_s > 0 else self._calls.get_nowait()
+            for _ in range(64):
+                call()
+                self._pause_s = EAGER_S
+                call = self._calls.get_nowait()
+            call()
+        except queue.Empty:
+            return
+        if self._bell is not None:
+            self._bell.ring()  # there may be more
+
+    def _wait_s(self) -> float:
+        if self._jobs:
+            return 0.0
+        if self._open().busy or self._probes:
+            self._pause_s = min(self._pause_s * 1.5, LIVELY_S)
+            return self._pause_s
+        self._pause_s = EAGER_S
+        if self._lively or time.monotonic() < self._boosted_until:
+            return LIVELY_S
+        return IDLE_S
+
+    def _step(self, transport: Transport) -> None:
+        self._hear(transport)
+        for probe in list(self._probes.values()):
+            self._go_on(probe, transport)
+        if self._jobs:
+            self._dig(self._jobs[0])
+
+    def _hear(self, transport: Transport) -> None:
+        for completion in transport.poll():
+            self._pause_s = EAGER_S
+            if completion.read_id < 0:
+                self._probe_ended(completion)
+            else:
+                self._post(completion)
+
+    def _open(self) -> Transport:
+        assert self._transport is not None
+        return self._transport
+
+    def _connect(self, peer: str, metadata: bytes) -> None:
+        started = time.perf_counter()
+        try:
+            self._open().connect(peer, metadata)
+        except Exception as error:
+            self._post(ConnectFailed(peer, _sentence(error)))
+            return
+        self._boost(PROBE_S)
+        self._post(Connected(peer, time.perf_counter() - started))
+
+    def _disconnect(self, peer: str) -> None:
+        try:
+            self._open().disconnect(peer)
+        except BatonError as error:
+            log.info("transfer: %s", error)
+
+    def _read(
+        self, read_id: int, peer: str, source: tuple[PageRun, ...], target: tuple[PageRun, ...], nbytes: int | None
+    ) -> None:
+        try:
+            if read_id < 1:
+                raise LocalError(f"read id: got {read_id}, want at least 1")
+            self._open().read(read_id, peer, source, target, nbytes)
+        except Exception as error:
+            self._post(ReadFailed(read_id, _sentence(error), in_doubt=False))
+
+    def _fence(self, read_ids: tuple[int, ...]) -> None:
+        self._open().fence(read_ids)
+
+    def _boost(self, seconds: float) -> None:
+        self._boosted_until = max(self._boosted_until, time.monotonic() + seconds)
+
+    def _dig(self, job: _Digest) -> None:
+        kv = self._kv
+        try:
+            if kv is None:
+                raise LocalError("digest: this thread was made without a KV shape")
+            done = len(job.found)
+            pages = job.pages[done : done + max(1, DIGEST_NBYTES // kv.page_nbytes)]
+            if job.tokens > len(job.pages) * kv.page_tokens or job.tokens < 0:
+                raise LocalError(f"digest tokens: got {job.tokens}, want 0 to {len(job.pages) * kv.page_tokens}")
+            tokens = min(max(job.tokens - done * kv.page_tokens, 0), len(pages) * kv.page_tokens)
+            job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens)
+        except Exception as error:
+            self._jobs.popleft()
+            self._post(DigestFailed(job.job_id, _sentence(error)))
+            return
+        if len(job.found) == len(job.pages):
+            self._jobs.popleft()
+            self._post(Digested(job.job_id, tuple(job.found), time.perf_counter() - job.started))
+
+    def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+        if peer in self._probes:
+            self._post(ProbeFailed(peer, "a probe of it is running"))
+            return
+        self._boost(PROBE_S)
+        self._probes[peer] = _Probe(peer, scratch, remote, time.monotonic())
+
+    def _go_on(self, probe: _Probe, transport: Transport) -> None:
+        """Post a probe's next read, and look at its outcome once in the same breath."""
+        now = time.monotonic()
+        if probe.read_id:
+            if now - probe.posted > PROBE_ANSWER_S:
+                transport.abandon(probe.read_id)
+            return
+        whole = probe.streak >= PROBE_READS or now - probe.started > PROBE_S
+        if whole and len(probe.whole) >= PROBE_READS:
+            self._probe_done(probe, transport)
+            return
+        self._own_reads -= 1
+        size = self._unit_nbytes * probe.scratch.count
+        try:
+            transport.read(
+                self._own_reads,
+                probe.peer,
+                (probe.remote,),
+                (probe.scratch,),
+                size if whole else min(PROBE_NBYTES, size),
+            )
+        except Exception as error:
+            del self._probes[probe.peer]
+            self._post(ProbeFailed(probe.peer, _sentence(error)))
+            return
+        probe.read_id, probe.posted, probe.all_pages, probe.first_poll = self._own_reads, now, whole, True
+        self._hear(transport)
+        probe.first_poll = False
+
+    def _probe_ended(self, completion: Completion) -> None:
+        probe = next((probe for probe in self._probes.values() if probe.read_id == completion.read_id), None)
+        match completion:
+            case ReadFenced():
+                self._post(completion)
+            case ReadFailed() if probe is not None:
+                del self._probes[probe.peer]
+                reason = "no answer" if completion.reason == "abandoned" else completion.reason
+                doubtful = probe.scratch if completion.in_doubt else None
+                self._post(ProbeFailed(probe.peer, reason, doubtful, completion.read_id if doubtful else 0))
+            case ReadDone() if probe is not None:
+                probe.read_id = 0
+                if probe.all_pages:
+                    probe.whole.append(completion)
+                    return
+                if probe.first_poll or not self._open().immediate(probe.peer):
+                    probe.streak += 1
+                else:
+                    probe.streak, probe.samples_s = 0, []
+                probe.samples_s = [*probe.samples_s[-8:], completion.seconds]
+
+    def _probe_done(self, probe: _Probe, transport: Transport) -> None:
+        del self._probes[probe.peer]
+        best = max(done.nbytes / done.seconds for done in probe.whole)
+        samples = sorted(probe.samples_s) or [min(done.seconds for done in probe.whole)]
+        self._post(
+            LaneProbed(probe.peer, best / 1e9, samples[len(samples) // 2] * 1e6, transport.transports(probe.peer))
+        )
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, BatonError) else f"{type(error).__name__}: {error}"
