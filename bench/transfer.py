@@ -6,9 +6,9 @@ Two processes, pinned to different cores: this one reads, the other one owns the
 taken in turn (interleaved), medians over the repeats are reported. Digests are excluded. The arena is read at moving
 offsets, so that the largest sizes come from memory and not from a cache.
 
-`blocks` are what engines with one block a layer read: the same bytes in pieces of 16 or 4 KiB, scattered on both
-sides, all posted in one request whose descriptor lists were prepared before the clock starts (NIXL's fastest way for
-them), while our page runs are timed with their planning.
+Blocks are what engines with one block a layer read: the same bytes in pieces of 16 or 4 KiB, scattered on both sides.
+"same transport": through our own `read`, planning included, as our page runs are timed. "prepared lists" (NIXL only):
+all in one request whose descriptor lists over the whole arena were made before the clock started, NIXL's fastest way.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.report import Row, emit, median, parser, progress
-from core.kv import PageRun, page_runs
+from core.kv import PageRun
 from transfer import nixl
 from transfer.inprocess import InProcess
 from transfer.thread import Event, TransferThread
-from transfer.transport import Transport
+from transfer.transport import Card, Transport
 from transfer.zeromq import ZeroMq
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -42,8 +42,10 @@ UNIT_NBYTES = 4 * KIB
 """Unit of the arena here, so that the smallest blocks can be expressed; a page is `PAGE_UNITS` of them."""
 PAGE_UNITS = 64
 """256 KiB: 16 tokens of 16 layers with 4 KV heads of 64 in bf16."""
-REQUEST_PAGES = 96
-"""24 MiB: a request of 1,536 tokens."""
+REQUESTS = {"3 MiB": 12, "24 MiB": 96}
+"""Pages of a request: 192 and 1,536 tokens."""
+RUNS = 5
+"""A request is a handful of runs."""
 ARENA_NBYTES = 768 * MIB
 LANES = ("nixl", "nixl tcp", "zeromq", "inprocess")
 
@@ -111,7 +113,7 @@ class Lane:
         if name == "inprocess":
             self.owner = make(name, "source#02")
             self.owner.register(mapped(ARENA_NBYTES, 1), UNIT_NBYTES)
-            metadata = self.owner.metadata()
+            self.metadata = self.owner.metadata()
         else:
             self.peer = subprocess.Popen(
                 [sys.executable, "-m", "bench.transfer", "--serve", name],
@@ -122,10 +124,10 @@ class Lane:
             )
             assert self.peer.stdout is not None
             card, port = self.peer.stdout.readline().split()
-            metadata = bytes.fromhex(card.decode())
+            self.metadata = bytes.fromhex(card.decode())
             self.raw = socket.create_connection(("127.0.0.1", int(port)))
             self.raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.transport.connect("source#02", metadata)
+        self.transport.connect("source#02", self.metadata)
         for _ in range(20):
             self.read([PageRun(0, 1)], [PageRun(0, 1)])
             time.sleep(0.002)
@@ -163,13 +165,12 @@ class Lane:
 class Blocks:
     """Prepared block lists on an agent of their own, read as engines with small blocks do."""
 
-    def __init__(self, memory: Bytes, lane: Lane, remote_base: int, body: bytes) -> None:
+    def __init__(self, memory: Bytes, peer: Card) -> None:
         api = nixl.load()
         self.agent = api.nixl_agent("blocks", api.nixl_agent_config(enable_prog_thread=False))
         self.agent.register_memory([(memory.ctypes.data, memory.nbytes, 0, "")], "DRAM")
-        self.remote = self.agent.add_remote_agent(body).decode()
-        self.base, self.remote_base = memory.ctypes.data, remote_base
-        self.lane = lane
+        self.remote = self.agent.add_remote_agent(peer.body).decode()
+        self.base, self.remote_base = memory.ctypes.data, peer.base
         self.lists: dict[int, tuple[Any, Any]] = {}
 
     def prepare(self, nbytes: int) -> None:
@@ -205,94 +206,104 @@ def timed(work: Callable[[int], None], rounds: int, offset: int) -> float:
 
 
 class Scatter:
-    """Page numbers of requests: contiguous, in runs of pages, in scattered blocks."""
+    """Where a request of `pages` pages lies: in runs of pages, or in scattered blocks."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, pages: int, rng: random.Random) -> None:
+        self.pages = pages
+        self.nbytes = pages * PAGE_UNITS * UNIT_NBYTES
         self.rng = rng
-        self.units = ARENA_NBYTES // UNIT_NBYTES
-        self.need = REQUEST_PAGES * PAGE_UNITS
 
     def runs(self, count: int) -> list[PageRun]:
-        """`count` separate runs of whole pages, together a request."""
-        pages = ARENA_NBYTES // (PAGE_UNITS * UNIT_NBYTES)
-        base, more = divmod(REQUEST_PAGES, count)
+        """`count` separate runs of whole pages, equal in size but for one page."""
+        total = ARENA_NBYTES // (PAGE_UNITS * UNIT_NBYTES)
+        base, more = divmod(self.pages, count)
         sizes = [base + (i < more) for i in range(count)]
-        gaps = pages - REQUEST_PAGES
-        cuts = sorted(self.rng.sample(range(1, gaps), count)) if count > 1 else [self.rng.randrange(gaps)]
-        starts = [cut + sum(sizes[:i]) for i, cut in enumerate(cuts)]
-        found = [PageRun(start * PAGE_UNITS, size * PAGE_UNITS) for start, size in zip(starts, sizes, strict=True)]
-        self.rng.shuffle(found)
-        return found
+        gaps = sorted(self.rng.sample(range(1, total - self.pages), count))
+        starts = [gap + sum(sizes[:i]) for i, gap in enumerate(gaps)]
+        return [PageRun(start * PAGE_UNITS, size * PAGE_UNITS) for start, size in zip(starts, sizes, strict=True)]
 
     def blocks(self, nbytes: int) -> NDArray[np.int32]:
-        """Numbers of scattered blocks, together a request."""
-        count = self.need * UNIT_NBYTES // nbytes
-        return np.array(self.rng.sample(range(ARENA_NBYTES // nbytes), count), dtype=np.int32)
+        """Numbers of scattered blocks of `nbytes`."""
+        return np.array(self.rng.sample(range(ARENA_NBYTES // nbytes), self.nbytes // nbytes), dtype=np.int32)
 
     def block_runs(self, nbytes: int) -> list[PageRun]:
         """The same as runs of units."""
         size = nbytes // UNIT_NBYTES
-        return list(page_runs([int(block) * size + i for block in self.blocks(nbytes) for i in range(size)]))
+        return [PageRun(int(block) * size, size) for block in self.blocks(nbytes)]
 
 
-def pairs(scatter: Scatter, count: int) -> tuple[list[PageRun], list[PageRun]]:
-    """A request whose two sides are cut at the same places into `count` runs."""
-    ours, theirs = scatter.runs(count), scatter.runs(count)
-    return sorted(theirs, key=lambda run: run.count), sorted(ours, key=lambda run: run.count)
+Works = dict[str, tuple[int, Callable[[int], None]]]
+"""Name -> rounds a sample, and what one round does."""
+
+
+def add_size(works: Works, lane: Lane, memory: memoryview, spare: Bytes, size: int) -> None:
+    """One contiguous read of `size` bytes, the same by memcpy and over the raw socket."""
+    target = np.frombuffer(memory, dtype=np.uint8)
+    slots, units = ARENA_NBYTES // size, size // UNIT_NBYTES
+
+    def at(i: int) -> int:
+        return (i * 7919) % slots  # a moving place
+
+    def ours(i: int) -> None:
+        lane.read([PageRun(at(i) * units, units)], [PageRun(at(i + 1) * units, units)])
+
+    def copied(i: int) -> None:
+        np.copyto(target[at(i) * size :][:size], spare[at(i + 1) * size :][:size])
+
+    def raw(i: int) -> None:
+        lane.raw_read(at(i) * size, memory[at(i + 1) * size :][:size])
+
+    rounds = max(1, min(200, 8 * MIB // size))
+    works[f"ours {size}"] = (rounds, ours)
+    works[f"memcpy {size}"] = (rounds, copied)
+    if lane.peer is not None:
+        works[f"socket {size}"] = (rounds, raw)
+
+
+def add_request(works: Works, lane: Lane, name: str, scatter: Scatter, blocks: Blocks | None) -> None:
+    """A request in one run, in several runs, in blocks."""
+    rounds = max(1, 24 * MIB // scatter.nbytes)
+
+    def reads(key: str, plans: list[tuple[list[PageRun], list[PageRun]]]) -> None:
+        def ours(i: int) -> None:
+            lane.read(*plans[i % len(plans)])
+
+        works[key] = (rounds, ours)
+
+    for count in (1, 2, RUNS, 12):
+        reads(f"{name} runs {count}", [(scatter.runs(count), scatter.runs(count)) for _ in range(8)])
+    for nbytes in (16 * KIB, 4 * KIB):
+        reads(f"{name} blocks {nbytes}", [(scatter.block_runs(nbytes), scatter.block_runs(nbytes)) for _ in range(4)])
+        if blocks is not None:
+            add_prepared(works, f"{name} prepared {nbytes}", rounds, blocks, nbytes, scatter)
+
+
+def add_prepared(works: Works, key: str, rounds: int, blocks: Blocks, nbytes: int, scatter: Scatter) -> None:
+    """The blocks by prepared lists."""
+    chosen = [(scatter.blocks(nbytes), scatter.blocks(nbytes)) for _ in range(4)]
+
+    def prepared(i: int) -> None:
+        blocks.read(nbytes, *chosen[i % len(chosen)])
+
+    works[key] = (rounds, prepared)
 
 
 def measure(lane_name: str, memory: memoryview, sizes: list[int], repeats: int, rng: random.Random) -> list[Row]:
     """All rows of one lane."""
     lane = Lane(lane_name, memory)
-    target = np.frombuffer(memory, dtype=np.uint8)
     spare = np.frombuffer(mapped(ARENA_NBYTES, 3), dtype=np.uint8)
-    scatter = Scatter(rng)
-    works: dict[str, tuple[int, Callable[[int], None]]] = {}
-
-    def sized(size: int) -> None:
-        slots = ARENA_NBYTES // size
-        units = size // UNIT_NBYTES
-
-        def at(i: int) -> int:
-            return (i * 7919) % slots  # a moving place
-
-        def ours(i: int) -> None:
-            lane.read([PageRun(at(i) * units, units)], [PageRun(at(i + 1) * units, units)])
-
-        def copied(i: int) -> None:
-            np.copyto(target[at(i) * size :][:size], spare[at(i + 1) * size :][:size])
-
-        def raw(i: int) -> None:
-            lane.raw_read(at(i) * size, memory[at(i + 1) * size :][:size])
-
-        rounds = max(1, min(200, 8 * MIB // size))
-        works[f"ours {size}"] = (rounds, ours)
-        works[f"memcpy {size}"] = (rounds, copied)
-        if lane.peer is not None:
-            works[f"socket {size}"] = (rounds, raw)
-
-    def cut(count: int) -> None:
-        plans = [pairs(scatter, count) for _ in range(4)]
-
-        def ours(i: int) -> None:
-            lane.read(*plans[i % 4])
-
-        works[f"runs {count}"] = (2, ours)
-
+    works: Works = {}
     for size in sizes:
-        sized(size)
-    for count in (1, 2, 5, 12, 24):
-        cut(count)
+        add_size(works, lane, memory, spare, size)
     blocks: Blocks | None = None
     if lane_name.startswith("nixl"):
-        from transfer.transport import Card  # the card names the owner's agent
-
-        card = Card.decode(lane_metadata(lane))
-        blocks = Blocks(target, lane, card.base, card.body)
-    for nbytes in (16 * KIB, 4 * KIB):
-        add_blocks(works, nbytes, lane, blocks, scatter)
-    for work in works.values():
-        timed(work[1], 1, 0)
+        blocks = Blocks(np.frombuffer(memory, dtype=np.uint8), Card.decode(lane.metadata))
+        for nbytes in (16 * KIB, 4 * KIB):
+            blocks.prepare(nbytes)
+    for name, pages in REQUESTS.items():
+        add_request(works, lane, name, Scatter(pages, rng), blocks)
+    for _, work in works.values():
+        timed(work, 1, 0)
     samples: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats):
         for name, (rounds, call) in works.items():
@@ -301,77 +312,32 @@ def measure(lane_name: str, memory: memoryview, sizes: list[int], repeats: int, 
     return rows_of(lane_name, sizes, {name: median(values) for name, values in samples.items()})
 
 
-def lane_metadata(lane: Lane) -> bytes:
-    """The metadata of the lane's peer: connecting keeps the card, a bench may look."""
-    card = lane.transport._peers["source#02"].card  # type: ignore[attr-defined]
-    return bytes(card.encode())
-
-
-def add_blocks(
-    works: dict[str, tuple[int, Callable[[int], None]]],
-    nbytes: int,
-    lane: Lane,
-    blocks: Blocks | None,
-    scatter: Scatter,
-) -> None:
-    """The same request in scattered blocks of `nbytes`."""
-    if blocks is not None:
-        blocks.prepare(nbytes)
-        chosen = [(scatter.blocks(nbytes), scatter.blocks(nbytes)) for _ in range(2)]
-        prepared = blocks
-
-        def prepped(i: int) -> None:
-            prepared.read(nbytes, *chosen[i % 2])
-
-        works[f"blocks {nbytes}"] = (1, prepped)
-        return
-    plans = [(scatter.block_runs(nbytes), scatter.block_runs(nbytes)) for _ in range(2)]
-
-    def planned(i: int) -> None:
-        lane.read(*plans[i % 2])
-
-    works[f"blocks {nbytes}"] = (1, planned)
-
-
 def rows_of(lane: str, sizes: list[int], seconds: dict[str, float]) -> list[Row]:
     """Medians as rows."""
     rows: list[Row] = []
     for size in sizes:
-        name = f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
+        case = f"{lane}: read {size // MIB} MiB" if size >= MIB else f"{lane}: read {size // KIB} KiB"
         ours = seconds[f"ours {size}"]
-        rows.append(
-            Row(f"{lane}: read {name}", size / ours / 1e9, size / seconds[f"memcpy {size}"] / 1e9, "memcpy", "GB/s")
-        )
-        if f"socket {size}" in seconds:
-            raw = seconds[f"socket {size}"]
-            rows.append(Row(f"{lane}: read {name}", size / ours / 1e9, size / raw / 1e9, "loopback socket", "GB/s"))
-            rows.append(Row(f"{lane}: read {name}", ours * 1e6, raw * 1e6, "loopback socket", "us", False))
-    total = REQUEST_PAGES * PAGE_UNITS * UNIT_NBYTES
+        for peer in ("memcpy", "socket"):
+            other = seconds.get(f"{peer} {size}")
+            if other is not None:
+                label = "memcpy" if peer == "memcpy" else "loopback socket"
+                rows.append(Row(case, size / ours / 1e9, size / other / 1e9, label, "GB/s"))
+                rows.append(Row(case, ours * 1e6, other * 1e6, label, "us", higher_is_better=False))
+    for name, pages in REQUESTS.items():
+        total = pages * PAGE_UNITS * UNIT_NBYTES
 
-    def speed(name: str) -> float:
-        return total / seconds[name] / 1e9
+        def against(count: int, key: str, label: str, name: str = name, total: int = total) -> None:
+            ours, other = seconds[f"{name} runs {count}"], seconds.get(f"{name} {key}")
+            if other is not None:
+                case = f"{lane}: {name} request in {count} page runs"
+                rows.append(Row(case, total / ours / 1e9, total / other / 1e9, label, "GB/s"))
 
-    for count in (2, 5, 12, 24):
-        rows.append(
-            Row(
-                f"{lane}: 24 MiB request in {count} page runs",
-                speed(f"runs {count}"),
-                speed("runs 1"),
-                "one contiguous read",
-                "GB/s",
-            )
-        )
-    how = "prepared lists" if lane.startswith("nixl") else "same transport"
-    for nbytes in (16 * KIB, 4 * KIB):
-        rows.append(
-            Row(
-                f"{lane}: 24 MiB request in 5 page runs",
-                speed("runs 5"),
-                speed(f"blocks {nbytes}"),
-                f"blocks of {nbytes // KIB} KiB, {how}",
-                "GB/s",
-            )
-        )
+        for count in (2, RUNS, 12):
+            against(count, "runs 1", "one contiguous read")
+        for nbytes in (16 * KIB, 4 * KIB):
+            against(RUNS, f"blocks {nbytes}", f"blocks of {nbytes // KIB} KiB, same transport")
+            against(RUNS, f"prepared {nbytes}", f"blocks of {nbytes // KIB} KiB, prepared lists")
     return rows
 
 
@@ -396,7 +362,9 @@ def main() -> None:
         progress(f"{lane} ...")
         rows += measure(lane, memory, sizes, 5 if options.quick else 9, random.Random(7))
     for row in rows:
-        progress(f"{row.case:45} {row.ours:10.4g} {row.unit:5} {row.peer_name} {row.peer:.4g} ({row.ratio:.2f})")
+        progress(
+            f"{row.case:45} {row.ours:10.4g} {row.unit:5} {row.peer_name} {row.peer or 0:.4g} ({row.ratio or 0:.2f})"
+        )
     emit("transfer", rows, options.json)
 
 

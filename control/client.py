@@ -72,7 +72,8 @@ def waterfall(end: inference_pb2.End) -> Sequence[str]:
         extra = ""
         if stage.name == "pull":
             d = stage.detail
-            extra = f"{int(d['nbytes']) / 1e3:,.0f} kB in {d['runs']} runs from {d['from']}, {d['gbytes_per_s']} GB/s, {d['transport']}"
+            lane = f"{d['gbytes_per_s']} GB/s, {d['transport']}"
+            extra = f"{int(d['nbytes']) / 1e3:,.0f} kB in {d['runs']} runs from {d['from']}, {lane}"
         elif stage.name == "prefill":
             extra = f"{stage.detail['tokens']} tokens in {stage.detail['chunks']} chunks"
         elif stage.name == "decode":

@@ -97,8 +97,8 @@ class HandOffShell:
                 )
             case giving.GrantCame(key):
                 self._driver.post("prefill", Granted(key))
-            case giving.HandOffEnded(key, taken, reason):
-                self._driver.post("prefill", HandOffOver(key, taken, reason))
+            case giving.HandOffEnded(key, taken, reason, taken_s):
+                self._driver.post("prefill", HandOffOver(key, taken, reason, taken_s))
             case _:
                 assert_never(command)
 

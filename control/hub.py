@@ -23,10 +23,10 @@ def resolve_model(spec: str, download: bool) -> Path:
     hub id of the same spelling. ModelError, naming what was looked for, if nothing is found.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return path.resolve()
     named = HUB_ID.fullmatch(spec)
-    if path.exists():
+    if spec and path.exists():
         raise ModelError(f"model: got {spec!r}, a file, wanted a directory or a hub id")
     if named is None:
         raise ModelError(f"model: got {spec!r}, which is neither a directory that exists nor a hub id (org/name)")

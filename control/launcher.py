@@ -131,8 +131,8 @@ class Deployment:
         """Start everything and wait until each process listens; raises SetupError with the child's own sentence."""
         self._spawn(CoordinatorConfig(listen=f"{self.config.host}:0"))
         self._await_words(["coordinator"])
-        workers = self._workers()
-        for config in [*self._gateways(), *workers]:
+        configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
+        for config in configs:
             self._spawn(config)
         self._await_words([name for name in self.running if name != "coordinator"])
 

@@ -16,8 +16,9 @@ import os
 import secrets
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from core.config import CoordinatorConfig, GatewayConfig, ProcessConfig, WorkerConfig, from_json
 from core.errors import SetupError
@@ -73,7 +74,8 @@ async def serve(config: ProcessConfig, me: Identity) -> None:
     service = make(config, me, bug)
     try:
         starting = asyncio.create_task(service.start())
-        await asyncio.wait({starting, over}, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {starting, over}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             gc.collect()
@@ -95,7 +97,7 @@ async def serve(config: ProcessConfig, me: Identity) -> None:
         await service.stop("shutting down")
 
 
-def make(config: ProcessConfig, me: Identity, bug: object) -> Service:
+def make(config: ProcessConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:
     """The service for these settings; imports only what that kind of process needs."""
     match config:
         case CoordinatorConfig():
@@ -108,10 +110,10 @@ def make(config: ProcessConfig, me: Identity, bug: object) -> Service:
             from control.engines import load
             from control.worker import Worker
 
-            return Worker(config, me, build_version(), load, bug)  # type: ignore[arg-type]
+            return Worker(config, me, build_version(), load, bug)
 
 
-def _gateway(config: GatewayConfig, me: Identity, bug: object) -> Service:
+def _gateway(config: GatewayConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:
     from engine.config import ModelConfig, fingerprint
     from gateway.chat import ChatTemplate
     from gateway.intake import Intake, ModelFacts
@@ -123,10 +125,10 @@ def _gateway(config: GatewayConfig, me: Identity, bug: object) -> Service:
     tokenizer = Tokenizer(Path(config.model))
     chat = ChatTemplate.read(Path(config.model))
     intake = Intake(config, facts, tokenizer, chat)
-    return Gateway(config, me, build_version(), facts, tokenizer, intake, chat.source if chat else "", bug)  # type: ignore[arg-type]
+    return Gateway(config, me, build_version(), facts, tokenizer, intake, chat.source if chat else "", bug)
 
 
-async def _launcher_gone(end: object) -> None:
+async def _launcher_gone(end: Callable[[str], None]) -> None:
     """Whoever started us holds the other end of our standard input."""
     if sys.stdin is None or sys.stdin.isatty():
         return
@@ -137,7 +139,7 @@ async def _launcher_gone(end: object) -> None:
     except (ValueError, OSError):
         return
     await reader.read()
-    end("the launcher is gone")  # type: ignore[operator]
+    end("the launcher is gone")
 
 
 def main() -> None:

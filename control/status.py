@@ -36,4 +36,5 @@ def _row(member: registry_pb2.Member) -> str:
     )
     ready = "yes" if member.ready else "no"
     name = member.identity.split("#")[0]
-    return f"{name:<14} {member.role:<8} {ready:<6} {member.address:<22} {member.metrics_address:<22} {tokens:>10}  {lanes}"
+    where = f"{member.address:<22} {member.metrics_address:<22}"
+    return f"{name:<14} {member.role:<8} {ready:<6} {where} {tokens:>10}  {lanes}"

@@ -48,9 +48,9 @@ def make_transport(kind: str, me: Identity) -> Transport:
         from transfer.nixl import Nixl
 
         return Nixl(str(me))
-    from transfer.zeromq import ZeroMQ
+    from transfer.zeromq import ZeroMq
 
-    return ZeroMQ(str(me))
+    return ZeroMq(str(me))
 
 
 class Worker(worker_pb2_grpc.WorkerServiceServicer):

@@ -1,4 +1,4 @@
-"""The decode shell: a standing order becomes engine steps, whose tokens go to the gateways without passing the policy."""
+"""The decode shell: a standing order becomes engine steps, whose tokens go straight to the gateways."""
 
 from __future__ import annotations
 

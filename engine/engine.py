@@ -112,9 +112,7 @@ class TorchEngine:
         if min(tokens) < 0 or max(tokens) >= self.config.vocab:
             raise LocalError(f"sequence {sequence!r}: got a token outside [0, {self.config.vocab})")
         table = self._table(sequence, pages)
-        self._sequences[sequence] = _Sequence(
-            list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt
-        )
+        self._sequences[sequence] = _Sequence(list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt)
 
     def extend(self, sequence: str, pages: Seq[int]) -> None:
         """Append pages to a sequence's page table."""

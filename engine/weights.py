@@ -88,9 +88,7 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return want
 
 
-def load(
-    model_dir: str | Path, config: ModelConfig, ops: Ops, dtype: str, progress: Progress | None = None
-) -> Weights:
+def load(model_dir: str | Path, config: ModelConfig, ops: Ops, dtype: str, progress: Progress | None = None) -> Weights:
     """The model's weights in `dtype`, packed by `ops`; `ModelError` names what is missing, left over or misshapen."""
     reader = _Reader(model_dir, config, TORCH_DTYPES[dtype], progress)
     embedding = reader.tensor(EMBEDDING)

@@ -11,7 +11,7 @@ import grpc
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
-from core.request import Phase, Request, Stage
+from core.request import Request, Stage
 from core.worker import Greeting, Identity, Member, Role
 from gateway.flights import Batch, Flight
 from gateway.intake import Intake, ModelFacts

@@ -48,7 +48,7 @@ def _held(segment: Segment, start: int, stop: int, layer: Tensor, heads: Heads) 
     page_tokens = layer.shape[3]
     first = start // page_tokens
     used = torch.from_numpy(segment.pages[first : -(-stop // page_tokens)])
-    held = layer[used].permute(1, 2, 0, 3, 4).flatten(2, 3)
+    held = layer.index_select(0, used).permute(1, 2, 0, 3, 4).flatten(2, 3)
     held = held[:, :, start - first * page_tokens : stop - first * page_tokens]
     wide = held.unsqueeze(2).expand(2, heads.kv_heads, heads.group, stop - start, heads.dim)
     return wide[0], wide[1]

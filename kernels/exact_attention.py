@@ -14,6 +14,7 @@ stale NaNs do not matter, nor does the page size.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,27 @@ from kernels.ops import Heads
 
 TILE_TOKENS = 8
 BLOCK_TOKENS = 256
+
+LEAST_EXPONENT = -80.0
+"""exp is five times slower where it underflows; a key this far below the best weighs nothing in fp32 (e^-80 = 2e-35)."""
+
+Runs = list[tuple[int, int, int]]
+"""Where a block's keys lie: (place in the block, first page of the arena, neighbouring pages), places in pages."""
+
+
+def block_runs(segment: Segment, page_tokens: int) -> list[Runs]:
+    """For each block of the segment's keys, its runs of neighbouring pages; the same in every layer."""
+    block_pages = BLOCK_TOKENS // page_tokens
+    pages = segment.pages[: -(-segment.stop // page_tokens)]
+    splits = np.zeros(len(pages), dtype=bool)
+    splits[1:] = np.diff(pages) != 1
+    splits[::block_pages] = True
+    starts = np.flatnonzero(splits)
+    counts = np.diff(np.append(starts, len(pages)))
+    blocks: list[Runs] = [[] for _ in range(-(-len(pages) // block_pages))]
+    for start, page, count in zip(starts.tolist(), pages[starts].tolist(), counts.tolist(), strict=True):
+        blocks[start // block_pages].append((start % block_pages, page, count))
+    return blocks
 
 
 class ExactAttention:
@@ -34,11 +56,12 @@ class ExactAttention:
         self._scores = torch.zeros(kv, tile, BLOCK_TOKENS)
         self._product = torch.zeros(kv, tile, dim)
         own = torch.arange(BLOCK_TOKENS).view(-1, TILE_TOKENS, 1, 1)
-        behind = torch.arange(BLOCK_TOKENS) > own
-        self._behind = behind.expand(-1, -1, heads.group, -1).reshape(-1, tile, BLOCK_TOKENS).contiguous()
+        seen = torch.arange(BLOCK_TOKENS) <= own
+        self._seen = seen.expand(-1, -1, heads.group, -1).reshape(-1, tile, BLOCK_TOKENS).float()
+        self._unseen = torch.zeros_like(self._seen).masked_fill_(self._seen == 0, -torch.inf)
 
-    def __call__(self, q: Tensor, segment: Segment, layer: Tensor) -> Tensor:
-        """``[count, heads, dim]`` in q's dtype for the segment's q ``[count, heads, dim]``."""
+    def __call__(self, q: Tensor, segment: Segment, blocks: list[Runs], layer: Tensor) -> Tensor:
+        """``[count, heads, dim]`` in q's dtype for the segment's q ``[count, heads, dim]``; `blocks` by `block_runs`."""
         heads = self.heads
         first = segment.start // TILE_TOKENS
         tiles = (segment.stop - 1) // TILE_TOKENS + 1 - first
@@ -52,33 +75,33 @@ class ExactAttention:
         total = torch.zeros_like(top)
         mixed = torch.zeros_like(queries)
         block_tiles = BLOCK_TOKENS // TILE_TOKENS
-        for block in range((first + tiles - 1) // block_tiles + 1):
-            self._load(segment, block, layer)
+        for block, runs in enumerate(blocks):
+            self._load(runs, min(segment.stop - block * BLOCK_TOKENS, BLOCK_TOKENS), layer)
             for tile in range(max(block * block_tiles - first, 0), tiles):
                 in_block = first + tile - block * block_tiles
-                behind = self._behind[in_block] if in_block < block_tiles else None
-                self._step(queries[tile], behind, top[tile], total[tile], mixed[tile])
+                own = in_block if in_block < block_tiles else None
+                self._step(queries[tile], own, top[tile], total[tile], mixed[tile])
         mixed /= total
         out = mixed.view(tiles, heads.kv_heads, TILE_TOKENS, heads.group, heads.dim).transpose(1, 2)
         return out.reshape(-1, heads.heads, heads.dim)[at : at + segment.count].to(q.dtype)
 
-    def _load(self, segment: Segment, block: int, layer: Tensor) -> None:
+    def _load(self, runs: Runs, there: int, layer: Tensor) -> None:
         """Copy one block of keys and values out of their pages; zeros where there is none."""
-        page_tokens = layer.shape[3]
-        start = block * BLOCK_TOKENS
-        there = min(segment.stop - start, BLOCK_TOKENS)
-        used = segment.pages[start // page_tokens : -(-(start + there) // page_tokens)]
-        held = self._held.view(2, self.heads.kv_heads, -1, page_tokens, self.heads.dim)[:, :, : len(used)]
-        held.copy_(layer[torch.from_numpy(used)].permute(1, 2, 0, 3, 4))
-        self._held[:, :, there:] = 0
+        held = self._held.view(2, self.heads.kv_heads, -1, layer.shape[3], self.heads.dim)
+        for place, page, count in runs:
+            held[:, :, place : place + count].copy_(layer[page : page + count].permute(1, 2, 0, 3, 4))
+        if there < BLOCK_TOKENS:
+            self._held[:, :, there:].zero_()
 
-    def _step(self, q: Tensor, behind: Tensor | None, top: Tensor, total: Tensor, mixed: Tensor) -> None:
-        """Fold the loaded block into one tile's running maximum, sum and mix."""
+    def _step(self, q: Tensor, own: int | None, top: Tensor, total: Tensor, mixed: Tensor) -> None:
+        """Fold the loaded block into one tile's running maximum, sum and mix; `own`: the tile's place in this block."""
         scores = torch.bmm(q, self._held[0].transpose(1, 2), out=self._scores)
-        if behind is not None:
-            scores.masked_fill_(behind, -torch.inf)
+        if own is not None:
+            scores.add_(self._unseen[own])
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        scores.sub_(new_top).exp_()
+        scores.sub_(new_top).clamp_(min=LEAST_EXPONENT).exp_()
+        if own is not None:
+            scores.mul_(self._seen[own])
         shrink = (top - new_top).exp_()
         total.mul_(shrink).add_(scores.sum(-1, keepdim=True))
         mixed.mul_(shrink).add_(torch.bmm(scores, self._held[1], out=self._product))

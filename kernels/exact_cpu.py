@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import linear
 from kernels.batch import Batch
-from kernels.exact_attention import ExactAttention
+from kernels.exact_attention import ExactAttention, block_runs
 from kernels.ops import Heads, Packed
 from kernels.rope import rotate_and_store
 
@@ -36,6 +36,7 @@ class ExactOps:
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         if self._attention is None or self._attention.heads != heads:
             self._attention = ExactAttention(heads)
+        batch.plan = [block_runs(segment, pages.shape[4]) for segment in batch.segments]
 
     def linear(self, x: Tensor, weight: Packed) -> Tensor:
         return torch.cat([linear.linear(tile, weight) for tile in _tiles(x)])
@@ -61,9 +62,9 @@ class ExactOps:
     def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
         assert self._attention is not None
         out = q.new_zeros(q.shape)
-        for segment in batch.segments:
+        for segment, blocks in zip(batch.segments, batch.plan, strict=True):
             rows = slice(segment.row, segment.row + segment.count)
-            out[rows] = self._attention(q[rows], segment, layer)
+            out[rows] = self._attention(q[rows], segment, blocks, layer)
         return out.flatten(1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def page_attention(q: Tensor, plan: PagePlan, layer: Tensor, heads: Heads) -> Te
         if piece.gathered is None:
             held = layer[piece.first : piece.first + piece.stop - piece.start]
         else:
-            held = layer[piece.gathered]
+            held = layer.index_select(0, piece.gathered)
         mask = None if plan.mask is None else plan.mask[piece.start : piece.stop]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries[piece.start : piece.stop], held[:, 0], held[:, 1], attn_mask=mask

@@ -112,7 +112,7 @@ class Stream:
                     self._wake.clear()
                     try:
                         await asyncio.wait_for(self._wake.wait(), HEARTBEAT_S)
-                    except asyncio.TimeoutError:
+                    except TimeoutError:
                         self._queue.append(Frame(heartbeat=worker_pb2.Heartbeat()))
                     continue
                 batch = [self._queue.popleft() for _ in range(min(len(self._queue), MESSAGE_FRAMES))]

@@ -50,6 +50,8 @@ class HandOffOver:
     key: str
     taken: bool
     reason: str = ""
+    taken_s: float = 0.0
+    """From the last announcement to the sink's word that it has everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +369,7 @@ class PrefillPolicy:
             return []
         job.grant = Grant.NOT_ASKED
         if event.taken:
-            commands: list[PrefillCommand] = [Answer(Handed(job.ticket, self._stages(job, now)))]
+            commands: list[PrefillCommand] = [Answer(Handed(job.ticket, self._stages(job, now, event.taken_s)))]
             job.cancelled = "taken"
             return commands + self._end_if_free(job)
         if job.cancelled is not None:
@@ -404,13 +406,13 @@ class PrefillPolicy:
         self._ledger.release(holder(key))
         return [EndSequence(key)] if job.begun else []
 
-    def _stages(self, job: _Job, now: float) -> tuple[Stage, ...]:
+    def _stages(self, job: _Job, now: float, taken_s: float | None = None) -> tuple[Stage, ...]:
         me = self._me.name
         detail = {"tokens": str(job.prompt_tokens), "chunks": str(job.chunks)}
         stages = [
             Stage("batch_wait", me, job.started_at - job.accepted_at),
             Stage("prefill", me, job.computed_at - job.started_at, detail),
         ]
-        if job.first_token is not None and now > job.computed_at:
-            stages.append(Stage("handing_off", me, now - job.computed_at))
+        if taken_s is not None:
+            stages.append(Stage("handing_off", me, now - job.computed_at, {"ready_to_taken_s": f"{taken_s:.6f}"}))
         return tuple(stages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def test_a_listed_reason_is_allowed_and_any_other_is_not() -> None:
 
 def test_every_listed_reason_is_explained() -> None:
     lines = SKIPS.read_text(encoding="utf-8").splitlines()
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in itertools.pairwise(lines):
         assert not line or line.startswith("#") or above.startswith("#"), f"say above it why {line!r} is acceptable"
 
 

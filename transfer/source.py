@@ -94,6 +94,8 @@ class HandOffEnded:
     key: str
     taken: bool
     reason: str = ""
+    taken_s: float = 0.0
+    """From the last announcement to Taken."""
 
 
 SourceEvent = AskSink | Sealed | Digested | Withdraw | SinkLost | Grant | Refuse | Taken | Release
@@ -132,6 +134,7 @@ class _Giving:
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
     announced_pages: int = 0
+    announced_at: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -166,13 +169,13 @@ class Source:
                 if giving is None or first_page != len(giving.digests):
                     return self._ignore()
                 giving.digests.extend(digests)
-                return self._announce(giving)
+                return self._announce(giving, now)
             case Withdraw(key, reason):
                 return self._end_where(lambda g: g.ticket.key == key, reason, tell=True)
             case SinkLost(identity):
                 return self._end_where(lambda g: g.ticket.sink == identity, f"{identity.name} was lost", tell=False)
             case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
-                return self._heard(ticket, event)
+                return self._heard(ticket, event, now)
 
     def deadline(self) -> float | None:
         return min((giving.deadline for giving in self._giving.values()), default=None)
@@ -186,17 +189,18 @@ class Source:
                 assert giving.complete
                 assert giving.announced_pages == self._shape.pages_for(giving.sealed_tokens)
 
-    def _heard(self, ticket: Ticket, message: Grant | Refuse | Taken | Release) -> list[SourceCommand]:
+    def _heard(self, ticket: Ticket, message: Grant | Refuse | Taken | Release, now: float) -> list[SourceCommand]:
         giving = self._giving.get(ticket.key)
         if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
             return self._ignore()
         after = TRANSITIONS[giving.state, type(message)]
         if after is not None:
             giving.state = after
-            return [GrantCame(ticket.key), *self._announce(giving)]
+            return [GrantCame(ticket.key), *self._announce(giving, now)]
         del self._giving[ticket.key]
-        reason = message.reason if isinstance(message, Refuse | Release) else ""
-        return [HandOffEnded(ticket.key, taken=isinstance(message, Taken), reason=reason)]
+        if isinstance(message, Refuse | Release):
+            return [HandOffEnded(ticket.key, taken=False, reason=message.reason)]
+        return [HandOffEnded(ticket.key, taken=True, taken_s=now - giving.announced_at)]
 
     def _sealed(self, event: Sealed) -> list[SourceCommand]:
         """Ask for digests of what became whole: full pages, and the open last page only when the prompt is complete."""
@@ -214,14 +218,14 @@ class Source:
         tokens = min(event.tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
         return [Digest(event.key, first, event.pages[first:upto], tokens)]
 
-    def _announce(self, giving: _Giving) -> list[SourceCommand]:
+    def _announce(self, giving: _Giving, now: float) -> list[SourceCommand]:
         if giving.state is not State.GRANTED:
             return []
         first, upto = giving.announced_pages, len(giving.digests)
         last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
         if first == upto and not last:
             return []
-        giving.announced_pages = upto
+        giving.announced_pages, giving.announced_at = upto, now
         if last:
             giving.state = State.ANNOUNCED
         ready = Ready(

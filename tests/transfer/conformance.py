@@ -109,11 +109,9 @@ def reads(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 
 
 class Conformance:
-    """The suite. Subclasses set `kind`, and `doubts` if an abandoned read can land."""
+    """What holds within one process; subclasses set `kind`."""
 
     kind = ""
-    doubts = False
-    child_env: dict[str, str] | None = None
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -131,16 +129,6 @@ class Conformance:
         yield made
         for worker in made:
             worker.transport.close()
-
-    @pytest.fixture
-    def children(self) -> Iterator[list[Child]]:
-        """Append what you start; it is killed."""
-        if self.kind == "inprocess":
-            pytest.skip("has no other processes")
-        started: list[Child] = []
-        yield started
-        for child in started:
-            child.end()
 
     @given(reads())
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -327,6 +315,21 @@ class Conformance:
             assert worker.transport.poll() == []
         with pytest.raises(LocalError):
             sink.transport.metadata()
+
+
+class Deaths(Conformance):
+    """The suite with peers that are processes of their own; `doubts`: an abandoned read can land."""
+
+    doubts = False
+    child_env: dict[str, str] | None = None
+
+    @pytest.fixture
+    def children(self) -> Iterator[list[Child]]:
+        """Append what you start; it is killed."""
+        started: list[Child] = []
+        yield started
+        for child in started:
+            child.end()
 
     def test_a_killed_peer_fails_reads_in_time_and_disturbs_nobody(self, workers, children):
         """Killed between reads and in the middle of one; the other peer goes on."""

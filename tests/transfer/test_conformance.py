@@ -10,13 +10,13 @@ import pytest
 
 from core.errors import LocalError
 from core.kv import PageRun
-from tests.transfer.conformance import UNIT, Child, Conformance, Worker, drive, failed, quiet
+from tests.transfer.conformance import UNIT, Child, Conformance, Deaths, Worker, drive, failed, quiet
 from tests.transfer.peer import pattern
 from transfer import nixl
 from transfer.inprocess import Exchange, InProcess
 from transfer.transport import ReadDone, ReadFenced
 
-needs_nixl = pytest.mark.skipif(nixl.available() is not None, reason=str(nixl.available()))
+needs_nixl = pytest.mark.skipif(nixl.available() is not None, reason=f"needs NIXL: {nixl.available()}")
 
 
 class TestInProcess(Conformance):
@@ -35,7 +35,7 @@ class TestInProcess(Conformance):
         assert one.name == "inprocess"
 
 
-class TestZeroMq(Conformance):
+class TestZeroMq(Deaths):
     kind = "zeromq"
 
     def test_a_hung_peer_is_lost_by_its_missing_heartbeats(self, workers, children):
@@ -53,7 +53,7 @@ class TestZeroMq(Conformance):
 
 
 @needs_nixl
-class TestNixl(Conformance):
+class TestNixl(Deaths):
     kind = "nixl"
     doubts = True
 

@@ -35,7 +35,9 @@ UNITS = 64
 KINDS = [
     "inprocess",
     "zeromq",
-    pytest.param("nixl", marks=pytest.mark.skipif(nixl.available() is not None, reason=str(nixl.available()))),
+    pytest.param(
+        "nixl", marks=pytest.mark.skipif(nixl.available() is not None, reason=f"needs NIXL: {nixl.available()}")
+    ),
 ]
 
 
