@@ -262,7 +262,7 @@ def add_size(works: Works, lane: Lane, memory: memoryview, spare: Bytes, size: i
 
 def add_request(works: Works, lane: Lane, name: str, scatter: Scatter, blocks: Blocks | None) -> None:
     """A request in one run, in several runs, in blocks."""
-    rounds = max(1, 24 * MIB // scatter.nbytes)
+    rounds = max(2, 24 * MIB // scatter.nbytes)
 
     def reads(key: str, plans: list[tuple[list[PageRun], list[PageRun]]]) -> None:
         def ours(i: int) -> None:
@@ -360,11 +360,10 @@ def main() -> None:
     rows: list[Row] = []
     for lane in lanes:
         progress(f"{lane} ...")
-        rows += measure(lane, memory, sizes, 5 if options.quick else 9, random.Random(7))
+        rows += measure(lane, memory, sizes, 5 if options.quick else 15, random.Random(7))
     for row in rows:
-        progress(
-            f"{row.case:45} {row.ours:10.4g} {row.unit:5} {row.peer_name} {row.peer or 0:.4g} ({row.ratio or 0:.2f})"
-        )
+        ratio = "" if row.ratio is None else f"({row.ratio:.2f})"
+        progress(f"{row.case:45} {row.ours:10.4g} {row.unit:5} {row.peer_name} {row.peer or 0:.4g} {ratio}")
     emit("transfer", rows, options.json)
 
 

@@ -200,7 +200,7 @@ def nbytes(text: str) -> int:
         number, unit = number[:-1], number[-1].upper()
     try:
         value = int(float(number) * _UNITS[unit])
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise SetupError(f"kv_memory: got {text!r}, want bytes such as 64M or 2G")

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.errors import LocalError, ModelError
+from core.errors import LocalError, ModelError, SetupError
 from core.kv import KvShape
 from core.sampling import Sampling
 from engine.api import Row, Sampled
-from engine.arena import Arena
+from engine.arena import TORCH_DTYPES, Arena
 from engine.config import ModelConfig
 from engine.model import Decoder
 from engine.sampler import Sampler
-from engine.weights import Progress, load
+from engine.weights import Progress, Weights, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
-from kernels.exact_cpu import ExactOps
+from kernels.exact_cpu import ExactOps, row_independent
 from kernels.fast_cpu import FastOps
 from kernels.ops import Ops
 
@@ -77,6 +77,8 @@ class TorchEngine:
         self._arena = Arena(self._kv, kv_memory)
         with torch.inference_mode():
             weights = load(model_dir, self.config, ops, self.dtype, progress)
+            if exact:
+                _prove(weights, self.dtype)
             self._model = Decoder(self.config, weights, ops, self._arena)
         self._sampler = Sampler(self.config.vocab)
         self._sequences: dict[str, _Sequence] = {}
@@ -235,6 +237,17 @@ class TorchEngine:
         if known.cleared < place:
             self._arena.clear(int(known.pages[place]), slot + 1)
             known.cleared = place
+
+
+def _prove(weights: Weights, dtype: str) -> None:
+    """Raise `SetupError` if a product of this model's shapes is not exact on this CPU."""
+    layer = weights.layers[0]
+    for weight in (layer.qkv, layer.out, layer.gate_up, layer.down, weights.lm_head):
+        if not row_independent(weight, TORCH_DTYPES[dtype]):
+            raise SetupError(
+                f"exact: got a CPU whose {dtype} product with a [{weight.rows}, {weight.cols}] matrix depends on the "
+                "row's place, want one where it does not"
+            )
 
 
 def default_dtype(checkpoint: str) -> str:

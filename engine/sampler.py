@@ -21,8 +21,8 @@ Ids = NDArray[np.int64]
 
 LEAST_TEMPERATURE = 1e-6
 """Lower temperatures count as this one: at it, only ties are left to chance."""
-FIRST_LOOK = 64
-"""Tokens taken off the top before asking whether they suffice."""
+FIRST_LOOK = 256
+"""Tokens taken off the top before asking whether they suffice; if not, all are sorted (a sort is cheap, a loop not)."""
 
 
 class Sampler:
@@ -56,18 +56,24 @@ class Sampler:
     def _likely(self, logits: Floats, sampling: Sampling, temperature: float, top: np.float32) -> Ids:
         """The survivors of top-k, then top-p, in order of token id."""
         limit = sampling.top_k if 0 < sampling.top_k < self.vocab else self.vocab
-        weights = np.exp((logits - top) / np.float32(temperature))
-        total = None if limit < self.vocab else float(weights.sum(dtype=np.float64))
-        look = min(limit, FIRST_LOOK if total is not None else limit)
+
+        def weigh(values: Floats) -> Floats:
+            with np.errstate(over="ignore"):  # far below the top: minus infinity is right, its weight is 0
+                weights: Floats = np.exp((values - top) / np.float32(temperature))
+            return weights
+
+        if limit < self.vocab:
+            tokens, total = _top(logits, limit), None
+        else:
+            tokens, total = _top(logits, FIRST_LOOK), float(weigh(logits).sum(dtype=np.float64))
         while True:
-            tokens = _top(logits, look)
-            tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
-            sums = weights[tokens].astype(np.float64).cumsum()
+            falling = -np.sort(-logits[tokens])
+            sums = weigh(falling).cumsum(dtype=np.float64)
             goal = sampling.top_p * (float(sums[-1]) if total is None else total)
-            if sums[-1] >= goal or look == limit:
-                kept = int(np.searchsorted(sums, goal)) + 1
-                return np.sort(tokens[:kept])
-            look = min(look * 8, limit)
+            if sums[-1] >= goal or len(tokens) >= limit:
+                kept = min(int(np.searchsorted(sums, goal)) + 1, len(tokens))
+                return _least_surplus(logits, tokens, float(falling[kept - 1]), kept)
+            tokens = np.arange(self.vocab)
 
     def _contenders(self, logits: Floats, temperature: float, stream: int) -> Ids:
         """Every token that could have the best score, in order of token id.
@@ -87,12 +93,18 @@ class Sampler:
 
 def _top(logits: Floats, count: int) -> Ids:
     """The `count` most likely tokens in order of token id; of equals at the edge, the lower ids."""
+    tokens = np.arange(len(logits))
     if count >= len(logits):
-        return np.arange(len(logits))
+        return tokens
     edge = torch.topk(torch.from_numpy(logits), count, sorted=False).values.min().item()
-    tokens = np.flatnonzero(logits >= edge)
-    surplus = len(tokens) - count
-    if surplus:
-        equal = tokens[logits[tokens] == edge]
-        tokens = np.setdiff1d(tokens, equal[len(equal) - surplus :], assume_unique=True)
-    return tokens
+    return _least_surplus(logits, tokens, edge, count)
+
+
+def _least_surplus(logits: Floats, tokens: Ids, edge: float, count: int) -> Ids:
+    """Those of `tokens` with a logit of at least `edge`, less the highest ids at the edge above `count`."""
+    values = logits[tokens]
+    kept = tokens[values >= edge]
+    if surplus := len(kept) - count:
+        equal = kept[logits[kept] == edge]
+        kept = np.setdiff1d(kept, equal[len(equal) - surplus :], assume_unique=True)
+    return kept

@@ -77,6 +77,19 @@ class ExactOps:
         return share.mul_(gate).mul_(up).to(gate_up.dtype)
 
 
+def row_independent(weight: Packed, dtype: torch.dtype) -> bool:
+    """True if, on this CPU, a row's product with `weight` has the same bits at every place of a tile.
+
+    What exact mode rests on, and what no library promises: so it is tried, with every row at two places and among
+    other rows.
+    """
+    tile = torch.randn(TILE_ROWS, weight.cols, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mixed = torch.cat([tile[7:], torch.zeros_like(tile[:7])])
+    there, elsewhere = linear.wide_linear(tile, weight), linear.wide_linear(mixed, weight)
+    low, low_elsewhere = linear.linear(tile, weight), linear.linear(mixed, weight)
+    return torch.equal(there[7:], elsewhere[:-7]) and torch.equal(low[7:], low_elsewhere[:-7])
+
+
 def _tiles(x: Tensor) -> Tensor:
     """Views of `TILE_ROWS` rows each."""
     return x.view(-1, TILE_ROWS, x.shape[-1])

@@ -82,9 +82,9 @@ class Driver:
         self._arm()
 
     def _step(self, name: str, event: object) -> None:
-        seat = self._seats[name]
         self.turns += 1
         try:
+            seat = self._seats[name]
             for command in seat.machine.on(event, self.now()):
                 seat.perform(command)
             if self._check:

@@ -160,6 +160,7 @@ class _Agent:
     nixl: Any
     registered: Any
     peers: set[str] = field(default_factory=set)
+    complained: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -287,7 +288,9 @@ class Nixl:
                 try:
                     agent.nixl.agent.getNotifs({}, [])  # nobody sends any: this is NIXL's call that makes progress
                 except Exception as error:
-                    log.warning("agent %s: %s", agent.name, _why(error))
+                    if not agent.complained:
+                        log.warning("agent %s: %s", agent.name, _why(error))
+                    agent.complained = True
         for read in [*self._doubtful.values()]:
             self._check(read)
             if not read.posted:

@@ -80,8 +80,8 @@ class Transport(Protocol):
     def connect(self, peer: str, metadata: bytes) -> None:
         """Make a peer ("name#incarnation") readable. Does not wait for the lane.
 
-        Raises `RemoteError` if the metadata is damaged, of another transport, version, owner or page size, and
-        `LocalError` if the peer is connected already.
+        Raises `RemoteError` if the metadata is damaged, of another transport, version, owner or page size, or if the
+        lane shows at once that the peer is gone, and `LocalError` if the peer is connected already.
         """
         ...
 

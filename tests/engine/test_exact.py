@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from core.errors import SetupError
 from core.sampling import Sampling
 from engine.api import Row
 from tests.engine.play import Dealer, alone, chunks, move, poison
@@ -110,6 +112,22 @@ def test_recomputing_prompt_and_output_changes_no_bit(exact, number, sizes):
         got += other.step([Row("s", got[-1].position, got[-1].position + 1)])
     other.close("s")
     assert strip(got) == strip(want[4:])
+
+
+def test_a_cpu_that_is_not_exact_is_refused(engine, monkeypatch):
+    monkeypatch.setattr("engine.engine.row_independent", lambda weight, dtype: weight.rows != 128 or weight.cols != 64)
+    with pytest.raises(SetupError, match=r"exact: got a CPU whose float32 product with a \[128, 64\] matrix"):
+        engine("gqa", exact=True, dtype="float32")
+
+
+def test_two_threads_keep_their_bits(engine):
+    before = torch.get_num_threads()
+    try:
+        one = engine("gqa", dtype="bfloat16", exact=True, threads=2)
+        want = [strip(alone(one, prompt, Sampling(3))) for prompt in PROMPTS]
+        assert [strip(alone(one, prompt, Sampling(3), (33, 1, 90))) for prompt in PROMPTS] == want
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", ["odd", "mqa", "tied", "wide"])

@@ -368,6 +368,23 @@ class Deaths(Conformance):
             sink.transport.disconnect(child.owner)
         assert sink.transport.in_doubt() == frozenset()
 
+    def test_a_peer_that_died_before_the_first_read(self, workers, children):
+        children.append(Child(self.kind, "child#01", 3, UNIT, 8))
+        metadata = children[0].metadata()
+        children[0].send(signal.SIGKILL)
+        children[0].process.wait()
+        sink = Worker(self.kind, "sink#02")
+        workers.append(sink)
+        started = time.monotonic()
+        try:
+            sink.transport.connect("child#01", metadata)
+        except RemoteError:  # lanes over shared memory see it here already
+            assert sink.transport.transports("child#01") == "not connected"
+        else:
+            sink.read("child#01", [PageRun(0, 1)], [PageRun(0, 1)])
+            assert failed(drive(sink)[0]).in_doubt is False
+        assert time.monotonic() - started < 2
+
     @pytest.mark.parametrize("fenced", [True, False])
     def test_an_abandoned_read_never_lands_behind_a_fence(self, workers, children, fenced):
         """The peer hangs, the read is given up, its pages get another owner, the peer comes back."""

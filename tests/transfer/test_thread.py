@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import pytest
 
 from core.errors import RemoteError
 from core.kv import KvShape, PageRun
+from tests.transfer.conformance import Child
 from tests.transfer.peer import arena, make
 from transfer import nixl
 from transfer.digest import digests
@@ -28,7 +30,7 @@ from transfer.thread import (
     ProbeFailed,
     TransferThread,
 )
-from transfer.transport import ReadDone, ReadFailed, Transport
+from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
 
 KV = KvShape(layers=4, kv_heads=2, head_dim=64, page_tokens=16, dtype="bfloat16")
 UNITS = 64
@@ -197,3 +199,28 @@ def test_a_broken_thread_is_heard_of():
     owner.opened()
     assert owner.event() == Closed("ValueError: broken")
     assert owner.thread.close()
+
+
+@pytest.mark.skipif(nixl.available() is not None, reason=f"needs NIXL: {nixl.available()}")
+def test_a_probe_of_a_hung_peer_leaves_its_scratch_pages_in_doubt_until_fenced(monkeypatch):
+    monkeypatch.setattr("transfer.thread.PROBE_ANSWER_S", 0.2)
+    child = Child("nixl", "child#01", 3, KV.page_nbytes, UNITS, {"UCX_TLS": "tcp"})
+    sink = Owner("sink#02", lambda: make("nixl", "sink#02"))
+    try:
+        sink.opened()
+        sink.thread.connect("child#01", child.metadata())
+        assert isinstance(sink.event(), Connected)
+        sink.thread.probe("child#01", PageRun(0, 2), PageRun(0, 2))
+        lane = sink.event()
+        assert isinstance(lane, LaneProbed), lane
+        assert lane.transports.endswith("emulated")
+        child.send(signal.SIGSTOP)
+        sink.thread.probe("child#01", PageRun(4, 2), PageRun(0, 2))
+        end = sink.event()
+        assert isinstance(end, ProbeFailed), end
+        assert (end.reason, end.doubtful) == ("no answer", PageRun(4, 2))
+        sink.thread.fence([end.read_id])
+        assert sink.event() == ReadFenced(end.read_id)
+    finally:
+        child.end()
+        assert sink.thread.close()

@@ -1,0 +1,195 @@
+"""The `baton` command as a person or a script meets it: exit codes, JSON, what it loads, and one whole round."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "deploy" / "demo" / "model"
+
+
+def baton(
+    *words: str, state: Path, timeout_s: float = 60.0, stdin: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in the project's root."""
+    return subprocess.run(
+        [sys.executable, "-m", "control.cli", "--state", str(state), *words],
+        cwd=ROOT,
+        text=True,
+        input=stdin,
+        capture_output=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def test_help_loads_neither_torch_nor_grpc_nor_numpy():
+    code = (
+        "import sys\nfrom control.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'grpc', 'numpy', 'google', 'prometheus_client', 'tokenizers'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"),
+    [
+        (["nonsense"], 2, "invalid choice"),
+        (["up"], 2, "model is missing"),
+        (["up", "--model", "x", "--prefill", "0"], 2, "want a prefill and a decode worker"),
+        (["up", "--model", "x", "--kv-memory", "lots"], 2, "kv_memory: got 'lots'"),
+        (["up", "--model", "x", "--page-tokens", "7"], 2, "page_tokens: got 7"),
+        (["up", "--model", "x", "--port", "70000"], 2, "port: got 70000"),
+        (["up", "--model", "x", "--transport", "pigeon"], 2, "transport: got 'pigeon'"),
+        (["up", "--config", "missing.toml"], 2, "missing.toml"),
+        (["up", "--model", "/nowhere/at/all"], 5, "/nowhere/at/all"),
+        (["up", "--model", str(ROOT / "docs")], 5, "config.json"),
+        (["generate", "hello"], 3, "no deployment is running"),
+        (["status"], 3, "no deployment is running"),
+        (["down"], 3, "no deployment is running"),
+        (["generate", "--gateway", "127.0.0.1:1", "hello"], 3, "nobody listens on 127.0.0.1:1"),
+    ],
+)
+def test_every_failure_has_its_exit_code_and_one_sentence(words: list[str], code: int, sentence: str, tmp_path: Path):
+    done = baton(*words, state=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_config_file_with_an_unknown_setting_is_refused_by_name(tmp_path: Path):
+    path = tmp_path / "baton.toml"
+    path.write_text(f'model = "{DEMO}"\nprefil = 2\n')
+    done = baton("up", "--config", str(path), state=tmp_path)
+    assert done.returncode == 2
+    assert "unknown setting 'prefil'" in done.stderr
+
+
+def test_doctor_says_what_fits_in_one_json_document(tmp_path: Path):
+    done = baton("doctor", "--model", str(DEMO), "--kv-memory", "64M", "-o", "json", state=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == (0 if report["ok"] else 1)
+    topics = {finding["topic"] for finding in report["findings"]}
+    assert {"version", "machine", "limit", "transport", "lane", "port", "memory"} <= topics
+    fits = next(f for f in report["findings"] if f["name"] == "64 MiB of KV hold")
+    assert "65,536 tokens" in fits["value"]
+
+
+@pytest.mark.live
+def test_a_port_in_use_is_one_sentence_and_leaves_nothing_running(tmp_path: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = baton("up", "--model", str(DEMO), "--port", str(port), "--kv-memory", "16M", state=tmp_path)
+    assert done.returncode == 4
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert not (tmp_path / "deployment.json").exists()
+
+
+@pytest.mark.live
+def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
+    from control.demo import NEXT
+
+    printed = [line.split("baton ", 1)[1] for line in NEXT.splitlines() if "bin/baton" in line]
+    assert [line.split()[0] for line in printed] == ["doctor", "up", "status", "generate", "down"]
+    try:
+        up = baton(
+            "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "1", "--port", "0", "--kv-memory", "32M",
+            "-o", "json", state=tmp_path,
+        )  # fmt: skip
+        assert up.returncode == 0, up.stderr
+        word = json.loads(up.stdout)
+        assert len(word["gateways"]) == 1
+
+        again = baton("up", "--model", str(DEMO), "--port", "0", state=tmp_path)
+        assert again.returncode == 2
+        assert "running already" in again.stderr
+
+        status = baton("status", "-o", "json", state=tmp_path)
+        members = json.loads(status.stdout)["members"]
+        assert status.returncode == 0
+        assert sorted(member["role"] for member in members) == ["decode", "gateway", "prefill", "prefill"]
+        assert all(member["ready"] for member in members)
+        decode = next(member for member in members if member["role"] == "decode")
+        assert len(decode["lanes"]) == 2
+        assert all(lane["gbytes_per_s"] > 0 for lane in decode["lanes"])
+        assert "decode-0" in baton("status", state=tmp_path).stdout
+
+        doctor = baton("doctor", "-o", "json", state=tmp_path)
+        lanes = [f for f in json.loads(doctor.stdout)["findings"] if f["topic"] == "lane"]
+        assert len(lanes) == 2
+        assert all("GB/s" in lane["value"] for lane in lanes)
+
+        said = baton("generate", "--chat", "--waterfall", "What does textwrap.dedent do?", state=tmp_path)
+        assert said.returncode == 0, said.stderr
+        assert said.stdout.startswith("textwrap.dedent removes any common leading")
+        assert "pull" in said.stderr
+
+        answer = baton("generate", "--max-tokens", "5", "--ignore-eos", "-o", "json", state=tmp_path, stdin="What is")
+        document = json.loads(answer.stdout)
+        assert len(document["token_ids"]) == 5
+        assert document["end"]["finish_reason"] == "length"
+
+        wrong = baton("generate", "--model", "other", "hello", state=tmp_path)
+        assert wrong.returncode == 1
+        assert "NOT_FOUND" in wrong.stderr
+    finally:
+        down = baton("down", state=tmp_path)
+    assert down.returncode == 0, down.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(word["pid"], 0)
+    assert baton("status", state=tmp_path).returncode == 3
+
+
+@pytest.mark.live
+def test_an_interrupted_demo_leaves_no_process(tmp_path: Path):
+    import signal
+
+    demo = subprocess.Popen(
+        [sys.executable, "-u", "-m", "control.demo"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if "gateway-0 on" in line:
+            break
+    children = _children(demo.pid)
+    assert len(children) >= 4
+    demo.send_signal(signal.SIGINT)
+    rest = demo.stdout.read()
+    assert demo.wait(30) == 130
+    assert "interrupted" in rest
+    assert "Traceback" not in rest
+    demo.stdout.close()
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found

@@ -1,0 +1,232 @@
+"""The wire form: everything that our processes say comes back equal, and anything else is a remote error."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from core import messages as m
+from core.errors import RemoteError
+from core.kv import ITEM_NBYTES, KvShape, PageRun
+from core.request import Hints, Request, Slo, Stage, Ticket
+from core.sampling import MAX_SEED, Sampling
+from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from protos.baton.v1 import registry_pb2, worker_pb2
+from protos.baton.v1.worker_pb2 import Frame
+from runtime import wire
+from tests.cast import D1, QUICK, ask, ticket
+
+text = st.text(max_size=8)
+counts = st.integers(0, 2**31 - 1)
+seconds = st.floats(0, 1e9)
+tokens = st.lists(counts, max_size=6).map(tuple)
+words = st.integers(0, 2**64 - 1)
+identities = st.builds(Identity, st.text(min_size=1, max_size=8), st.integers(0, 2**48 - 1))
+shapes = st.builds(KvShape, *[st.integers(1, 999)] * 4, st.sampled_from(sorted(ITEM_NBYTES)))
+tickets = st.builds(Ticket, identities, words, counts, identities, identities)
+hints = st.builds(Hints, st.integers(-9, 9), text, text, text, counts, text)
+samplings = st.builds(
+    Sampling,
+    st.integers(1, 2**31 - 1),
+    st.floats(0, 1e6),
+    counts,
+    st.floats(0, 1, exclude_min=True),
+    st.integers(0, MAX_SEED),
+    tokens,
+    st.booleans(),
+)
+slos = st.builds(Slo, seconds, seconds)
+requests = st.builds(
+    Request, text, st.lists(counts, min_size=1, max_size=9).map(tuple), samplings, seconds, slos, hints
+)
+stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, text, max_size=2)), max_size=3).map(tuple)
+runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
+lanes = st.builds(Lane, identities, text, seconds, seconds)
+numerics = st.builds(Numerics, st.booleans(), text, counts, text)
+members = st.builds(
+    Member,
+    identities,
+    st.sampled_from(Role),
+    address=text,
+    metrics_address=text,
+    build=text,
+    protocol=counts,
+    model=text,
+    fingerprint=text,
+    kv=st.none() | shapes,
+    pages=counts,
+    context=counts,
+    numerics=st.none() | numerics,
+    transport=text,
+    ready=st.booleans(),
+    lanes=st.lists(lanes, max_size=2).map(tuple),
+)
+
+MESSAGES: dict[type, st.SearchStrategy] = {
+    m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints),
+    m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
+    m.Cancel: st.builds(m.Cancel, tickets, text),
+    m.Accept: st.builds(m.Accept, tickets, counts, seconds),
+    m.Reject: st.builds(m.Reject, tickets, text, seconds),
+    m.Tokens: st.builds(m.Tokens, tickets, counts, tokens, st.lists(words, max_size=6).map(tuple)),
+    m.Handed: st.builds(m.Handed, tickets, stages),
+    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages),
+    m.Failed: st.builds(m.Failed, tickets, text, text),
+    m.Reserve: st.builds(m.Reserve, tickets, requests),
+    m.Grant: st.builds(m.Grant, tickets),
+    m.Refuse: st.builds(m.Refuse, tickets, text),
+    m.Ready: st.builds(
+        m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), st.none() | counts
+    ),
+    m.Taken: st.builds(m.Taken, tickets),
+    m.Release: st.builds(m.Release, tickets, text),
+}
+any_message = st.one_of(*MESSAGES.values())
+
+
+def over(frame: Frame) -> Frame:
+    """A frame after its way over the wire."""
+    return Frame.FromString(frame.SerializeToString())
+
+
+def heard(reader: wire.Reader, frames: list[Frame]) -> list[m.Message]:
+    return [message for frame in frames if (message := reader.message(over(frame))) is not None]
+
+
+def test_every_message_has_its_strategy_here():
+    assert MESSAGES.keys() == set(typing.get_args(m.Message))
+
+
+@pytest.mark.parametrize("kind", typing.get_args(m.Message), ids=lambda kind: kind.__name__)
+@QUICK
+@given(st.data())
+def test_a_message_comes_back_equal(kind, data):
+    message = data.draw(MESSAGES[kind])
+    assert heard(wire.Reader(), wire.frames(message)) == [message]
+
+
+@QUICK
+@given(st.lists(any_message, max_size=5))
+def test_a_streams_messages_come_back_in_order(messages):
+    reader = wire.Reader()
+    assert heard(reader, [frame for message in messages for frame in wire.frames(message)]) == messages
+
+
+@QUICK
+@given(st.data())
+def test_prompts_travel_in_pieces_between_other_frames(data):
+    size = data.draw(st.integers(1, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "PIECE_TOKENS", size)
+        prompts = data.draw(
+            st.lists(MESSAGES[m.Prompt], min_size=1, max_size=3, unique_by=lambda prompt: prompt.ticket.key)
+        )
+        queues = [wire.frames(prompt) for prompt in prompts]
+        for prompt, queue in zip(prompts, queues, strict=True):
+            assert len(queue) == -(-len(prompt.request.prompt) // size)
+        others = data.draw(st.lists(any_message.filter(lambda message: not isinstance(message, m.Prompt)), max_size=3))
+        keys = {prompt.ticket.key for prompt in prompts}
+        assume(not any(other.ticket.key in keys for other in others))
+        queues += [wire.frames(other) for other in others]
+        reader, got = wire.Reader(), []
+        while any(queues):
+            queue = data.draw(st.sampled_from([queue for queue in queues if queue]))
+            got += heard(reader, [queue.pop(0)])
+        assert len(got) == len(prompts) + len(others)
+        assert all(message in got for message in (*prompts, *others))
+
+
+def test_a_long_prompt_is_cut_so_that_tokens_need_not_wait():
+    prompt = m.Prompt(ticket(), ask(2 * wire.PIECE_TOKENS + 1), D1)
+    frames = wire.frames(prompt)
+    assert [len(frame.prompt.tokens) for frame in frames] == [wire.PIECE_TOKENS, wire.PIECE_TOKENS, 1]
+    reader = wire.Reader()
+    assert reader.message(frames[0]) is None
+    assert reader.message(wire.frames(m.Cancel(ticket(2), "x"))[0]) == m.Cancel(ticket(2), "x")
+    assert heard(reader, frames[1:]) == [prompt]
+
+
+def test_a_cancel_drops_the_pieces_of_its_prompt():
+    reader = wire.Reader()
+    frames = wire.frames(m.Prompt(ticket(), ask(2 * wire.PIECE_TOKENS)))
+    reader.message(frames[0])
+    reader.message(wire.frames(m.Cancel(ticket(), "x"))[0])
+    whole = m.Prompt(ticket(), ask(3))
+    assert heard(reader, wire.frames(whole)) == [whole]
+
+
+@QUICK
+@given(members, st.binary(max_size=20), counts)
+def test_a_greeting_comes_back_without_what_the_registry_tells(member, metadata, scratch):
+    known = replace(member, address="", metrics_address="", ready=False, lanes=())
+    assert wire.greeting(over(wire.hello(Greeting(member, metadata, scratch)))) == Greeting(known, metadata, scratch)
+
+
+@QUICK
+@given(members)
+def test_a_member_comes_back_equal(member):
+    body = registry_pb2.Member.FromString(wire.registry_member(member).SerializeToString())
+    assert wire.member_from(body) == member
+
+
+@QUICK
+@given(lanes)
+def test_a_lane_comes_back_equal(lane):
+    assert wire.lane_from(over(wire.lane_frame(lane)).lane) == lane
+    assert wire.lane_from(wire.registry_lane(lane)) == lane
+
+
+GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink="d#1")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(),
+        Frame(heartbeat=worker_pb2.Heartbeat()),
+        Frame(hello=worker_pb2.Hello()),
+        Frame(grant=worker_pb2.Grant()),
+        Frame(grant=worker_pb2.Grant(ticket=worker_pb2.Ticket(minter="nobody", source="p#1", sink="d#1"))),
+        Frame(prompt=worker_pb2.PromptPiece(ticket=GOOD, tokens=[1], request=worker_pb2.RequestMeta())),
+        Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1])),
+    ],
+)
+def test_a_frame_that_makes_no_sense_is_the_peers_fault(frame):
+    with pytest.raises(RemoteError):
+        wire.Reader().message(frame)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame(),
+        Frame(grant=worker_pb2.Grant(ticket=GOOD)),
+        Frame(hello=worker_pb2.Hello(identity="", role="decode")),
+        Frame(hello=worker_pb2.Hello(identity="d#1", role="chef")),
+        Frame(hello=worker_pb2.Hello(identity="d#1", role="decode", kv={"layers": 1})),
+    ],
+)
+def test_a_greeting_that_makes_no_sense_is_the_peers_fault(frame):
+    with pytest.raises(RemoteError):
+        wire.greeting(frame)
+
+
+@QUICK
+@given(st.binary(max_size=60))
+def test_any_bytes_give_a_message_or_a_remote_error(noise):
+    reader = wire.Reader()
+    for kind in ("offer", "prompt", "tokens", "ready", "finished", "reserve", "handed"):
+        frame = Frame()
+        try:
+            getattr(frame, kind).ParseFromString(noise)
+        except Exception:  # not protobuf at all: gRPC refuses it before us
+            continue
+        getattr(frame, kind).SetInParent()
+        try:
+            reader.message(frame)
+        except RemoteError:
+            pass

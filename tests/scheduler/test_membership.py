@@ -1,0 +1,177 @@
+"""The list of members: who is admitted, who expires, and when watchers are told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from core.kv import KvShape
+from core.worker import PROTOCOL_VERSION, Identity, Lane, Numerics, Role
+from scheduler.membership import Admitted, Joining, Left, Membership, Publish, Renewed, Turned, Unknown, mismatch
+from tests.cast import D1, GATEWAY, P1, P2, efforts, worker
+
+EXACT = Numerics(True, "float32", 1, "AVX2")
+P = worker(P1, Role.PREFILL)
+D = worker(D1, Role.DECODE)
+G = replace(worker(GATEWAY, Role.GATEWAY), kv=None, pages=0)
+
+
+def test_a_member_is_admitted_renewed_and_expires():
+    machine = Membership(3.5)
+    assert machine.on(Joining(P), 0.0) == [Admitted(P1), Publish((P,), 1)]
+    assert machine.deadline() == 3.5
+    assert machine.on(Renewed(P1, True, ()), 3.0) == []
+    assert machine.on(None, 3.5) == []
+    assert machine.deadline() == 6.5
+    assert machine.on(None, 6.5) == [Publish((), 2)]
+    assert machine.deadline() is None
+
+
+def test_watchers_hear_when_readiness_or_lanes_change():
+    machine, lane = Membership(3.5), Lane(P1, "ucx", 2.0, 30.0)
+    machine.on(Joining(D), 0.0)
+    assert machine.on(Renewed(D1, False, ()), 1.0) == [Publish((replace(D, ready=False),), 2)]
+    assert machine.on(Renewed(D1, True, (lane,)), 1.0) == [Publish((replace(D, lanes=(lane,)),), 3)]
+    assert machine.epoch == 3
+
+
+def test_all_that_expire_together_are_published_once():
+    machine = Membership(1.0)
+    machine.on(Joining(P), 0.0)
+    machine.on(Joining(D), 0.0)
+    assert machine.on(None, 2.0) == [Publish((), 3)]
+
+
+def test_who_leaves_is_gone_at_once():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    machine.on(Joining(D), 0.0)
+    assert machine.on(Left(P1), 1.0) == [Publish((D,), 3)]
+
+
+def test_strangers_must_register_again():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    former = Identity(P1.name, 0x99)
+    assert machine.on(Renewed(D1, True, ()), 1.0) == [Unknown(D1)]
+    assert machine.on(Renewed(former, True, ()), 1.0) == [Unknown(former)]
+    assert machine.on(Left(former), 1.0) == []
+    assert machine.on(Left(D1), 1.0) == []
+    assert machine.members == (P,)
+    assert machine.deadline() == 3.5
+
+
+def test_a_new_incarnation_replaces_the_old_one():
+    machine, again = Membership(3.5), worker(Identity(P1.name, 0x99), Role.PREFILL)
+    machine.on(Joining(P), 0.0)
+    assert machine.on(Joining(again), 1.0) == [Admitted(again.identity), Publish((again,), 2)]
+
+
+def test_a_new_incarnation_may_differ_from_its_own_former_life():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    other = replace(P, identity=Identity(P1.name, 0x99), fingerprint="new")
+    assert machine.on(Joining(other), 1.0) == [Admitted(other.identity), Publish((other,), 2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"protocol": PROTOCOL_VERSION + 1}, f"protocol: got {PROTOCOL_VERSION + 1} from decode-1, want "),
+        ({"model": "other"}, "model: got other from decode-1, want m as prefill-1 has"),
+        ({"fingerprint": "0"}, "fingerprint: got 0 from decode-1, want f as prefill-1 has"),
+        ({"kv": KvShape(2, 1, 2, 4, "float32")}, "kv: got "),
+        ({"transport": "nixl"}, "transport: got nixl from decode-1"),
+    ],
+)
+def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field(change, reason):
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    (turned,) = machine.on(Joining(replace(D, **change)), 1.0)
+    assert isinstance(turned, Turned)
+    assert turned.identity == D1
+    assert turned.reason.startswith(reason)
+    assert machine.members == (P,)
+
+
+@pytest.mark.parametrize("field", ["model", "fingerprint"])
+def test_a_gateway_must_serve_the_same_model(field):
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    (turned,) = machine.on(Joining(replace(G, **{field: "x"})), 1.0)
+    assert isinstance(turned, Turned)
+    assert turned.reason == f"{field}: got x from gateway-1, want {getattr(P, field)}"
+    assert machine.on(Joining(G), 1.0)[0] == Admitted(GATEWAY)
+
+
+def test_numerics_matter_only_when_one_side_is_exact():
+    fast, other = replace(EXACT, exact=False), replace(EXACT, exact=False, threads=9)
+    assert mismatch(replace(P, numerics=fast), replace(D, numerics=other)) is None
+    assert mismatch(replace(P, numerics=EXACT), replace(D, numerics=EXACT)) is None
+    for mine, theirs in [(EXACT, fast), (fast, EXACT), (EXACT, replace(EXACT, threads=2))]:
+        reason = mismatch(replace(P, numerics=mine), replace(D, numerics=theirs))
+        assert reason is not None
+        assert "exact mode needs the same bits everywhere" in reason
+
+
+class Town(RuleBasedStateMachine):
+    """Members come, renew, leave and fall silent, against a dictionary of leases."""
+
+    names = st.sampled_from([P1, P2, D1, Identity(P1.name, 0x99)])
+
+    def __init__(self):
+        super().__init__()
+        self.machine = Membership(3.0)
+        self.now = 0.0
+        self.lease: dict[Identity, float] = {}
+        self.epoch = 0
+
+    def give(self, event):
+        commands = self.machine.on(event, self.now)
+        published = [command for command in commands if isinstance(command, Publish)]
+        assert len(published) <= 1
+        if published:
+            self.epoch += 1
+            assert published[0] == Publish(self.machine.members, self.epoch)
+        return commands
+
+    @rule(who=names)
+    def join(self, who):
+        assert self.give(Joining(worker(who, Role.PREFILL)))[0] == Admitted(who)
+        self.lease = {other: until for other, until in self.lease.items() if other.name != who.name}
+        self.lease[who] = self.now + 3.0
+
+    @rule(who=names, ready=st.booleans())
+    def renew(self, who, ready):
+        commands = self.give(Renewed(who, ready, ()))
+        assert (commands == [Unknown(who)]) == (who not in self.lease)
+        if who in self.lease:
+            self.lease[who] = self.now + 3.0
+
+    @rule(who=names)
+    def leave(self, who):
+        assert bool(self.give(Left(who))) == (self.lease.pop(who, None) is not None)
+
+    @rule(seconds=st.sampled_from([1.0, 2.0, 4.0]))
+    def wait(self, seconds):
+        until = self.now + seconds
+        while (due := self.machine.deadline()) is not None and due <= until:
+            self.now = due
+            assert self.give(None)
+            self.lease = {who: until for who, until in self.lease.items() if until > self.now}
+        self.now = until
+
+    @invariant()
+    def agree(self):
+        self.machine.check()
+        assert {member.identity for member in self.machine.members} == self.lease.keys()
+        assert self.machine.deadline() == min(self.lease.values(), default=None)
+        assert [m.identity.name for m in self.machine.members] == sorted(who.name for who in self.lease)
+
+
+@efforts
+def test_the_list_agrees_with_a_dictionary_of_leases(effort):
+    run_state_machine_as_test(Town, settings=effort)
