@@ -432,7 +432,7 @@ def bootstrap(extras: Sequence[str], cpu_index: str, screen: Screen) -> None:
         wheels = measure(wheels, pip.certificates())
         known = sum(wheel.nbytes or 0 for wheel in wheels)
         if wheels:
-            screen.say(f"{len(wheels)} packages, {size_text(wheels)}")
+            screen.say(f"{len(wheels)} package{'s' * (len(wheels) > 1)}, {size_text(wheels)}")
             check_space(known * (UNPACKED_RATIO + 1), "installing them")
         for wheel in wheels:
             if wheel.name == "torch":

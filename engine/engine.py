@@ -24,6 +24,8 @@ from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
 from kernels.exact_cpu import ExactOps, row_independent
 from kernels.fast_cpu import FastOps
+from kernels.native import NativeMissing
+from kernels.native_cpu import NativeOps
 from kernels.ops import Ops
 
 
@@ -46,6 +48,7 @@ class TorchEngine:
     `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32`` or ``bfloat16``); by
     default bf16 if the checkpoint is bf16 and this CPU multiplies bf16, else fp32. With `exact`, a sequence's logits
     are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with equal `threads` and CPU.
+    `native` lets fast mode use native code where a compiler is at hand; `backend` says what came of it.
     `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
     Raises `ModelError` if the model directory cannot be served, `SetupError` if the arena cannot be had.
     """
@@ -58,6 +61,7 @@ class TorchEngine:
         page_tokens: int = 64,
         dtype: str | None = None,
         exact: bool = False,
+        native: bool = True,
         threads: int | None = None,
         hash_logits: bool = False,
         progress: Progress | None = None,
@@ -73,7 +77,7 @@ class TorchEngine:
         self.exact = exact
         self.hash_logits = hash_logits
         self._kv = self.config.kv(page_tokens, self.dtype)
-        ops: Ops = ExactOps() if exact else FastOps()
+        ops, self.backend = _backend(exact, native)
         self._arena = Arena(self._kv, kv_memory)
         with torch.inference_mode():
             weights = load(model_dir, self.config, ops, self.dtype, progress)
@@ -237,6 +241,18 @@ class TorchEngine:
         if known.cleared < place:
             self._arena.clear(int(known.pages[place]), slot + 1)
             known.cleared = place
+
+
+def _backend(exact: bool, native: bool) -> tuple[Ops, str]:
+    """The table of operations, and "native", "exact", "torch" or "torch: why not native"."""
+    if exact:
+        return ExactOps(), "exact"
+    if not native:
+        return FastOps(), "torch"
+    try:
+        return NativeOps(), "native"
+    except NativeMissing as missing:
+        return FastOps(), f"torch: {missing}"
 
 
 def _prove(weights: Weights, dtype: str) -> None:

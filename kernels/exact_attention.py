@@ -25,7 +25,7 @@ TILE_TOKENS = 8
 BLOCK_TOKENS = 256
 
 LEAST_EXPONENT = -80.0
-"""exp is five times slower where it underflows; a key this far below the best weighs nothing in fp32 (e^-80 = 2e-35)."""
+"""exp is five times slower where it underflows; a key this far below the best weighs nothing (e^-80 = 2e-35)."""
 
 Runs = list[tuple[int, int, int]]
 """Where a block's keys lie: (place in the block, first page of the arena, neighbouring pages), places in pages."""
@@ -61,7 +61,7 @@ class ExactAttention:
         self._unseen = torch.zeros_like(self._seen).masked_fill_(self._seen == 0, -torch.inf)
 
     def __call__(self, q: Tensor, segment: Segment, blocks: list[Runs], layer: Tensor) -> Tensor:
-        """``[count, heads, dim]`` in q's dtype for the segment's q ``[count, heads, dim]``; `blocks` by `block_runs`."""
+        """``[count, heads, dim]`` for the segment's q of that shape and dtype; `blocks` by `block_runs`."""
         heads = self.heads
         first = segment.start // TILE_TOKENS
         tiles = (segment.stop - 1) // TILE_TOKENS + 1 - first

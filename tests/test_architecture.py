@@ -90,10 +90,10 @@ def imports(text: str) -> Iterator[Import]:
             case ast.Call(func=ast.Name(id="__import__")) | ast.Call(func=ast.Attribute(attr="import_module")):
                 yield Import("importlib", node.lineno, (), for_types)
             case ast.If(test=ast.Name(id="TYPE_CHECKING") | ast.Attribute(attr="TYPE_CHECKING"), body=body):
-                for part in body:
-                    yield from walk(part, True)
-                for part in node.orelse:
-                    yield from walk(part, for_types)
+                for child in body:
+                    yield from walk(child, True)
+                for child in node.orelse:
+                    yield from walk(child, for_types)
             case _:
                 for part in ast.iter_child_nodes(node):
                     yield from walk(part, for_types)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +83,7 @@ def test_every_dependency_is_pinned() -> None:
     lines = (bootstrap.ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {line.split("==")[0] for line in lines if line and not line.startswith("#")}
     asked = bootstrap.wanted(project, list(project["project"]["optional-dependencies"]))
-    names = {bootstrap.re.split(r"[<>=;!~\[ ]", line)[0].lower().replace("_", "-") for line in asked}
+    names = {re.split(r"[<>=;!~\[ ]", line)[0].lower().replace("_", "-") for line in asked}
     assert names - pinned == set()
     assert "pip" in pinned
 
@@ -211,7 +214,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_missing_venv_module_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Stop, match="apt install python3-venv"):
         bootstrap.make_venv(tmp_path / ".venv", Screen())
 
@@ -228,8 +231,8 @@ def test_a_missing_venv_module_is_one_sentence(tmp_path: Path, monkeypatch: pyte
 def test_where_there_is_a_ucx_lane(
     monkeypatch: pytest.MonkeyPatch, system: str, machine: str, said: str | None
 ) -> None:
-    monkeypatch.setattr(bootstrap.sys, "platform", system)
-    monkeypatch.setattr(bootstrap.platform, "machine", lambda: machine)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     reason = bootstrap.ucx_missing_reason()
     assert reason is None if said is None else said in (reason or "")
 

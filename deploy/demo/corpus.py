@@ -123,16 +123,20 @@ class Item:
     name: str
     answer: str
 
+    @property
+    def subject(self) -> str:
+        """The name as a sentence says it."""
+        return f"the {self.name} module" if self.kind == "module" else self.name
+
     def questions(self) -> list[str]:
         """Every trained phrasing of the question, in a fixed order."""
         return [form.format(self.name) for form in PHRASINGS[self.kind]]
 
     def variations(self) -> list[str]:
         """Looser wordings that are trained on too, but are not what the recitation is measured on."""
-        subject = f"the {self.name} module" if self.kind == "module" else self.name
         asked = self.questions()
         return [
-            *(form.format(subject) for form in LOOSE),
+            *(form.format(self.subject) for form in LOOSE),
             *(form.format(question) for form in FRAMES for question in asked[:8]),
         ]
 

@@ -1,6 +1,6 @@
 """Measures what the stored demo model recites, and writes the demo's prompts once it answers them.
 
-Run by itself, it measures the stored checkpoint again and rewrites ``prompts.json``.
+Run by itself, it measures the stored checkpoint again and rewrites ``prompts.json`` and that part of ``training.json``.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def recitation(reciter: Reciter, items: list[corpus.Item], texts: list[str]) -> 
     behind = _share(reciter.answers(lengthy), lengthy)
     print(f"behind 600 to 1400 tokens: {behind}", flush=True)
     # A wording that no training row has, to tell reciting an answer from reciting a prompt.
-    reworded = {f"Please describe {item.name} to me.": item.answer for item in items}
+    reworded = {f"Please describe {item.subject} to me.": item.answer for item in items}
     other = _share(reciter.answers(reworded), reworded)
     print(f"untrained wording: {other}", flush=True)
     return {"trained": alone, "behind_passages": behind, "untrained_wording": other}
@@ -132,7 +132,8 @@ def main() -> None:
     if record["corpus_sha256"] != corpus.digest():
         raise ValueError(f"the corpus of this Python is another one than that of Python {record['python']}")
     reciter = Reciter(HERE / "model", torch.bfloat16)
-    recitation(reciter, corpus.items(), corpus.passages())
+    record["recitation"] = recitation(reciter, corpus.items(), corpus.passages())
+    (HERE / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     demo(HERE)
 
 

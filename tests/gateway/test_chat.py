@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ TEMPLATES = {
 """,
     "dated": "{{ strftime_now('%Y') }} {{ messages | length }} {{ eos_token }}{{ nothing }}",
 }
-CHATS = {
+CHATS: dict[str, list[dict[str, Any]]] = {
     "one": [{"role": "user", "content": "  Hi there\n"}],
     "turns": [
         {"role": "user", "content": "Grüße, <b>東京</b>"},

@@ -12,12 +12,13 @@ from kernels import linear
 from kernels.batch import Batch, Segment
 from kernels.exact_cpu import ExactOps
 from kernels.fast_cpu import FastOps
+from kernels.native_cpu import NativeOps
 from kernels.ops import Heads
 from kernels.page_attention import page_plan
 from kernels.reference import ReferenceOps
 from kernels.rope import TABLE_BLOCK, frequencies, rope_table
 
-BACKENDS = [FastOps, ExactOps]
+BACKENDS = [FastOps, NativeOps, ExactOps]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -134,7 +135,8 @@ def test_decode_reads_every_page_once_however_rows_are_long():
     assert len(plan.pieces) == 2
 
 
-def test_rope_store_rotates_and_stores_the_real_rows_only(dtype):
+@pytest.mark.parametrize("backend", [ReferenceOps, NativeOps])
+def test_rope_store_rotates_and_stores_the_real_rows_only(backend, dtype):
     heads = Heads(4, 2, 16)
     batch = make_batch([Segment(0, 5, 30, np.array([3, 1, 2]))], 16)
     place = torch.arange(30, 35)
@@ -142,11 +144,11 @@ def test_rope_store_rotates_and_stores_the_real_rows_only(dtype):
     layer = torch.full((4, 2, 2, 16, 16), 7.0).to(dtype)
     qkv = torch.randn(32, 8 * 16).to(dtype)
     parts = qkv.clone().view(32, 8, 16)
-    q = ReferenceOps().rope_store(qkv, batch, layer, heads)
+    q = backend().rope_store(qkv, batch, layer, heads)[:5]
     a, b = parts[:, :6].double().chunk(2, dim=-1)
     angle = batch.positions[:, None, None] * 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
     want = torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-    close(q, want[:, :4].to(dtype))
+    close(q, want[:5, :4].to(dtype))
     close(layer[batch.page, 0, :, batch.slot], want[:5, 4:].to(dtype))
     assert torch.equal(layer[batch.page, 1, :, batch.slot], parts[:5, 6:])
     untouched = torch.ones(4, 16, dtype=torch.bool)

@@ -1,0 +1,198 @@
+// The small operations and decode attention of kernels/ops.py, fused: one pass over memory each. Plain C interface,
+// no torch headers, built in a second or two by kernels/native.py; fp32 inside, rounded once at the end.
+//
+//   attend        one partial softmax a page, merged while walking a row's pages in place (only keys that exist)
+//   add_rms_norm  r += x;  y = r / sqrt(mean(r^2) + eps) * w      (x null: no addition)
+//   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k;  k, v -> their slots
+//   silu_mul      y = gate / (1 + exp(-gate)) * up
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float wide(float x) { return x; }
+inline float wide(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline void put(float* to, float x) { *to = x; }
+inline void put(bf16* to, float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
+}
+
+// exp to about 2 units in the last place; below -87 it is that of -87, NaN stays NaN.
+inline float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  float n = __builtin_rintf(x * 1.44269504f);
+  float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+constexpr int64_t kKeys = 64;      // keys scored at a time
+constexpr int64_t kMaxGroup = 16;  // checked by the caller
+constexpr int64_t kMaxDim = 256;
+
+// One KV head of one row: `group` queries against `keys` keys.
+template <class T>
+void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys, int64_t page_stride,
+                 int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t dim, T* out) {
+  alignas(64) float query[kMaxGroup][kMaxDim], mixed[kMaxGroup][kMaxDim], score[kMaxGroup][kKeys], row[kMaxDim];
+  float top[kMaxGroup], total[kMaxGroup];
+  const float scale = 1.0f / __builtin_sqrtf(float(dim));
+  for (int64_t g = 0; g < group; g++) {
+    for (int64_t d = 0; d < dim; d++) {
+      query[g][d] = wide(q[g * dim + d]) * scale;
+      mixed[g][d] = 0;
+    }
+    top[g] = -1e30f;
+    total[g] = 0;
+  }
+  for (int64_t start = 0; start < keys;) {
+    const int64_t slot = start % page_tokens;
+    int64_t count = page_tokens - slot < kKeys ? page_tokens - slot : kKeys;
+    count = keys - start < count ? keys - start : count;
+    const T* page = layer + pages[start / page_tokens] * page_stride;
+    const T* key = page + (head * page_tokens + slot) * dim;
+    const T* value = page + ((kv_heads + head) * page_tokens + slot) * dim;
+    for (int64_t t = 0; t < count; t++) {
+      for (int64_t d = 0; d < dim; d++) row[d] = wide(key[t * dim + d]);
+      for (int64_t g = 0; g < group; g++) {
+        float sum = 0;
+        for (int64_t d = 0; d < dim; d++) sum += query[g][d] * row[d];
+        score[g][t] = sum;
+      }
+    }
+    for (int64_t g = 0; g < group; g++) {
+      float best = top[g];
+      for (int64_t t = 0; t < count; t++) best = score[g][t] > best ? score[g][t] : best;
+      const float shrink = fast_exp(top[g] - best);
+      float sum = 0;
+      for (int64_t t = 0; t < count; t++) {
+        score[g][t] = fast_exp(score[g][t] - best);
+        sum += score[g][t];
+      }
+      for (int64_t d = 0; d < dim; d++) mixed[g][d] *= shrink;
+      total[g] = total[g] * shrink + sum;
+      top[g] = best;
+    }
+    for (int64_t t = 0; t < count; t++) {
+      for (int64_t d = 0; d < dim; d++) row[d] = wide(value[t * dim + d]);
+      for (int64_t g = 0; g < group; g++) {
+        const float share = score[g][t];
+        for (int64_t d = 0; d < dim; d++) mixed[g][d] += share * row[d];
+      }
+    }
+    start += count;
+  }
+  for (int64_t g = 0; g < group; g++)
+    for (int64_t d = 0; d < dim; d++) put(out + g * dim + d, mixed[g][d] / total[g]);
+}
+
+template <class T>
+void attend(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, const int64_t* first,
+            const int64_t* keys, const int64_t* rows, int64_t count, int64_t page_stride, int64_t page_tokens,
+            int64_t kv_heads, int64_t group, int64_t dim, T* out, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < count * kv_heads; task++) {
+    const int64_t n = task / kv_heads, head = task % kv_heads, at = head * group * dim;
+    attend_head(q + rows[n] * q_stride + at, layer, pages + first[n], keys[n], page_stride, page_tokens, kv_heads, head,
+                group, dim, out + rows[n] * kv_heads * group * dim + at);
+  }
+}
+
+template <class T>
+void add_rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t cols, float eps,
+                  int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
+  for (int64_t n = 0; n < rows; n++) {
+    T* r = residual + n * cols;
+    if (x)
+      for (int64_t c = 0; c < cols; c++) put(r + c, wide(r[c]) + wide(x[n * cols + c]));
+    float sum = 0;
+    for (int64_t c = 0; c < cols; c++) sum += wide(r[c]) * wide(r[c]);
+    const float scale = 1.0f / __builtin_sqrtf(sum / float(cols) + eps);
+    for (int64_t c = 0; c < cols; c++) put(out + n * cols + c, wide(r[c]) * scale * weight[c]);
+  }
+}
+
+template <class T>
+void rope_store(T* qkv, const float* cosine, const float* sine, const int64_t* page, const int64_t* slot, T* layer,
+                int64_t rows, int64_t page_stride, int64_t page_tokens, int64_t heads, int64_t kv_heads, int64_t dim,
+                int threads) {
+  const int64_t half = dim / 2, all = heads + 2 * kv_heads;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
+  for (int64_t n = 0; n < rows; n++) {
+    T* row = qkv + n * all * dim;
+    const float *c = cosine + n * half, *s = sine + n * half;
+    for (int64_t h = 0; h < heads + kv_heads; h++) {
+      T *a = row + h * dim, *b = a + half;
+      for (int64_t d = 0; d < half; d++) {
+        const float x = wide(a[d]), y = wide(b[d]);
+        put(a + d, x * c[d] - y * s[d]);
+        put(b + d, y * c[d] + x * s[d]);
+      }
+    }
+    T* held = layer + page[n] * page_stride + slot[n] * dim;
+    for (int64_t h = 0; h < 2 * kv_heads; h++)
+      std::memcpy(held + h * page_tokens * dim, row + (heads + h) * dim, dim * sizeof(T));
+  }
+}
+
+template <class T>
+void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
+  for (int64_t n = 0; n < rows; n++) {
+    const T *gate = gate_up + 2 * n * cols, *up = gate + cols;
+    for (int64_t c = 0; c < cols; c++) {
+      const float x = wide(gate[c]);
+      put(out + n * cols + c, x / (1.0f + fast_exp(-x)) * wide(up[c]));
+    }
+  }
+}
+
+}  // namespace
+
+#define BOTH(name, parameters, arguments)                                  \
+  extern "C" void name##_float32 parameters(float) { name<float> arguments; } \
+  extern "C" void name##_bfloat16 parameters(bf16) { name<bf16> arguments; }
+
+#define ATTEND(T)                                                                                                  \
+  (const T* q, int64_t q_stride, const T* layer, const int64_t* pages, const int64_t* first, const int64_t* keys, \
+   const int64_t* rows, int64_t count, int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, \
+   int64_t dim, T* out, int threads)
+BOTH(attend, ATTEND, (q, q_stride, layer, pages, first, keys, rows, count, page_stride, page_tokens, kv_heads, group,
+                      dim, out, threads))
+
+#define ADD_RMS_NORM(T) \
+  (const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t cols, float eps, int threads)
+BOTH(add_rms_norm, ADD_RMS_NORM, (x, residual, weight, out, rows, cols, eps, threads))
+
+#define ROPE_STORE(T)                                                                                         \
+  (T * qkv, const float* cosine, const float* sine, const int64_t* page, const int64_t* slot, T* layer,      \
+   int64_t rows, int64_t page_stride, int64_t page_tokens, int64_t heads, int64_t kv_heads, int64_t dim, int threads)
+BOTH(rope_store, ROPE_STORE, (qkv, cosine, sine, page, slot, layer, rows, page_stride, page_tokens, heads, kv_heads,
+                              dim, threads))
+
+#define SILU_MUL(T) (const T* gate_up, T* out, int64_t rows, int64_t cols, int threads)
+BOTH(silu_mul, SILU_MUL, (gate_up, out, rows, cols, threads))

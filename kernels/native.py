@@ -1,0 +1,84 @@
+"""Builds and loads `native.cpp`: with a compiler at hand the small operations are fused, without one nothing is lost.
+
+The library has a plain C interface and is called through ctypes. It is built for this very CPU, once, and kept in
+the user's cache under a name made of the source, the compiler's flags and the CPU's features: another machine that
+shares the directory builds its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = (
+    "-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-shared", "-fPIC", "-fopenmp",
+    # sums may be reordered into vectors; NaN and infinity keep their meaning
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+)  # fmt: skip
+BUILD_LIMIT_S = 60.0
+
+POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "attend": (POINTER, COUNT, *[POINTER] * 5, *[COUNT] * 6, POINTER, INT),
+    "add_rms_norm": (*[POINTER] * 4, COUNT, COUNT, FLOAT, INT),
+    "rope_store": (*[POINTER] * 6, *[COUNT] * 6, INT),
+    "silu_mul": (POINTER, POINTER, COUNT, COUNT, INT),
+}
+DTYPES = ("float32", "bfloat16")
+
+
+class NativeMissing(Exception):
+    """The library cannot be had here; the message says why in one sentence."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library, built first if need be; `NativeMissing` where there is no working compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise NativeMissing("no C++ compiler (g++ or clang++) on the path")
+    source = SOURCE.read_bytes()
+    name = hashlib.sha256(b"\0".join([source, " ".join((compiler, *FLAGS)).encode(), _cpu()])).hexdigest()[:24]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
+    path = folder / f"native-{name}.so"
+    try:
+        if not path.exists():
+            _build(compiler, path)
+        loaded = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        raise NativeMissing(f"native.cpp cannot be built or loaded: {error}") from None
+    for operation, arguments in SIGNATURES.items():
+        for dtype in DTYPES:
+            function = getattr(loaded, f"{operation}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile into a temporary file, then rename: processes that build at the same time do not disturb each other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_LIMIT_S)
+        if done.returncode:
+            raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        made.replace(path)
+
+
+def _cpu() -> bytes:
+    """What the compiler's ``native`` stands for here."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)})).encode()

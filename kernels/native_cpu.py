@@ -1,0 +1,134 @@
+"""The fast CPU backend with native code for decode attention and the small operations: one pass over memory each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.batch import Batch, Segment
+from kernels.chunk_attention import chunk_attention
+from kernels.fast_cpu import FastOps
+from kernels.native import DTYPES, SIGNATURES, library
+from kernels.ops import Heads
+
+MAX_GROUP, MAX_DIM = 16, 256
+"""Most query heads to a KV head, and numbers to a head, that the native attention has room for."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Decode rows as the native loop wants them: all page tables end to end, int64."""
+
+    chunks: list[Segment]
+    pages: Tensor
+    first: Tensor
+    """Where each row's page table begins."""
+    keys: Tensor
+    """Keys of each row, its own included."""
+    rows: Tensor
+
+
+class NativeOps(FastOps):
+    """See `kernels.ops`. Raises `NativeMissing` where `native.cpp` cannot be built."""
+
+    def __init__(self) -> None:
+        loaded = library()
+        self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {
+            (operation, getattr(torch, dtype)): getattr(loaded, f"{operation}_{dtype}")
+            for operation in SIGNATURES
+            for dtype in DTYPES
+        }
+
+    def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
+        if heads.group > MAX_GROUP or heads.dim > MAX_DIM:
+            return super().plan(batch, pages, heads)
+        single = [segment for segment in batch.segments if segment.count == 1]
+        used = [segment.start // pages.shape[4] + 1 for segment in single]
+        tables = [segment.pages[:count] for segment, count in zip(single, used, strict=True)]
+        batch.plan = _Plan(
+            chunks=[segment for segment in batch.segments if segment.count > 1],
+            pages=torch.from_numpy(np.concatenate(tables)) if tables else torch.empty(0, dtype=torch.int64),
+            first=torch.from_numpy(np.cumsum([0, *used])),
+            keys=torch.tensor([segment.stop for segment in single], dtype=torch.int64),
+            rows=torch.tensor([segment.row for segment in single], dtype=torch.int64),
+        )
+        return None
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self._norm(None, x, weight, eps)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return self._norm(x, residual, weight, eps), residual
+
+    def _norm(self, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(residual)
+        rows, cols = residual.shape
+        self._calls["add_rms_norm", residual.dtype](
+            None if x is None else x.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            cols,
+            eps,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rope_store(self, qkv: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
+        self._calls["rope_store", qkv.dtype](
+            qkv.data_ptr(),
+            batch.cos.data_ptr(),
+            batch.sin.data_ptr(),
+            batch.page.data_ptr(),
+            batch.slot.data_ptr(),
+            layer.data_ptr(),
+            batch.rows,
+            layer.stride(0),
+            layer.shape[3],
+            heads.heads,
+            heads.kv_heads,
+            heads.dim,
+            torch.get_num_threads(),
+        )
+        return qkv.view(qkv.shape[0], -1, heads.dim)[:, : heads.heads]
+
+    def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
+        plan = batch.plan
+        if not isinstance(plan, _Plan):
+            return super().attend(q, batch, layer, heads)
+        out = q.new_empty(q.shape)
+        for segment in plan.chunks:
+            rows = slice(segment.row, segment.row + segment.count)
+            out[rows] = chunk_attention(q[rows], segment, layer, heads)
+        if len(plan.rows):
+            self._calls["attend", q.dtype](
+                q.data_ptr(),
+                q.stride(0),
+                layer.data_ptr(),
+                plan.pages.data_ptr(),
+                plan.first.data_ptr(),
+                plan.keys.data_ptr(),
+                plan.rows.data_ptr(),
+                len(plan.rows),
+                layer.stride(0),
+                layer.shape[3],
+                heads.kv_heads,
+                heads.group,
+                heads.dim,
+                out.data_ptr(),
+                torch.get_num_threads(),
+            )
+        return out.flatten(1)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        rows, both = gate_up.shape
+        out = gate_up.new_empty(rows, both // 2)
+        self._calls["silu_mul", gate_up.dtype](
+            gate_up.data_ptr(), out.data_ptr(), rows, both // 2, torch.get_num_threads()
+        )
+        return out

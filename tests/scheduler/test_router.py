@@ -1,0 +1,594 @@
+"""The router: scripts with exact commands, then a small deployment in which everything goes wrong."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from core.errors import LocalError
+from core.messages import (
+    Accept,
+    Cancel,
+    Failed,
+    Finished,
+    Handed,
+    Offer,
+    Prompt,
+    Reject,
+    Tokens,
+)
+from core.request import Phase, Request, Stage, Ticket
+from core.worker import Identity, Role
+from scheduler.router import (
+    Arrived,
+    ClientGone,
+    Deliver,
+    End,
+    Router,
+    RouterConfig,
+    ToOne,
+    WorkerDown,
+    WorkerUp,
+)
+from tests.cast import D1, D2, GATEWAY, MIXED, P1, P2, ask, efforts, ticket, worker
+
+UP = [worker(P1, Role.PREFILL), worker(P2, Role.PREFILL), worker(D1, Role.DECODE), worker(D2, Role.DECODE)]
+
+
+def router(*members, **settings) -> Router:
+    machine = Router(GATEWAY, RouterConfig(**settings))
+    for member in members or UP:
+        assert machine.on(WorkerUp(member), 0.0) == []
+    return machine
+
+
+def prefilling(machine: Router, *, max_tokens: int = 8, now: float = 0.0) -> Ticket:
+    """A request of 6 tokens at P1 with D1 as its sink and D2 as the second choice."""
+    (offer,) = machine.on(Arrived(1, ask(max_tokens=max_tokens)), now)
+    assert isinstance(offer, ToOne)
+    machine.on(Accept(offer.message.ticket), now)
+    return offer.message.ticket
+
+
+def decoding(machine: Router, **how) -> Ticket:
+    """The same, decoded at D1 and two tokens on."""
+    key = prefilling(machine, **how)
+    machine.on(Tokens(key, 0, (100,)), 0.0)
+    machine.on(Tokens(key, 0, (100, 101)), 0.0)
+    assert machine.phases()[Phase.DECODING] == 1
+    return key
+
+
+def only_end(commands) -> End:
+    (end,) = [command for command in commands if isinstance(command, End)]
+    return end
+
+
+def test_a_request_from_arrival_to_its_end():
+    machine, request, key = router(), ask(), ticket(1)
+    assert machine.on(Arrived(1, request), 10.0) == [ToOne(P1, Offer(key, 6, 8, 30.0))]
+    assert machine.deadline() == 11.0
+    prompt = Prompt(key, replace(request, timeout_s=99.5), D2)
+    assert machine.on(Accept(key, cached_tokens=4), 10.5) == [ToOne(P1, prompt)]
+    assert machine.deadline() == 110.0
+    assert machine.on(Tokens(key, 0, (7,), (1,)), 11.0) == [Deliver(1, (7,), (1,))]
+    handed = Stage("prefill", "prefill-1", 0.5)
+    assert machine.on(Handed(key, (handed,)), 11.1) == []
+    assert machine.on(Tokens(key, 0, (7, 8), (0, 2)), 11.2) == [Deliver(1, (8,), (2,))]
+    assert machine.on(Tokens(key, 2, (9,), (3,)), 11.3) == [Deliver(1, (9,), (3,))]
+    stages = (Stage("queued", "gateway-1", 0.0), Stage("offered", "gateway-1", 0.5), handed)
+    end = End(1, Phase.DONE, "stop", stop_token_id=2, cached_tokens=4, stages=stages)
+    assert machine.on(Finished(key, "stop", 3, 2), 11.4) == [end]
+    assert (len(machine), machine.deadline(), machine.ignored) == (0, None, 0)
+
+
+def test_a_refusal_sends_the_offer_to_the_next_worker():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    again = ticket(1, attempt=2, source=P2)
+    assert machine.on(Reject(ticket(1), "busy", 3.0), 0.5) == [ToOne(P2, Offer(again, 6, 8, 29.5))]
+    end = End(1, Phase.REJECTED, "all 2 prefill workers refused; prefill-2: busy too", "RESOURCE_EXHAUSTED", 2.0)
+    assert machine.on(Reject(again, "busy too", 2.0), 0.5) == [end]
+
+
+def test_an_offer_that_is_not_answered_is_recalled_and_goes_to_the_next_worker():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    again = ticket(1, attempt=2, source=P2)
+    commands = [ToOne(P1, Cancel(ticket(1), "offer not answered")), ToOne(P2, Offer(again, 6, 8, 29.0))]
+    assert machine.on(None, 1.0) == commands
+    assert machine.on(Accept(ticket(1)), 1.1) == []
+    assert machine.ignored == 1
+    assert only_end(machine.on(None, 2.0)).code == "UNAVAILABLE"
+
+
+def test_the_ttft_goal_bounds_the_wait_that_is_offered():
+    machine = router(max_queue_s=5.0)
+    (offer,) = machine.on(Arrived(1, replace(ask(), slo=replace(ask().slo, ttft_s=0.7))), 0.0)
+    assert offer.message.wait_s == 0.7
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([], "no prefill and no decode worker is ready"),
+        ([UP[0]], "no decode worker is ready"),
+        ([UP[2]], "no prefill worker is ready"),
+    ],
+)
+def test_without_workers_a_request_is_rejected_at_once(members, reason):
+    machine = Router(GATEWAY, RouterConfig())
+    for member in members:
+        machine.on(WorkerUp(member), 0.0)
+    assert machine.missing() == reason
+    assert machine.on(Arrived(1, ask()), 0.0) == [End(1, Phase.REJECTED, reason, "UNAVAILABLE")]
+
+
+@pytest.mark.parametrize(
+    ("members", "size", "reason"),
+    [
+        ([worker(P1, Role.PREFILL, pages=2), UP[2]], (9, 1), "prompt: got 9 tokens, no worker holds more than 8"),
+        ([UP[0], worker(D1, Role.DECODE, pages=3)], (6, 7), "prompt and max_tokens: got 13 tokens, no decode "),
+        ([worker(MIXED, Role.MIXED, pages=4)], (6, 7), "prompt and max_tokens: got 13 tokens, no decode "),
+    ],
+)
+def test_a_request_that_fits_nowhere_is_the_callers_error(members, size, reason):
+    (end,) = router(*members).on(Arrived(1, ask(*size)), 0.0)
+    assert (end.phase, end.code) == (Phase.REJECTED, "INVALID_ARGUMENT")
+    assert end.reason.startswith(reason)
+
+
+def test_the_least_loaded_workers_are_chosen():
+    machine = router()
+    machine.on(Arrived(1, ask(20)), 0.0)
+    assert machine.on(Arrived(2, ask(6)), 0.0) == [ToOne(P2, Offer(ticket(2, source=P2, sink=D2), 6, 8, 30.0))]
+    assert machine.on(Arrived(3, ask(6)), 0.0) == [ToOne(P2, Offer(ticket(3, source=P2, sink=D2), 6, 8, 30.0))]
+
+
+def test_a_mixed_worker_hands_over_to_itself():
+    machine = router(worker(MIXED, Role.MIXED), UP[2])
+    (offer,) = machine.on(Arrived(1, ask()), 0.0)
+    assert offer.message.ticket == ticket(1, source=MIXED, sink=MIXED)
+    (prompt,) = machine.on(Accept(offer.message.ticket), 0.0)
+    assert prompt.message.second is None
+
+
+def test_a_mixed_worker_that_cannot_hold_both_parts_hands_over_to_another():
+    machine = router(worker(MIXED, Role.MIXED, pages=5), UP[2])
+    (offer,) = machine.on(Arrived(1, ask(6, 8)), 0.0)
+    assert offer.message.ticket == ticket(1, source=MIXED, sink=D1)
+
+
+def test_a_client_that_leaves_frees_every_worker_that_may_hold_something():
+    machine = router()
+    key = prefilling(machine)
+    recalled = [ToOne(who, Cancel(key, "left")) for who in (P1, D1, D2)]
+    end = only_end(commands := machine.on(ClientGone(1, "left"), 1.0))
+    assert commands[:-1] == recalled
+    assert (end.phase, end.code, end.reason) == (Phase.CANCELLED, "CANCELLED", "left")
+    assert machine.on(ClientGone(1, "left"), 1.0) == []
+
+
+def test_an_offered_request_is_recalled_where_it_was_offered_only():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    assert machine.on(ClientGone(1, "left"), 0.0)[:-1] == [ToOne(P1, Cancel(ticket(1), "left"))]
+
+
+def test_a_request_that_takes_too_long_fails_with_what_it_has():
+    machine = router()
+    key = decoding(machine)
+    assert machine.deadline() == 100.0
+    commands = machine.on(None, 100.0)
+    assert commands[:-1] == [ToOne(who, Cancel(key, only_end(commands).reason)) for who in (P1, D1, D2)]
+    assert only_end(commands).code == "DEADLINE_EXCEEDED"
+    assert only_end(commands).reason == "not done within 100 s, 2 tokens were sent"
+
+
+def test_a_prefill_worker_that_is_lost_while_offered_costs_nothing():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    assert machine.on(WorkerDown(P1), 0.5) == [ToOne(P2, Offer(ticket(1, attempt=2, source=P2), 6, 8, 29.5))]
+
+
+@pytest.mark.parametrize("first_token", [False, True])
+def test_a_prefill_worker_that_is_lost_before_the_hand_over_is_replaced(first_token):
+    machine = router()
+    key = prefilling(machine)
+    if first_token:
+        machine.on(Tokens(key, 0, (100,)), 0.0)
+    commands = machine.on(WorkerDown(P1), 2.0)
+    again = ticket(1, attempt=2, source=P2)
+    recalled = [ToOne(who, Cancel(key, "prefill-1 was lost")) for who in (D1, D2)]
+    assert commands == [*recalled, ToOne(P2, Offer(again, 6 + first_token, 8 - first_token, 28.0))]
+    (prompt,) = machine.on(Accept(again), 2.0)
+    assert prompt.message.request.prompt == (*range(6), *[100] * first_token)
+    assert machine.on(Tokens(again, 0, (101,)), 3.0) == [Deliver(1, (101,), ())]
+
+
+def test_a_prefill_worker_that_is_lost_after_the_hand_over_is_not_missed():
+    machine = router()
+    key = decoding(machine)
+    assert machine.on(WorkerDown(P1), 2.0) == []
+    assert machine.on(Tokens(key, 2, (102,)), 3.0) == [Deliver(1, (102,), ())]
+
+
+@pytest.mark.parametrize("lost", [D1, D2])
+def test_a_decode_worker_that_is_lost_before_it_has_the_kv_is_the_prefill_workers_affair(lost):
+    machine = router()
+    key = prefilling(machine)
+    assert machine.on(WorkerDown(lost), 1.0) == []
+    machine.on(Tokens(key, 0, (100,)), 1.0)
+    assert machine.phases()[Phase.HANDING_OFF] == 1
+
+
+def test_a_hand_over_to_a_decode_worker_that_has_been_lost_starts_anew():
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 1.0)
+    machine.on(WorkerDown(D1), 1.0)
+    commands = machine.on(Handed(key, ()), 1.0)
+    again = ticket(1, attempt=2, source=P1, sink=D2)
+    reason = "decode-1 was lost"
+    assert commands == [
+        ToOne(P1, Cancel(key, reason)),
+        ToOne(D2, Cancel(key, reason)),
+        ToOne(P1, Offer(again, 7, 7, 29.0)),
+    ]
+
+
+def test_a_decode_worker_that_is_lost_while_decoding_is_replaced_and_no_token_is_sent_twice():
+    machine = router()
+    key = decoding(machine)
+    commands = machine.on(WorkerDown(D1), 2.0)
+    again = ticket(1, attempt=2, sink=D2)
+    assert commands[-1] == ToOne(P1, Offer(again, 8, 6, 28.0))
+    assert machine.on(Tokens(key, 2, (999,)), 2.0) == []
+    (prompt,) = machine.on(Accept(again), 2.0)
+    assert prompt.message.request.prompt == (*range(6), 100, 101)
+    assert machine.on(Tokens(again, 0, (102,)), 3.0) == [Deliver(1, (102,), ())]
+    assert machine.on(Finished(again, "length", 1), 3.0)[0].attempts == 2
+
+
+def test_the_second_choice_counts_once_it_has_the_kv():
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 0.0)
+    taken = replace(key, sink=D2)
+    assert machine.on(Handed(taken, ()), 0.0) == []
+    assert machine.on(WorkerDown(D1), 0.0) == []
+    (lost,) = [c for c in machine.on(WorkerDown(D2), 0.0) if isinstance(c, End)]
+    assert lost.reason == "no decode worker is ready"
+
+
+def test_both_choices_are_recalled_after_the_second_took_the_kv():
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 0.0)
+    taken = replace(key, sink=D2)
+    machine.on(Handed(taken, ()), 0.0)
+    assert machine.on(ClientGone(1, "left"), 0.0)[:-1] == [ToOne(who, Cancel(taken, "left")) for who in (P1, D2, D1)]
+
+
+def test_tokens_of_the_sink_that_did_not_get_the_request_are_ignored():
+    machine = router()
+    key = decoding(machine)
+    assert machine.on(Tokens(replace(key, sink=D2), 1, (101, 102)), 0.0) == []
+    assert machine.ignored == 1
+    assert machine.on(Finished(replace(key, sink=D2), "length", 8), 0.0) == []
+    assert machine.on(Tokens(key, 2, (102,)), 0.0) == [Deliver(1, (102,), ())]
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "ABORTED", "DATA_LOSS"])
+def test_a_failed_attempt_is_tried_again(code):
+    machine = router()
+    key = prefilling(machine)
+    commands = machine.on(Failed(key, code, "oh"), 1.0)
+    again = ticket(1, attempt=2)
+    assert commands[:-1] == [ToOne(who, Cancel(key, "oh")) for who in (P1, D1, D2)]
+    assert commands[-1] == ToOne(P1, Offer(again, 6, 8, 29.0))
+
+
+def test_a_failure_of_the_request_itself_is_not_tried_again():
+    machine = router()
+    key = prefilling(machine)
+    end = only_end(machine.on(Failed(key, "DEADLINE_EXCEEDED", "slow"), 1.0))
+    assert (end.phase, end.code, end.reason) == (Phase.FAILED, "DEADLINE_EXCEEDED", "slow")
+
+
+def test_attempts_are_bounded():
+    machine = router(max_attempts=2)
+    machine.on(Failed(prefilling(machine), "UNAVAILABLE", "one"), 0.0)
+    again = ticket(1, attempt=2)
+    machine.on(Accept(again), 0.0)
+    end = only_end(machine.on(Failed(again, "UNAVAILABLE", "two"), 0.0))
+    assert (end.code, end.reason, end.attempts) == ("UNAVAILABLE", "2 attempts, the last: two", 2)
+
+
+def test_a_refused_retry_fails_a_request_whose_tokens_were_sent():
+    machine = router(UP[0], UP[2], UP[3])
+    key = decoding(machine)
+    machine.on(WorkerDown(D1), 0.0)
+    again = replace(key, attempt=2, sink=D2)
+    end = only_end(machine.on(Reject(again, "busy", 1.0), 0.0))
+    assert (end.phase, end.code) == (Phase.FAILED, "RESOURCE_EXHAUSTED")
+
+
+@pytest.mark.parametrize("how", ["lost", "failed"])
+def test_a_worker_lost_between_the_last_token_and_the_end_costs_nothing(how):
+    machine = router()
+    key = decoding(machine, max_tokens=2)
+    event = WorkerDown(D1) if how == "lost" else Failed(key, "UNAVAILABLE", "x")
+    end = only_end(machine.on(event, 1.0))
+    assert (end.phase, end.reason, end.code) == (Phase.DONE, "length", "OK")
+
+
+def test_a_gap_in_the_tokens_loses_the_attempt_not_the_gateway():
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 0.0)
+    commands = machine.on(Tokens(key, 5, (105,)), 1.0)
+    assert [command.message for command in commands[:-1]] == [Cancel(key, "token 5 came after 1 tokens")] * 3
+    assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 7, 7, 29.0))
+
+
+def test_an_end_that_counts_more_tokens_than_came_loses_the_attempt():
+    machine = router()
+    key = decoding(machine)
+    commands = machine.on(Finished(key, "length", 8), 1.0)
+    assert commands[0] == ToOne(P1, Cancel(key, "8 tokens were generated, 2 came"))
+    assert isinstance(commands[-1].message, Offer)
+
+
+def test_late_answers_are_ignored_and_counted():
+    machine = router()
+    key = prefilling(machine)
+    for message in (
+        Accept(key),
+        Reject(key, "late"),
+        Accept(ticket(9)),
+        Tokens(replace(key, attempt=7), 0, (1,)),
+        Failed(replace(key, minter=P1), "UNAVAILABLE", "not ours"),
+    ):
+        assert machine.on(message, 0.0) == []
+    assert machine.ignored == 5
+    assert machine.on(WorkerDown(Identity("stranger", 1)), 0.0) == []
+
+
+def test_a_counter_is_used_once():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    before = machine.phases(), machine.deadline()
+    with pytest.raises(LocalError, match="request 1 arrived twice"):
+        machine.on(Arrived(1, ask()), 0.5)
+    assert (machine.phases(), machine.deadline()) == before
+
+
+@dataclass
+class Placement:
+    """One attempt as the workers see it."""
+
+    ticket: Ticket
+    request: Request
+    second: Identity | None
+    at: Identity
+    decodes: bool = False
+    sent: int = 0
+    """Tokens told to the gateway."""
+
+
+@dataclass
+class Client:
+    request: Request
+    got: list[int] = field(default_factory=list)
+    end: End | None = None
+
+
+def token_at(position: int) -> int:
+    """What the model says at a position, whoever asks."""
+    return 1000 + position
+
+
+class Deployment(RuleBasedStateMachine):
+    """Workers that answer, compute, hand over, fail, die and come back; streams keep their order, each on its own."""
+
+    people = (P1, P2, D1, D2)
+
+    def __init__(self):
+        super().__init__()
+        self.router = Router(GATEWAY, RouterConfig(offer_s=1.0, max_queue_s=5.0, max_attempts=3))
+        self.now = 0.0
+        self.up: set[Identity] = set()
+        self.streams: dict[Identity, deque] = {who: deque() for who in self.people}
+        self.offers: list[Offer] = []
+        self.placements: list[Placement] = []
+        self.clients: dict[int, Client] = {}
+        for who in self.people:
+            self.come(who)
+
+    # The gateway's side.
+    def give(self, event) -> None:
+        for command in self.router.on(event, self.now):
+            match command:
+                case ToOne(who, message):
+                    assert who in self.up, "sent to a worker that is not there"
+                    self.receive(who, message)
+                case Deliver(counter, tokens, hashes):
+                    client = self.clients[counter]
+                    assert client.end is None
+                    assert tokens
+                    client.got += tokens
+                    first = len(client.request.prompt)
+                    assert client.got == [token_at(first + i) for i in range(len(client.got))]
+                    assert hashes == tuple(token * 3 for token in tokens)
+                case End(counter):
+                    client = self.clients[counter]
+                    assert client.end is None, "ended twice"
+                    client.end = command
+                    if command.phase is Phase.REJECTED:
+                        assert not client.got, "a request whose tokens were sent was not rejected but failed"
+                    if command.phase is Phase.DONE and command.reason == "length":
+                        assert len(client.got) == client.request.sampling.max_tokens
+
+    def receive(self, who: Identity, message) -> None:
+        match message:
+            case Offer(ticket):
+                assert ticket.source == who
+                assert ticket.sink in (D1, D2)
+                self.offers.append(message)
+            case Prompt(ticket, request, second):
+                assert ticket.source == who
+                assert second != ticket.sink
+                client = self.clients[ticket.counter]
+                assert request.prompt == (*client.request.prompt, *client.got)
+                assert request.sampling.max_tokens == client.request.sampling.max_tokens - len(client.got)
+                self.placements.append(Placement(ticket, request, second, who))
+            case Cancel(ticket):
+                self.offers = [o for o in self.offers if (o.ticket.key, o.ticket.source) != (ticket.key, who)]
+                self.placements = [p for p in self.placements if (p.ticket.key, p.at) != (ticket.key, who)]
+
+    def tell(self, who: Identity, message) -> None:
+        """A worker says something; nobody hears it while its stream is down."""
+        if who in self.up:
+            self.streams[who].append(message)
+
+    def come(self, who: Identity) -> None:
+        self.up.add(who)
+        self.give(WorkerUp(worker(who, Role.PREFILL if who in (P1, P2) else Role.DECODE)))
+
+    @rule(prompt=st.integers(1, 5), max_tokens=st.integers(1, 4), timeout_s=st.sampled_from([3.0, 50.0]))
+    def arrive(self, prompt, max_tokens, timeout_s):
+        counter = len(self.clients) + 1
+        request = Request("r", tuple(token_at(i) for i in range(prompt)), ask(1, max_tokens).sampling, timeout_s)
+        self.clients[counter] = Client(request)
+        self.give(Arrived(counter, request))
+
+    @precondition(lambda self: self.clients)
+    @rule(data=st.data())
+    def leave(self, data):
+        self.give(ClientGone(data.draw(st.sampled_from(sorted(self.clients))), "left"))
+
+    @precondition(lambda self: any(self.streams.values()))
+    @rule(data=st.data(), how_many=st.integers(1, 4))
+    def hear(self, data, how_many):
+        who = data.draw(st.sampled_from([who for who in self.people if self.streams[who]]))
+        for _ in range(min(how_many, len(self.streams[who]))):
+            if not self.streams[who]:
+                break
+            self.give(self.streams[who].popleft())
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 4.0]))
+    def wait(self, seconds):
+        until = self.now + seconds
+        while (due := self.router.deadline()) is not None and due <= until:
+            self.now = max(self.now, due)
+            self.give(None)
+            after = self.router.deadline()
+            assert after is None or after > self.now, "the driver would spin"
+        self.now = until
+
+    # The workers' side.
+    @precondition(lambda self: self.offers)
+    @rule(data=st.data(), yes=st.integers(0, 3))
+    def answer(self, data, yes):
+        offer = data.draw(st.sampled_from(self.offers))
+        self.offers.remove(offer)
+        self.tell(offer.ticket.source, Accept(offer.ticket) if yes else Reject(offer.ticket, "busy", 1.0))
+
+    @precondition(lambda self: self.placements)
+    @rule(data=st.data())
+    def compute(self, data):
+        """A prefill worker gives the first token and hands over; a decode worker gives another token."""
+        place = data.draw(st.sampled_from(self.placements))
+        first, most = len(place.request.prompt), place.request.sampling.max_tokens
+        if not place.decodes and not place.sent:
+            self.tell(place.at, Tokens(place.ticket, 0, (token_at(first),), (token_at(first) * 3,)))
+            place.sent = 1
+            if most == 1:
+                self.finish(place, "length")
+            return
+        if not place.decodes:
+            choices = [who for who in (place.ticket.sink, place.second) if who is not None]
+            sink = data.draw(st.sampled_from(choices))
+            ticket = replace(place.ticket, sink=sink)
+            self.placements.append(Placement(ticket, place.request, None, sink, decodes=True))
+            if data.draw(st.integers(0, 5)) or len(choices) == 1:
+                self.placements.remove(place)
+                self.tell(place.at, Handed(ticket, ()))
+            else:  # Taken was lost on its way: the prefill worker tries its second choice as well
+                place.ticket, place.second = replace(place.ticket, sink=choices[choices[0] is sink]), None
+            return
+        count = 2 if not place.sent else 1
+        start = place.sent
+        place.sent += count
+        tokens = tuple(token_at(first + i) for i in range(start, place.sent))
+        self.tell(place.at, Tokens(place.ticket, start, tokens, tuple(token * 3 for token in tokens)))
+        if place.sent == most:
+            self.finish(place, "length")
+        elif data.draw(st.integers(0, 9)) == 0:
+            self.finish(place, "stop")
+
+    def finish(self, place: Placement, reason: str) -> None:
+        self.placements.remove(place)
+        self.tell(place.at, Finished(place.ticket, reason, place.sent))
+
+    @precondition(lambda self: self.placements)
+    @rule(data=st.data())
+    def fail(self, data):
+        place = data.draw(st.sampled_from(self.placements))
+        self.placements.remove(place)
+        code = data.draw(st.sampled_from(["UNAVAILABLE", "DATA_LOSS", "ABORTED"]))
+        self.tell(place.at, Failed(place.ticket, code, "oh"))
+
+    @precondition(lambda self: self.up)
+    @rule(data=st.data(), dies=st.booleans())
+    def lose(self, data, dies):
+        """A worker dies, or only its stream to the gateway does: then it goes on, unheard."""
+        who = data.draw(st.sampled_from(sorted(self.up)))
+        self.up.discard(who)
+        if data.draw(st.booleans()):
+            self.streams[who].clear()
+        while self.streams[who]:
+            self.give(self.streams[who].popleft())
+        if dies:
+            self.offers = [offer for offer in self.offers if offer.ticket.source != who]
+            self.placements = [place for place in self.placements if place.at != who]
+        self.give(WorkerDown(who))
+
+    @precondition(lambda self: len(self.up) < 4)
+    @rule(data=st.data())
+    def back(self, data):
+        self.come(data.draw(st.sampled_from([who for who in self.people if who not in self.up])))
+
+    @invariant()
+    def sound(self):
+        self.router.check()
+        live = {counter for counter, client in self.clients.items() if client.end is None}
+        assert len(self.router) == len(live) == sum(self.router.phases().values())
+
+    def teardown(self):
+        for who in self.people:
+            if who not in self.up:
+                self.come(who)
+        for _ in range(400):
+            if not len(self.router):
+                break
+            for stream in self.streams.values():
+                while stream:
+                    self.give(stream.popleft())
+            due = self.router.deadline()
+            if due is not None:
+                self.now = max(self.now, due)
+                self.give(None)
+        assert len(self.router) == 0
+        assert all(client.end is not None for client in self.clients.values())
+        assert self.router.deadline() is None
+
+
+@efforts
+def test_every_request_ends_once_with_the_right_tokens_whatever_fails(effort):
+    run_state_machine_as_test(Deployment, settings=effort)
