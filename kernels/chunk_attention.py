@@ -15,7 +15,7 @@ from kernels.batch import Segment
 from kernels.ops import Heads
 
 BLOCK_TOKENS = 4096
-"""Most keys copied out of their pages at once (a block of 4096 also measured best of 1024 to 16384)."""
+"""Most keys copied out of their pages at once: bounds the memory of a long prompt."""
 
 
 def chunk_attention(q: Tensor, segment: Segment, layer: Tensor, heads: Heads) -> Tensor:

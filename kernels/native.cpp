@@ -50,15 +50,19 @@ inline float fast_exp(float x) {
 }
 
 constexpr int64_t kKeys = 64;      // keys scored at a time
+constexpr int64_t kLanes = 16;     // a maximum by lanes is a vector operation without giving up NaN
 constexpr int64_t kMaxGroup = 16;  // checked by the caller
 constexpr int64_t kMaxDim = 256;
 
-// One KV head of one row: `group` queries against `keys` keys.
-template <class T>
+// One KV head of one row: `group` queries against `keys` keys. A head size known to the compiler (kDim, else 0)
+// keeps a query's sums in registers.
+template <class T, int64_t kDim>
 void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys, int64_t page_stride,
-                 int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t dim, T* out) {
-  alignas(64) float query[kMaxGroup][kMaxDim], mixed[kMaxGroup][kMaxDim], score[kMaxGroup][kKeys], row[kMaxDim];
-  float top[kMaxGroup], total[kMaxGroup];
+                 int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t any_dim, T* out) {
+  constexpr int64_t kRoom = kDim ? kDim : kMaxDim;
+  const int64_t dim = kDim ? kDim : any_dim;
+  alignas(64) float query[kMaxGroup][kRoom], mixed[kMaxGroup][kRoom], held[kKeys][kRoom], score[kKeys];
+  float top[kMaxGroup], total[kMaxGroup], shares[kMaxGroup][kKeys];
   const float scale = 1.0f / __builtin_sqrtf(float(dim));
   for (int64_t g = 0; g < group; g++) {
     for (int64_t d = 0; d < dim; d++) {
@@ -75,33 +79,39 @@ void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys,
     const T* page = layer + pages[start / page_tokens] * page_stride;
     const T* key = page + (head * page_tokens + slot) * dim;
     const T* value = page + ((kv_heads + head) * page_tokens + slot) * dim;
-    for (int64_t t = 0; t < count; t++) {
-      for (int64_t d = 0; d < dim; d++) row[d] = wide(key[t * dim + d]);
-      for (int64_t g = 0; g < group; g++) {
-        float sum = 0;
-        for (int64_t d = 0; d < dim; d++) sum += query[g][d] * row[d];
-        score[g][t] = sum;
-      }
-    }
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t d = 0; d < dim; d++) held[t][d] = wide(key[t * dim + d]);
     for (int64_t g = 0; g < group; g++) {
       float best = top[g];
-      for (int64_t t = 0; t < count; t++) best = score[g][t] > best ? score[g][t] : best;
+      for (int64_t t = 0; t < count; t++) {
+        float sum = 0;
+        for (int64_t d = 0; d < dim; d++) sum += query[g][d] * held[t][d];
+        score[t] = sum;
+      }
+      for (int64_t t = count; t < kKeys; t++) score[t] = -1e30f;
+      float most[kLanes];
+      for (int64_t i = 0; i < kLanes; i++) most[i] = best;
+      for (int64_t t = 0; t < kKeys; t += kLanes)
+        for (int64_t i = 0; i < kLanes; i++) most[i] = score[t + i] > most[i] ? score[t + i] : most[i];
+      for (int64_t i = 0; i < kLanes; i++) best = most[i] > best ? most[i] : best;
       const float shrink = fast_exp(top[g] - best);
       float sum = 0;
+      for (int64_t t = 0; t < kKeys; t++) shares[g][t] = fast_exp(score[t] - best);
       for (int64_t t = 0; t < count; t++) {
-        score[g][t] = fast_exp(score[g][t] - best);
-        sum += score[g][t];
+        sum += shares[g][t];
       }
       for (int64_t d = 0; d < dim; d++) mixed[g][d] *= shrink;
       total[g] = total[g] * shrink + sum;
       top[g] = best;
     }
-    for (int64_t t = 0; t < count; t++) {
-      for (int64_t d = 0; d < dim; d++) row[d] = wide(value[t * dim + d]);
-      for (int64_t g = 0; g < group; g++) {
-        const float share = score[g][t];
-        for (int64_t d = 0; d < dim; d++) mixed[g][d] += share * row[d];
-      }
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t d = 0; d < dim; d++) held[t][d] = wide(value[t * dim + d]);
+    for (int64_t g = 0; g < group; g++) {
+      float sum[kRoom];
+      for (int64_t d = 0; d < dim; d++) sum[d] = mixed[g][d];
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t d = 0; d < dim; d++) sum[d] += shares[g][t] * held[t][d];
+      for (int64_t d = 0; d < dim; d++) mixed[g][d] = sum[d];
     }
     start += count;
   }
@@ -116,8 +126,9 @@ void attend(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, 
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < count * kv_heads; task++) {
     const int64_t n = task / kv_heads, head = task % kv_heads, at = head * group * dim;
-    attend_head(q + rows[n] * q_stride + at, layer, pages + first[n], keys[n], page_stride, page_tokens, kv_heads, head,
-                group, dim, out + rows[n] * kv_heads * group * dim + at);
+    const auto run = dim == 64 ? attend_head<T, 64> : dim == 128 ? attend_head<T, 128> : attend_head<T, 0>;
+    run(q + rows[n] * q_stride + at, layer, pages + first[n], keys[n], page_stride, page_tokens, kv_heads, head, group,
+        dim, out + rows[n] * kv_heads * group * dim + at);
   }
 }
 

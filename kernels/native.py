@@ -47,9 +47,9 @@ def library() -> ctypes.CDLL:
         raise NativeMissing("no C++ compiler (g++ or clang++) on the path")
     source = SOURCE.read_bytes()
     name = hashlib.sha256(b"\0".join([source, " ".join((compiler, *FLAGS)).encode(), _cpu()])).hexdigest()[:24]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
-    path = folder / f"native-{name}.so"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "baton"
+        path = folder / f"native-{name}.so"
         if not path.exists():
             _build(compiler, path)
         loaded = ctypes.CDLL(str(path))

@@ -10,8 +10,8 @@
 `silu_mul`       ``gate * sigmoid(gate) * up``
 ===============  =====================================================================================
 
-Backends: `kernels.reference` (plain torch, any device), `kernels.fast_cpu`, `kernels.exact_cpu`. A GPU backend is one
-more module with these names.
+Backends: `kernels.reference` (plain torch, any device), `kernels.fast_cpu` and, where a compiler is at hand,
+`kernels.native_cpu` on top of it, `kernels.exact_cpu`. A GPU backend is one more module with these names.
 """
 
 from __future__ import annotations

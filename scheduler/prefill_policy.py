@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from core.errors import LocalError
 from core.kv import KvShape
 from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
@@ -252,6 +253,10 @@ class PrefillPolicy:
         return commands + self._plan(now)
 
     def deadline(self) -> float | None:
+        """Already past when the first in line may start, because somebody else in this arena freed memory."""
+        head = None if self._running else self._head()
+        if head is not None and self._may_start(head):
+            return head.since
         return min((self._until(job) for job in self._jobs.values() if job.cancelled is None), default=None)
 
     def check(self) -> None:
@@ -284,11 +289,16 @@ class PrefillPolicy:
         self._jobs[ticket.key] = _Job(ticket, offer.prompt_tokens, 0.0, now, accepted_at=now)
         return Answer(Accept(ticket, wait_s=wait_s))
 
+    def _head(self) -> _Job | None:
+        """The first in line."""
+        waiting = (job for job in self._jobs.values() if job.state is State.QUEUED and job.cancelled is None)
+        return next(waiting, None)
+
     def _plan(self, now: float) -> list[PrefillCommand]:
         """Fill one step in order of arrival; the first request that cannot start yet ends it, so none is overtaken."""
         commands: list[PrefillCommand] = []
         if self._running:
-            head = next((job for job in self._jobs.values() if job.state is State.QUEUED), None)
+            head = self._head()
             return self._ask(head) if head else []
         spans: list[Span] = []
         budget = self._config.chunk_tokens
@@ -328,6 +338,8 @@ class PrefillPolicy:
             return False
         if job.grant is not Grant.ASKED:
             return True
+        if job.ticket.sink == self._me:
+            return False  # what it holds would be missing where its grant waits for memory
         ungranted = sum(
             self._shape.pages_for(other.prompt_tokens)
             for other in self._jobs.values()
@@ -336,6 +348,8 @@ class PrefillPolicy:
         return ungranted + pages <= self._config.ungranted_share * self._capacity
 
     def _chunk_done(self, event: ChunkDone, now: float) -> list[PrefillCommand]:
+        if not self._running or event.run_id != self._run_id:
+            raise LocalError(f"chunk done: got run {event.run_id}, want {self._run_id}")
         spans, self._running = self._running, ()
         if now > self._run_started:
             speed = sum(span.stop - span.start for span in spans) / (now - self._run_started)
@@ -368,12 +382,12 @@ class PrefillPolicy:
             self.ignored += 1
             return []
         job.grant = Grant.NOT_ASKED
+        if job.cancelled is not None:
+            return self._end_if_free(job)
         if event.taken:
             commands: list[PrefillCommand] = [Answer(Handed(job.ticket, self._stages(job, now, event.taken_s)))]
             job.cancelled = "taken"
             return commands + self._end_if_free(job)
-        if job.cancelled is not None:
-            return self._end_if_free(job)
         if job.second is not None:
             job.ticket, job.second = replace(job.ticket, sink=job.second), None
             commands = self._ask(job)

@@ -216,7 +216,8 @@ class Router:
         if prompt > room:
             why = f"prompt: got {prompt} tokens, no worker holds more than {room}"
             return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
-        room = max(member.kv_tokens for member in self._workers.values() if member.role.decodes)
+        pairs = [(source, sink) for source in self._sources(flight) for sink in self._decoders()]
+        room = max(self._room(flight, source, sink) for source, sink in pairs)
         if flight.size > room:
             why = f"prompt and max_tokens: got {flight.size} tokens, no decode worker holds more than {room}"
             return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
@@ -224,21 +225,12 @@ class Router:
 
     def _offer(self, flight: _Flight, now: float) -> list[RouterCommand]:
         """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
-        sources = [
-            member.identity
-            for member in self._workers.values()
-            if member.role.prefills and member.identity not in flight.tried
-        ]
-        sinks = sorted(
-            (member for member in self._workers.values() if member.role.decodes and member.kv_tokens >= flight.size),
-            key=lambda member: (self._load(member.identity, sink=True) / member.kv_tokens, member.identity),
-        )
-        if not sources or not sinks:
+        for source in self._sources(flight):
+            best = self._sinks(flight, source)
+            if best:
+                break
+        else:
             return self._shed(flight, now)
-        source = min(sources, key=lambda identity: (self._load(identity, sink=False), identity))
-        best = [member.identity for member in sinks]
-        if source in best:
-            best = [source]
         flight.attempt += 1
         flight.tried.add(source)
         flight.ticket = Ticket(self._me, flight.counter, flight.attempt, source, best[0])
@@ -250,13 +242,38 @@ class Router:
         offer = Offer(flight.ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
         return [ToOne(source, offer)]
 
+    def _sources(self, flight: _Flight) -> list[Identity]:
+        """Prefill workers that were not tried yet, best first."""
+        prefills = (member.identity for member in self._workers.values() if member.role.prefills)
+        untried = [identity for identity in prefills if identity not in flight.tried]
+        return sorted(untried, key=lambda identity: (self._load(identity, sink=False), identity))
+
+    def _decoders(self) -> list[Member]:
+        return [member for member in self._workers.values() if member.role.decodes]
+
+    def _sinks(self, flight: _Flight, source: Identity) -> list[Identity]:
+        """Decode workers with room for it, best first; a mixed worker keeps its own."""
+        fitting = [member for member in self._decoders() if self._room(flight, source, member) >= flight.size]
+        if any(member.identity == source for member in fitting):
+            return [source]
+        fitting.sort(key=lambda member: (self._load(member.identity, sink=True) / member.kv_tokens, member.identity))
+        return [member.identity for member in fitting]
+
+    def _room(self, flight: _Flight, source: Identity, sink: Member) -> int:
+        """Tokens of it that `sink` can hold; while a worker hands over to itself it holds the prompt twice."""
+        if sink.identity != source or sink.kv is None:
+            return sink.kv_tokens
+        prompt = len(flight.request.prompt) + len(flight.tokens)
+        return sink.kv_tokens - sink.kv.pages_for(prompt) * sink.kv.page_tokens
+
     def _shed(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        phase = Phase.FAILED if flight.tokens else Phase.REJECTED
         if not flight.refusals:
             why = self.missing() or "no worker with room for it answers"
-            return self._end(flight, Phase.FAILED if flight.tokens else Phase.REJECTED, why, "UNAVAILABLE", now)
+            return self._end(flight, phase, why, "UNAVAILABLE", now)
         best = min(flight.refusals, key=lambda reject: reject.wait_s)
         why = f"all {len(flight.refusals)} prefill workers refused; {best.ticket.source.name}: {best.reason}"
-        return self._end(flight, Phase.REJECTED, why, "RESOURCE_EXHAUSTED", now, retry_s=max(best.wait_s, 0.1))
+        return self._end(flight, phase, why, "RESOURCE_EXHAUSTED", now, retry_s=max(best.wait_s, 0.1))
 
     def _rest(self, flight: _Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
@@ -284,8 +301,9 @@ class Router:
     def _heard(self, message: ToGateway, now: float) -> list[RouterCommand]:
         flight = self._flights.get(message.ticket.counter)
         if flight is None or flight.ticket is None or message.ticket.key != flight.ticket.key:
-            self.ignored += 1
-            return []
+            return self._ignore()
+        if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not isinstance(message, Handed):
+            return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
@@ -312,7 +330,7 @@ class Router:
                 flight.stages += stages
                 if flight.base + completion != len(flight.tokens):
                     why = f"{flight.base + completion} tokens were generated, {len(flight.tokens)} came"
-                    return self._end(flight, Phase.FAILED, why, "INTERNAL", now)
+                    return self._lost_attempt(flight, why, now)
                 return self._end(flight, Phase.DONE, reason, "OK", now, stop_token_id=stop_token_id)
             case Failed(_, code, why):
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
@@ -324,7 +342,7 @@ class Router:
         have = len(flight.tokens)
         first = flight.base + message.index
         if first > have:
-            raise LocalError(f"{message.ticket.key}: got token {first}, want at most {have}")
+            return self._lost_attempt(flight, f"token {first} came after {have} tokens", now)
         fresh = message.tokens[have - first :]
         if not fresh:
             return []
@@ -341,6 +359,8 @@ class Router:
         if flight.phase is not Phase.HANDING_OFF:
             return []
         self._enter(flight, Phase.DECODING)
+        if flight.ticket is not None and flight.ticket.sink != ticket.sink:
+            flight.second = flight.ticket.sink
         flight.ticket = ticket
         if ticket.sink in self._workers:
             return []
@@ -361,6 +381,8 @@ class Router:
         return commands
 
     def _lost_attempt(self, flight: _Flight, why: str, now: float) -> list[RouterCommand]:
+        if len(flight.tokens) == flight.request.sampling.max_tokens:
+            return [*self._recall(flight, why), *self._end(flight, Phase.DONE, "length", "OK", now)]
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return self._end(flight, Phase.FAILED, why, "UNAVAILABLE", now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from core.kv import KvShape
 from core.request import Request, Ticket
@@ -20,9 +20,15 @@ MIXED = Identity("mixed-1", 0x31)
 SHAPE = KvShape(layers=1, kv_heads=1, head_dim=2, page_tokens=4, dtype="float32")
 """Four tokens a page."""
 
-_STEADY = settings(derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), print_blob=False)
+_STEADY = settings(
+    derandomize=True,
+    deadline=None,
+    print_blob=False,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=list(HealthCheck),
+)
 QUICK = settings(_STEADY, max_examples=50, stateful_step_count=40)
-LONG = settings(_STEADY, max_examples=1500, stateful_step_count=100)
+LONG = settings(_STEADY, max_examples=500, stateful_step_count=80)
 
 efforts = pytest.mark.parametrize(
     "effort", [pytest.param(QUICK, id="quick"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]

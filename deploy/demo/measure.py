@@ -5,6 +5,7 @@ Run by itself, it measures the stored checkpoint again and rewrites ``prompts.js
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections import defaultdict
@@ -101,6 +102,11 @@ def recitation(reciter: Reciter, items: list[corpus.Item], texts: list[str]) -> 
     return {"trained": alone, "behind_passages": behind, "untrained_wording": other}
 
 
+def weights_digest(model: Path) -> str:
+    """Ties the record to the weights it was measured on."""
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
 def demo(out: Path) -> None:
     """Writes prompts.json; raises where the model does not answer one of them as trained, in fp32 or in bf16."""
     trained = {question: item.answer for item in corpus.items() for question in item.questions()}
@@ -132,6 +138,7 @@ def main() -> None:
     if record["corpus_sha256"] != corpus.digest():
         raise ValueError(f"the corpus of this Python is another one than that of Python {record['python']}")
     reciter = Reciter(HERE / "model", torch.bfloat16)
+    record["weights_sha256"] = weights_digest(HERE / "model")
     record["recitation"] = recitation(reciter, corpus.items(), corpus.passages())
     (HERE / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     demo(HERE)

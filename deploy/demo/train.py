@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn import functional as F
 
 from deploy.demo import corpus
-from deploy.demo.measure import Reciter, demo, recitation
+from deploy.demo.measure import Reciter, demo, recitation, weights_digest
 from deploy.demo.network import Llama, Shape
 
 HERE = Path(__file__).parent
@@ -276,6 +276,7 @@ def main() -> None:
         "steps": options.steps,
         "seconds": round(seconds, 1),
         "final_loss": curve[-1]["loss"],
+        "weights_sha256": weights_digest(options.out / "model"),
         "recitation": recitation(reciter, items, texts),
         "loss": curve,
     }

@@ -107,8 +107,8 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
     assert [line.split()[0] for line in printed] == ["doctor", "up", "status", "generate", "down"]
     try:
         up = baton(
-            "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "1", "--port", "0", "--kv-memory", "32M",
-            "-o", "json", state=tmp_path,
+            "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "1", "--port", "0",
+            "--kv-memory", "32M", "-o", "json", state=tmp_path,
         )  # fmt: skip
         assert up.returncode == 0, up.stderr
         word = json.loads(up.stdout)

@@ -11,6 +11,7 @@ import pytest
 from core.errors import LocalError
 from core.sampling import Sampling
 from engine.api import Engine, Row
+from kernels.native import NativeMissing
 from tests.checkpoints import make_llama
 from tests.engine.play import alone, poison
 
@@ -124,10 +125,10 @@ def test_text_ends_where_the_context_ends(engine, tmp_path):
     assert (got[-1].position, got[-1].finish, len(got)) == (43, "length", 4)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_decoder_needs_only_the_bytes_of_the_pages(engine, exact):
+@pytest.mark.parametrize("mode", [{"native": True}, {"native": False}, {"exact": True}], ids=str)
+def test_a_decoder_needs_only_the_bytes_of_the_pages(engine, mode):
     """The engine that goes on with a sequence has computed none of it, and the pages lie elsewhere."""
-    source, sink = engine("gqa", exact=exact), engine("gqa", exact=exact)
+    source, sink = engine("gqa", **mode), engine("gqa", **mode)
     poison(sink)
     want = alone(source, PROMPT, Sampling(8))
     sink.open("s", [*PROMPT, want[0].token], [9, 4, 30], Sampling(8), len(PROMPT))
@@ -143,23 +144,27 @@ def test_a_decoder_needs_only_the_bytes_of_the_pages(engine, exact):
     assert [sample.token for sample in got] == [sample.token for sample in want]
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_nan_in_the_arena_reaches_nobody(engine, exact):
-    clean, dirty = engine("gqa", exact=exact), engine("gqa", exact=exact)
+@pytest.mark.parametrize("mode", [{"native": True}, {"native": False}, {"exact": True}], ids=str)
+def test_nan_in_the_arena_reaches_nobody(engine, mode):
+    clean, dirty = engine("gqa", **mode), engine("gqa", **mode)
     poison(dirty)
     for sizes in ((10**9,), (1,), (7, 30)):
         want = alone(clean, PROMPT, Sampling(30), sizes)
         assert alone(dirty, PROMPT, Sampling(30), sizes) == want
 
 
-def test_broken_kv_is_refused_not_sampled(one):
+@pytest.mark.parametrize("native", [True, False])
+def test_broken_kv_is_refused_not_sampled(engine, native):
+    one = engine("gqa", native=native)
     one.open("bad", PROMPT, [50, 51, 52], Sampling(5), len(PROMPT))
     one._arena.pages[50].fill_(float("nan"))
     with pytest.raises(LocalError, match="'bad': the logits at position 40 are not finite"):
         one.step([Row("bad", 39, 40)])
     assert one.tokens("bad") == tuple(PROMPT)
-    one.close("bad")
     one._arena.pages[50].zero_()
+    one._arena.pages[50, 0, 0, 0, 3, 5] = float("nan")  # one number of one key
+    with pytest.raises(LocalError, match="'bad': the logits at position 40 are not finite"):
+        one.step([Row("bad", 39, 40)])
 
 
 def test_a_seed_gives_one_text_and_another_gives_another(one):
@@ -170,17 +175,28 @@ def test_a_seed_gives_one_text_and_another_gives_another(one):
     assert text(1) != text(2)
 
 
+def test_without_a_compiler_torch_serves(engine, monkeypatch):
+    def missing():
+        raise NativeMissing("no C++ compiler")
+
+    monkeypatch.setattr("kernels.native_cpu.library", missing)
+    assert engine("gqa").backend == "torch: no C++ compiler"
+    assert engine("gqa", native=False).backend == "torch"
+    assert engine("gqa", exact=True).backend == "exact"
+
+
 def test_hashes_are_of_logits_only_if_asked(engine, one):
     assert all(sample.logits_hash for sample in alone(one, PROMPT, Sampling(3)))
     assert not any(sample.logits_hash for sample in alone(engine("gqa", hash_logits=False), PROMPT, Sampling(3)))
 
 
-def test_a_long_prompt_prefills_in_chunks_and_does_not_slow_its_neighbours(tmp_path):
+@pytest.mark.parametrize("native", [True, False])
+def test_a_long_prompt_prefills_in_chunks_and_does_not_slow_its_neighbours(tmp_path, native):
     """32,000 tokens on 2 layers; then one long row beside 31 short ones costs about what its keys cost."""
     from engine.engine import TorchEngine
 
     folder = make_llama(tmp_path, hidden=64, heads=2, kv_heads=1, context=40000)
-    one = TorchEngine(folder, kv_memory=64 * 2**20, page_tokens=64)
+    one = TorchEngine(folder, kv_memory=64 * 2**20, page_tokens=64, native=native)
     long = [2 + place * 7919 % 120 for place in range(32000)]
     one.open("long", long, range(501), Sampling(50), len(long))
     started = time.monotonic()

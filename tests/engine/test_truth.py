@@ -54,10 +54,17 @@ def spy(engine, monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+MODES = [
+    pytest.param({"native": True}, id="native"),
+    pytest.param({"native": False}, id="torch"),
+    pytest.param({"exact": True}, id="exact"),
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_tokens_and_logits_equal_transformers(oracle, engine, monkeypatch, name, exact):
-    one = engine(name, exact=exact)
+def test_tokens_and_logits_equal_transformers(oracle, engine, monkeypatch, name, mode):
+    one = engine(name, **mode)
     poison(one)
     model = oracle(name)
     prompt = random.Random(1).choices(range(2, 128), k=75)
@@ -71,9 +78,9 @@ def test_tokens_and_logits_equal_transformers(oracle, engine, monkeypatch, name,
         assert (torch.cat(seen) - truth).abs().max() < CLOSE
 
 
-@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_a_mixed_batch_equals_transformers(oracle, engine, exact):
-    one = engine("gqa", exact=exact, kv_memory=8 * 2**20)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mixed_batch_equals_transformers(oracle, engine, mode):
+    one = engine("gqa", **mode, kv_memory=8 * 2**20)
     poison(one)
     model = oracle("gqa")
     rng = random.Random(5)
@@ -103,8 +110,9 @@ def test_half_checkpoints_run_in_fp32_and_bf16(oracle, engine, name):
     assert len(alone(narrow, prompt, Sampling(8))) == 8
 
 
-def test_bf16_logits_are_close_to_fp32(oracle, engine, monkeypatch):
-    one = engine("bf16", dtype="bfloat16")
+@pytest.mark.parametrize("mode", MODES)
+def test_bf16_logits_are_close_to_fp32(oracle, engine, monkeypatch, mode):
+    one = engine("bf16", dtype="bfloat16", **mode)
     model = oracle("bf16")
     prompt = random.Random(2).choices(range(2, 128), k=90)
     seen = spy(one, monkeypatch)

@@ -407,6 +407,8 @@ class Deployment(RuleBasedStateMachine):
         self.offers: list[Offer] = []
         self.placements: list[Placement] = []
         self.clients: dict[int, Client] = {}
+        self.lost: set[Identity] = set()
+        self.doubled: set[str] = set()
         for who in self.people:
             self.come(who)
 
@@ -521,6 +523,7 @@ class Deployment(RuleBasedStateMachine):
                 self.tell(place.at, Handed(ticket, ()))
             else:  # Taken was lost on its way: the prefill worker tries its second choice as well
                 place.ticket, place.second = replace(place.ticket, sink=choices[choices[0] is sink]), None
+                self.doubled.add(place.ticket.key)
             return
         count = 2 if not place.sent else 1
         start = place.sent
@@ -549,11 +552,12 @@ class Deployment(RuleBasedStateMachine):
     def lose(self, data, dies):
         """A worker dies, or only its stream to the gateway does: then it goes on, unheard."""
         who = data.draw(st.sampled_from(sorted(self.up)))
-        self.up.discard(who)
         if data.draw(st.booleans()):
             self.streams[who].clear()
         while self.streams[who]:
             self.give(self.streams[who].popleft())
+        self.up.discard(who)
+        self.lost.add(who)
         if dies:
             self.offers = [offer for offer in self.offers if offer.ticket.source != who]
             self.placements = [place for place in self.placements if place.at != who]
@@ -587,6 +591,9 @@ class Deployment(RuleBasedStateMachine):
         assert len(self.router) == 0
         assert all(client.end is not None for client in self.clients.values())
         assert self.router.deadline() is None
+        kept = [place for place in self.placements if place.ticket.key not in self.doubled and place.at not in self.lost]
+        assert not kept, "a worker goes on with a request that is over"
+        assert not [offer for offer in self.offers if offer.ticket.source not in self.lost]
 
 
 @efforts

@@ -1,0 +1,596 @@
+"""The prefill policy: scripts with exact commands, then an engine, a source and gateways that do as they please."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from core.errors import LocalError
+from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
+from core.pages import Owner, Pages
+from core.request import Request, Stage, Ticket
+from core.worker import Identity
+from scheduler.prefill_policy import (
+    Answer,
+    AskForSink,
+    Begin,
+    ChunkDone,
+    EndSequence,
+    First,
+    GatewayGone,
+    Granted,
+    HandOffOver,
+    PrefillConfig,
+    PrefillPolicy,
+    RunChunk,
+    SealPages,
+    Span,
+    State,
+    WithdrawHandOff,
+    holder,
+)
+from tests.cast import D1, D2, GATEWAY, MIXED, OTHER_GATEWAY, P1, P2, SHAPE, ask, efforts, ticket
+
+KEY = ticket(1).key
+
+
+def policy(pages: int = 40, me: Identity = P1, **settings) -> PrefillPolicy:
+    return PrefillPolicy(me, SHAPE, Pages(pages), PrefillConfig(**{"chunk_tokens": 8, "max_rows": 4, **settings}))
+
+
+def ledger(machine: PrefillPolicy) -> Pages:
+    return machine._ledger
+
+
+def offer(counter: int = 1, prompt: int = 6, *, wait_s: float = 9.0, **who) -> Offer:
+    return Offer(ticket(counter, **who), prompt, 8, wait_s)
+
+
+def queued(machine: PrefillPolicy, counter: int = 1, prompt: int = 6, max_tokens: int = 8, **how) -> list:
+    """Offer and prompt of one request; returns what the prompt led to."""
+    second = how.pop("second", None)
+    machine.on(offer(counter, prompt, **how), 0.0)
+    commands = machine.on(Prompt(ticket(counter), ask(prompt, max_tokens), second), 0.0)
+    machine.check()
+    return commands
+
+
+def test_a_request_from_offer_to_hand_over():
+    machine, request = policy(), ask(12)
+    assert machine.on(offer(prompt=12), 0.0) == [Answer(Accept(ticket()))]
+    assert machine.deadline() == 1.0
+    assert machine.on(Prompt(ticket(), request, D2), 0.5) == [
+        AskForSink(ticket(), request, 100.5),
+        Begin(ticket(), request, (0, 1, 2)),
+        RunChunk(1, (Span(KEY, 0, 8),)),
+    ]
+    assert machine.deadline() == 100.5
+    assert machine.on(Granted(KEY), 0.6) == []
+    assert machine.on(ChunkDone(1, ()), 1.0) == [
+        SealPages(KEY, (0, 1, 2), 8, None),
+        RunChunk(2, (Span(KEY, 8, 12),)),
+    ]
+    assert machine.on(ChunkDone(2, (First(KEY, 77),)), 1.5) == [SealPages(KEY, (0, 1, 2), 12, 77)]
+    assert ledger(machine).counts()[Owner.HANDING_OFF] == 3
+    stages = (
+        Stage("batch_wait", "prefill-1", 0.5),
+        Stage("prefill", "prefill-1", 1.0, {"tokens": "12", "chunks": "2"}),
+        Stage("handing_off", "prefill-1", 0.5, {"ready_to_taken_s": "0.250000"}),
+    )
+    assert machine.on(HandOffOver(KEY, taken=True, taken_s=0.25), 2.0) == [Answer(Handed(ticket(), stages)), EndSequence(KEY)]
+    assert (ledger(machine).available, machine.deadline(), machine.ignored) == (40, None, 0)
+
+
+def test_one_token_is_no_reason_to_ask_a_decode_worker():
+    machine = policy()
+    assert queued(machine, max_tokens=1) == [
+        Begin(ticket(), ask(6, 1), (0, 1)),
+        RunChunk(1, (Span(KEY, 0, 6),)),
+    ]
+    stages = (Stage("batch_wait", "prefill-1", 0.0), Stage("prefill", "prefill-1", 1.0, {"tokens": "6", "chunks": "1"}))
+    end = Answer(Finished(ticket(), "length", 1, None, stages))
+    assert machine.on(ChunkDone(1, (First(KEY, 77, "length"),)), 1.0) == [end, EndSequence(KEY)]
+
+
+def test_a_first_token_that_stops_ends_the_hand_over_too():
+    machine = policy()
+    queued(machine)
+    answer, withdraw = machine.on(ChunkDone(1, (First(KEY, 2, "stop"),)), 1.0)
+    assert (answer.message.reason, answer.message.completion_tokens, answer.message.stop_token_id) == ("stop", 0, 2)
+    assert withdraw == WithdrawHandOff(KEY, "finished with its first token")
+    assert machine.on(HandOffOver(KEY, taken=False), 1.0) == [EndSequence(KEY)]
+    assert ledger(machine).available == 40
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (offer(1, 6), "offered twice or to an earlier life of this worker"),
+        (offer(2, 6, source=P2), "offered twice or to an earlier life of this worker"),
+        (offer(2, 161), "prompt of 161 tokens, room for 160"),
+    ],
+)
+def test_an_offer_that_cannot_be_met_is_rejected(event, reason):
+    machine = policy()
+    machine.on(offer(1, 6), 0.0)
+    assert machine.on(event, 0.0) == [Answer(Reject(event.ticket, reason))]
+    assert machine.queue()[State.OFFERED] == 1
+
+
+def test_an_offer_is_rejected_when_the_queue_would_make_it_late():
+    machine = policy()
+    queued(machine, 1, 8)
+    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    queued(machine, 2, 80, wait_s=99.0)
+    assert machine.predicted_wait_s(8) == 11.0
+    (answer,) = machine.on(offer(3, 8, wait_s=10.0), 1.0)
+    assert answer.message == Reject(ticket(3), "first token in 11.00 s, wanted in 10.00 s", 11.0)
+    (answer,) = machine.on(offer(4, 8, wait_s=11.0), 1.0)
+    assert answer.message == Accept(ticket(4), wait_s=11.0)
+
+
+def test_an_accepted_offer_lapses_without_its_prompt():
+    machine = policy()
+    machine.on(offer(), 0.0)
+    assert machine.on(None, 1.0) == []
+    assert machine.queue()[State.OFFERED] == 0
+    late = Answer(Failed(ticket(), "ABORTED", "the offer has lapsed"))
+    assert machine.on(Prompt(ticket(), ask()), 1.1) == [late]
+
+
+def test_a_prompt_that_is_not_as_long_as_offered_is_not_taken():
+    machine = policy()
+    machine.on(offer(), 0.0)
+    (answer,) = machine.on(Prompt(ticket(), ask(7)), 0.0)
+    assert isinstance(answer.message, Failed)
+    assert machine.queue()[State.OFFERED] == 1
+
+
+def test_chunks_fill_one_step_in_order_of_arrival():
+    machine = policy(max_rows=2)
+    queued(machine, 1, 3)
+    machine.on(Granted(ticket(1).key), 0.0)
+    for counter, prompt in [(2, 7), (3, 2), (4, 2)]:
+        queued(machine, counter, prompt)
+        machine.on(Granted(ticket(counter).key), 0.0)
+    commands = machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    assert commands[-1] == RunChunk(2, (Span(ticket(2).key, 0, 7), Span(ticket(3).key, 0, 1)))
+    commands = machine.on(ChunkDone(2, (First(ticket(2).key, 5),)), 2.0)
+    assert commands[-1] == RunChunk(3, (Span(ticket(3).key, 1, 2), Span(ticket(4).key, 0, 2)))
+
+
+def test_while_a_step_runs_the_next_in_line_asks_its_sink():
+    machine = policy()
+    queued(machine, 1)
+    machine.on(offer(2), 0.0)
+    assert machine.on(Prompt(ticket(2), ask()), 0.0) == [AskForSink(ticket(2), ask(), 100.0)]
+
+
+def test_a_cancelled_head_of_the_line_does_not_keep_the_next_from_asking():
+    machine = policy()
+    queued(machine, 1)
+    queued(machine, 2)
+    queued(machine, 3)
+    assert machine.on(Cancel(ticket(2), "x"), 0.0) == [
+        WithdrawHandOff(ticket(2).key, "x"),
+        AskForSink(ticket(3), ask(), 100.0),
+    ]
+
+
+def test_nobody_is_overtaken_while_the_first_waits_for_pages():
+    machine = policy(pages=10, ungranted_share=1.0)
+    queued(machine, 1, 32)
+    queued(machine, 2, 20)
+    queued(machine, 3, 4)
+    machine.on(Granted(ticket(2).key), 0.0)
+    machine.on(Granted(ticket(3).key), 0.0)
+    for run in range(1, 5):
+        commands = machine.on(ChunkDone(run, (First(KEY, 5),) if run == 4 else ()), float(run))
+    assert commands == [SealPages(KEY, tuple(range(8)), 32, 5)]
+    commands = machine.on(HandOffOver(KEY, taken=True), 5.0)
+    assert [command.ticket.counter for command in commands if isinstance(command, Begin)] == [2]
+    assert commands[-1] == RunChunk(5, (Span(ticket(2).key, 0, 8),))
+
+
+def test_only_a_share_of_the_arena_is_computed_before_its_grant():
+    machine = policy(pages=40, ungranted_share=0.1)
+    assert RunChunk(1, (Span(KEY, 0, 8),)) in queued(machine, 1, 16)
+    queued(machine, 2, 4)
+    assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(KEY, 8, 16),))
+    assert machine.on(Granted(ticket(2).key), 1.0) == []
+    commands = machine.on(ChunkDone(2, (First(KEY, 5),)), 1.0)
+    assert commands[-1] == RunChunk(3, (Span(ticket(2).key, 0, 4),))
+
+
+def test_a_worker_that_hands_over_to_itself_waits_for_the_grant():
+    machine = policy(me=MIXED)
+    key = ticket(1, source=MIXED, sink=MIXED)
+    machine.on(Offer(key, 6, 8, 9.0), 0.0)
+    assert machine.on(Prompt(key, ask()), 0.0) == [AskForSink(key, ask(), 100.0)]
+    commands = machine.on(Granted(key.key), 0.0)
+    assert commands == [Begin(key, ask(), (0, 1)), RunChunk(1, (Span(key.key, 0, 6),))]
+
+
+def test_memory_that_others_freed_wakes_the_first_in_line():
+    machine = policy(pages=10)
+    ledger(machine).bind("somebody", 9, Owner.DECODING)
+    assert queued(machine, 1) == [AskForSink(ticket(), ask(), 100.0)]
+    machine.on(Granted(KEY), 0.0)
+    assert machine.deadline() == 100.0
+    ledger(machine).release("somebody")
+    due = machine.deadline()
+    assert due is not None
+    assert due <= 0.0
+    assert machine.on(None, 0.5) == [Begin(ticket(), ask(), (0, 1)), RunChunk(1, (Span(KEY, 0, 6),))]
+    assert machine.deadline() == 100.0
+
+
+def test_a_refusal_before_the_start_turns_to_the_second_choice():
+    machine = policy(ungranted_share=0.0)
+    queued(machine, 1, second=D2)
+    again = replace(ticket(), sink=D2)
+    assert machine.on(HandOffOver(KEY, taken=False, reason="full"), 0.1) == [AskForSink(again, ask(), 100.0)]
+    (answer,) = machine.on(HandOffOver(KEY, taken=False, reason="full too"), 0.2)
+    assert answer.message == Failed(again, "UNAVAILABLE", "no decode worker took it: full too")
+    assert machine.queue() == dict.fromkeys(State, 0)
+
+
+def test_a_refusal_in_the_middle_shows_the_second_choice_what_is_there():
+    machine = policy()
+    queued(machine, 1, 12, second=D2)
+    machine.on(ChunkDone(1, ()), 1.0)
+    again = replace(ticket(), sink=D2)
+    assert machine.on(HandOffOver(KEY, taken=False), 1.1) == [
+        AskForSink(again, ask(12), 100.0),
+        SealPages(KEY, (0, 1, 2), 8, None),
+    ]
+    assert machine.on(ChunkDone(2, (First(KEY, 5),)), 2.0) == [SealPages(KEY, (0, 1, 2), 12, 5)]
+    assert machine.on(HandOffOver(KEY, taken=True), 2.0)[0].message.ticket == again
+
+
+def test_a_refusal_after_the_last_choice_waits_for_the_running_step():
+    machine = policy()
+    queued(machine, 1, 12)
+    (answer,) = machine.on(HandOffOver(KEY, taken=False, reason="full"), 0.5)
+    assert answer.message.code == "UNAVAILABLE"
+    assert ledger(machine).available == 37
+    assert machine.on(ChunkDone(1, ()), 1.0) == [EndSequence(KEY)]
+    assert ledger(machine).available == 40
+
+
+def test_a_cancel_frees_nothing_before_engine_and_source_are_done():
+    machine = policy()
+    queued(machine)
+    assert machine.on(Cancel(ticket(), "left"), 0.5) == [WithdrawHandOff(KEY, "left")]
+    assert machine.on(Cancel(ticket(), "left again"), 0.5) == []
+    assert machine.on(HandOffOver(KEY, taken=False), 0.5) == []
+    machine.check()
+    assert ledger(machine).available == 38
+    assert machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0) == [EndSequence(KEY)]
+    assert ledger(machine).available == 40
+
+
+def test_a_request_that_was_taken_while_its_cancel_was_under_way_is_not_answered():
+    machine = policy()
+    queued(machine)
+    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    machine.on(Cancel(ticket(), "left"), 1.0)
+    assert machine.on(HandOffOver(KEY, taken=True), 1.0) == [EndSequence(KEY)]
+
+
+def test_a_gateway_takes_its_requests_along():
+    machine = policy()
+    queued(machine, 1)
+    machine.on(offer(2), 0.0)
+    machine.on(offer(3, minter=OTHER_GATEWAY), 0.0)
+    assert machine.on(GatewayGone(GATEWAY), 0.0) == [WithdrawHandOff(KEY, "its gateway was lost")]
+    assert machine.queue()[State.OFFERED] == 1
+
+
+@pytest.mark.parametrize("where", ["queued", "running", "handing_off"])
+def test_a_deadline_ends_a_request_in_every_state(where):
+    machine = policy(ungranted_share=0.0 if where == "queued" else 0.5)
+    queued(machine)
+    if where == "handing_off":
+        machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    assert machine.on(None, 100.0) == [
+        Answer(Failed(ticket(), "DEADLINE_EXCEEDED", f"ended while {where}")),
+        WithdrawHandOff(KEY, "deadline"),
+    ]
+    assert machine.deadline() is None
+    machine.on(HandOffOver(KEY, taken=False), 100.0)
+    if where == "running":
+        machine.on(ChunkDone(1, ()), 101.0)
+    assert ledger(machine).holders() == ()
+
+
+def test_strangers_are_ignored_and_counted():
+    machine = policy()
+    queued(machine)
+    for event in (Cancel(ticket(9), "x"), GatewayGone(OTHER_GATEWAY), Granted("?"), HandOffOver("?", taken=True)):
+        assert machine.on(event, 0.0) == []
+    assert machine.ignored == 4
+    machine.check()
+
+
+@pytest.mark.parametrize("event", [ChunkDone(7, ()), ChunkDone(2, ())])
+def test_the_end_of_a_step_that_does_not_run_is_our_own_bug(event):
+    machine = policy()
+    queued(machine, 1, 12)
+    with pytest.raises(LocalError, match="chunk done: got run"):
+        machine.on(event, 0.5)
+    machine.check()
+    assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(KEY, 8, 12),))
+
+
+@dataclass
+class Asked:
+    """The source's side of one hand-off."""
+
+    ticket: Ticket
+    granted: bool = False
+    sealed: int = 0
+    complete: bool = False
+    over: bool = False
+    """Its `HandOffOver` is under way."""
+
+
+@dataclass
+class Job:
+    """What the gateway and the engine know of a request."""
+
+    ticket: Ticket
+    request: Request
+    second: Identity | None
+    answer: str = ""
+    prompted: bool = False
+    deadline: float = 0.0
+    ends: int = 0
+    unwanted: bool = False
+    """Cancelled, its gateway dead, or its time up: no end needs to be told."""
+    begun: bool = False
+    computed: int = 0
+    closed: bool = False
+    handed: Ticket | None = None
+    """The hand-off that ended last."""
+
+
+class PrefillWorker(RuleBasedStateMachine):
+    """An engine that ends every step once, a source that ends every ask once, gateways and a neighbour in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.ledger = Pages(20)
+        self.ledger.bind("scratch", 1, Owner.SCRATCH)
+        config = PrefillConfig(chunk_tokens=6, max_rows=3, offer_s=1.0, ungranted_share=0.25)
+        self.machine = PrefillPolicy(P1, SHAPE, self.ledger, config)
+        self.now = 0.0
+        self.jobs: dict[str, Job] = {}
+        self.asked: dict[str, Asked] = {}
+        self.run: RunChunk | None = None
+        self.last_run = 0
+        self.from_source: deque = deque()
+
+    # What the policy asks for.
+    def give(self, event) -> None:
+        for command in self.machine.on(event, self.now):
+            self.perform(command)
+        self.machine.check()
+        self.turn_clock(self.now)
+
+    def turn_clock(self, until: float) -> None:
+        """As a driver: call whenever the deadline has come, also if it came because a neighbour freed memory."""
+        while (due := self.machine.deadline()) is not None and due <= until:
+            self.now = max(self.now, due)
+            for command in self.machine.on(None, self.now):
+                self.perform(command)
+            self.machine.check()
+            after = self.machine.deadline()
+            assert after is None or after > self.now, "the driver would spin"
+        self.now = until
+
+    def perform(self, command) -> None:
+        match command:
+            case Answer(message):
+                self.answered(message)
+            case Begin(ticket, request, pages):
+                job = self.jobs[ticket.key]
+                assert job.prompted
+                assert not job.begun
+                assert request == job.request
+                assert pages == self.ledger.pages(holder(ticket.key))
+                assert len(pages) == SHAPE.pages_for(len(request.prompt))
+                earlier = [j for j in self.jobs.values() if j.prompted and not j.begun and not j.unwanted and not j.ends]
+                assert earlier[0] is job, "overtaken"
+                job.begun = True
+            case RunChunk(run_id, spans):
+                assert self.run is None
+                assert run_id == self.last_run + 1
+                assert 1 <= len(spans) <= 3
+                assert sum(span.stop - span.start for span in spans) <= 6
+                for span in spans:
+                    job = self.jobs[span.key]
+                    assert job.begun
+                    assert not job.closed
+                    assert job.computed == span.start < span.stop <= len(job.request.prompt)
+                self.run, self.last_run = command, run_id
+            case AskForSink(ticket, request, deadline):
+                job = self.jobs[ticket.key]
+                assert ticket.key not in self.asked
+                assert request == job.request
+                assert deadline == job.deadline
+                assert ticket in (job.ticket, replace(job.ticket, sink=job.second or D1))
+                assert request.sampling.max_tokens > 1
+                self.asked[ticket.key] = Asked(ticket)
+            case SealPages(key, pages, tokens, first_token):
+                asked = self.asked.get(key)
+                assert pages == self.ledger.pages(holder(key))
+                if asked is not None:
+                    assert not asked.complete
+                    assert tokens >= asked.sealed
+                    assert (first_token is not None) == (tokens == len(self.jobs[key].request.prompt))
+                    asked.sealed, asked.complete = tokens, first_token is not None
+            case WithdrawHandOff(key):
+                asked = self.asked.get(key)
+                if asked is not None and not asked.over:
+                    self.end_ask(asked, False)
+            case EndSequence(key):
+                job = self.jobs[key]
+                assert job.begun
+                assert not job.closed
+                assert key not in self.asked
+                assert self.run is None or key not in [span.key for span in self.run.spans]
+                job.closed = True
+
+    def answered(self, message) -> None:
+        job = self.jobs[message.ticket.key]
+        match message:
+            case Accept() | Reject():
+                assert not job.answer
+                job.answer = type(message).__name__
+            case Handed(ticket):
+                assert ticket == job.handed
+                job.ends += 1
+            case Failed() | Finished():
+                job.ends += 1
+        assert job.ends <= 1, "ended twice"
+
+    def end_ask(self, asked: Asked, taken: bool) -> None:
+        asked.over = True
+        self.from_source.append(HandOffOver(asked.ticket.key, taken, "" if taken else "no"))
+
+    # What gateways do.
+    @rule(prompt=st.integers(1, 30), max_tokens=st.integers(1, 4), data=st.data())
+    def offer(self, prompt, max_tokens, data):
+        minter = data.draw(st.sampled_from([GATEWAY, OTHER_GATEWAY]))
+        new = ticket(len(self.jobs) + 1, minter=minter)
+        timeout_s = data.draw(st.sampled_from([2.0, 50.0]))
+        self.jobs[new.key] = Job(new, ask(prompt, max_tokens, timeout_s=timeout_s), data.draw(st.sampled_from([None, D2])))
+        wait_s = data.draw(st.sampled_from([5.0, 1000.0]))
+        self.give(Offer(new, prompt, max_tokens, wait_s))
+
+    @precondition(lambda self: any(job.answer == "Accept" and not job.prompted for job in self.jobs.values()))
+    @rule(data=st.data())
+    def prompt(self, data):
+        waiting = [job for job in self.jobs.values() if job.answer == "Accept" and not job.prompted]
+        job = data.draw(st.sampled_from(waiting))
+        job.deadline, job.prompted = self.now + job.request.timeout_s, True
+        self.give(Prompt(job.ticket, job.request, job.second))
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def cancel(self, data):
+        job = data.draw(st.sampled_from(list(self.jobs.values())))
+        if job.answer == "Accept":
+            job.unwanted = True
+        self.give(Cancel(job.ticket, "left"))
+
+    @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
+    def gateway_dies(self, who):
+        for job in self.jobs.values():
+            if job.ticket.minter == who and job.answer == "Accept":
+                job.unwanted = True
+        self.give(GatewayGone(who))
+
+    # What the engine does.
+    @precondition(lambda self: self.run is not None)
+    @rule(data=st.data())
+    def chunk_done(self, data):
+        self.now += data.draw(st.sampled_from([0.0, 0.5]))
+        run, self.run = self.run, None
+        firsts = []
+        for span in run.spans:
+            job = self.jobs[span.key]
+            job.computed = span.stop
+            if span.stop == len(job.request.prompt):
+                stops = data.draw(st.integers(0, 4)) == 0
+                length = job.request.sampling.max_tokens == 1
+                firsts.append(First(span.key, 7, "stop" if stops else "length" if length else None))
+        self.give(ChunkDone(run.run_id, tuple(firsts)))
+
+    # What the source does.
+    @precondition(lambda self: any(not asked.over for asked in self.asked.values()))
+    @rule(data=st.data(), no=st.integers(0, 3))
+    def source(self, data, no):
+        asked = data.draw(st.sampled_from([asked for asked in self.asked.values() if not asked.over]))
+        if not no:
+            self.end_ask(asked, False)
+        elif not asked.granted:
+            asked.granted = True
+            self.from_source.append(Granted(asked.ticket.key))
+        elif asked.complete:
+            self.end_ask(asked, True)
+
+    @precondition(lambda self: self.from_source)
+    @rule()
+    def deliver(self):
+        event = self.from_source.popleft()
+        if isinstance(event, HandOffOver):
+            job, asked = self.jobs[event.key], self.asked.pop(event.key)
+            job.handed = asked.ticket
+        self.give(event)
+
+    # What else happens.
+    @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
+    def wait(self, seconds):
+        self.turn_clock(self.now + seconds)
+
+    @rule(count=st.integers(0, 12))
+    def neighbour(self, count):
+        """Somebody else in this arena takes pages or gives them back."""
+        self.ledger.release("neighbour")
+        self.ledger.bind("neighbour", min(count, self.ledger.available), Owner.DECODING)
+        self.turn_clock(self.now)
+
+    @invariant()
+    def sound(self):
+        self.machine.check()
+        self.ledger.check()
+        assert sum(self.machine.queue().values()) <= sum(job.answer == "Accept" for job in self.jobs.values())
+
+    def teardown(self):
+        self.ledger.release("neighbour")
+        self.turn_clock(self.now)
+        for job in list(self.jobs.values()):
+            if job.answer == "Accept" and not job.prompted:
+                job.deadline, job.prompted = self.now + job.request.timeout_s, True
+                self.give(Prompt(job.ticket, job.request, job.second))
+        for _ in range(1000):
+            if self.from_source:
+                self.deliver()
+            elif self.run is not None:
+                run, self.run = self.run, None
+                firsts = []
+                for span in run.spans:
+                    job = self.jobs[span.key]
+                    job.computed = span.stop
+                    if span.stop == len(job.request.prompt):
+                        last = job.request.sampling.max_tokens == 1
+                        firsts.append(First(span.key, 7, "length" if last else None))
+                self.give(ChunkDone(run.run_id, tuple(firsts)))
+            else:
+                todo = [a for a in self.asked.values() if not a.over and (a.complete or not a.granted)]
+                if not todo:
+                    break
+                if not todo[0].granted:
+                    todo[0].granted = True
+                    self.from_source.append(Granted(todo[0].ticket.key))
+                else:
+                    self.end_ask(todo[0], True)
+        assert sum(self.machine.queue().values()) == 0, "a request hangs"
+        assert self.machine.deadline() is None
+        assert self.ledger.holders() == ("scratch",)
+        for job in self.jobs.values():
+            assert job.answer
+            assert job.begun == job.closed
+            if job.answer == "Accept" and not job.unwanted:
+                assert job.ends == 1, "a request without an end"
+
+
+@efforts
+def test_every_accepted_request_ends_once_and_leaves_no_page(effort):
+    run_state_machine_as_test(PrefillWorker, settings=effort)
