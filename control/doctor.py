@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import platform
+import queue
 import resource
 import shutil
 import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from control import state
 from control.hub import resolve_model
 from core.config import nbytes
 from core.errors import RpcFailure, SetupError
+from core.kv import PageRun
+from core.worker import Identity
 
 PACKAGES = ("baton", "torch", "numpy", "grpcio", "protobuf", "pyzmq", "tokenizers", "prometheus-client", "nixl-cu13")
 WANTED_FILES = 4096
@@ -124,7 +130,7 @@ def _lanes(where: Path) -> Iterator[Finding]:
         running = state.read(where)
         known = members(running.coordinator)
     except (SetupError, RpcFailure):
-        yield Finding("lane", "no deployment runs", "`baton up` measures every lane when its workers join")
+        yield _own_lane()
         return
     for member in known:
         for lane in member.lanes:
@@ -137,6 +143,53 @@ def _lanes(where: Path) -> Iterator[Finding]:
                 ok=not slow,
                 advice="TCP: no RDMA and no shared memory between these two" if slow else "",
             )
+
+
+def _own_lane() -> Finding:
+    """What the best transport reaches between two arenas of this process: no deployment runs that has real lanes."""
+    from control.launcher import pick_transport
+    from control.worker import make_transport
+    from transfer.thread import Event, LaneProbed, Opened, TransferThread
+
+    kind, _ = pick_transport("auto")
+    unit, count = 64 * 2**10, 64
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    ends = [Identity("doctor-source", 1), Identity("doctor-sink", 1)]
+    threads = [
+        TransferThread(partial(make_transport, kind, end), memoryview(mmap.mmap(-1, unit * count)), unit, events.put)
+        for end in ends
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        source = next((card for card in (_event(events), _event(events)) if _owner(card) == str(ends[0])), None)
+        if not isinstance(source, Opened):
+            return Finding("lane", f"{kind}, this process", "did not open", ok=False)
+        threads[0].boost(3.0)
+        threads[1].connect(str(ends[0]), source.metadata)
+        threads[1].probe(str(ends[0]), PageRun(0, count), PageRun(0, count))
+        while (event := _event(events)) is not None:
+            if isinstance(event, LaneProbed):
+                text = f"{event.gbytes_per_s:.1f} GB/s, {event.latency_us:.0f} us, {event.transports}"
+                return Finding("lane", f"{kind}, this process", text)
+        return Finding("lane", f"{kind}, this process", "no answer within 5 s", ok=False)
+    finally:
+        for thread in threads:
+            thread.close()
+
+
+def _owner(event: object) -> str:
+    from transfer.thread import Opened
+    from transfer.transport import Card
+
+    return Card.decode(event.metadata).owner if isinstance(event, Opened) else ""
+
+
+def _event(events: queue.SimpleQueue[Any]) -> Any:
+    try:
+        return events.get(timeout=5.0)
+    except queue.Empty:
+        return None
 
 
 def _port(port: int) -> Iterator[Finding]:

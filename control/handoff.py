@@ -33,6 +33,7 @@ class HandOffShell:
         transfer: TransferThread,
         send: Callable[[Identity, ToPeer], bool],
         lane: Callable[[Identity], Lane | None],
+        emulated: Callable[[], bool],
     ) -> None:
         self.source = source
         self.sink = sink
@@ -41,6 +42,8 @@ class HandOffShell:
         self._transfer = transfer
         self._send = send
         self._lane = lane
+        self._emulated = emulated
+        self._lively = False
         self._jobs: dict[int, Callable[[tuple[int, ...]], None]] = {}
         self._next_job = 1
         self.pulled_nbytes = 0
@@ -84,6 +87,7 @@ class HandOffShell:
         match command:
             case giving.SendToSink(message):
                 ticket = message.ticket
+                self._progress()
                 if ticket.sink == self._me:
                     self._driver.post(SINK, message)
                 elif not self._send(ticket.sink, message) and isinstance(message, Reserve):
@@ -98,6 +102,7 @@ class HandOffShell:
             case giving.GrantCame(key):
                 self._driver.post("prefill", Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
+                self._progress()
                 self._driver.post("prefill", HandOffOver(key, taken, reason, taken_s))
             case _:
                 assert_never(command)
@@ -129,6 +134,13 @@ class HandOffShell:
                 self._driver.post("decode", Withdrawn(ticket, reason, recompute))
             case _:
                 assert_never(command)
+
+    def _progress(self) -> None:
+        """An emulated lane moves only while its source polls: do that often as long as somebody may be reading."""
+        lively = len(self.source) > 0 and self._emulated()
+        if lively != self._lively:
+            self._lively = lively
+            self._transfer.lively(lively)
 
     def _digest(
         self, pages: tuple[int, ...], first_page: int, tokens: int, done: Callable[[tuple[int, ...]], None]

@@ -19,6 +19,7 @@ from typing import IO, Any
 from core.config import CoordinatorConfig, DeploymentConfig, GatewayConfig, ProcessConfig, WorkerConfig, nbytes, to_json
 from core.errors import SetupError
 from core.worker import Role
+from runtime import log as logs
 
 START_S = 120.0
 """A process that does not listen within this time has failed."""
@@ -34,6 +35,7 @@ class Running:
     address: str = ""
     metrics: str = ""
     words: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
+    relay: threading.Thread | None = None
 
     @property
     def name(self) -> str:
@@ -84,6 +86,28 @@ def pick_transport(wanted: str) -> tuple[str, str]:
     return "zeromq", reason
 
 
+class Log:
+    """The log file of all processes, one JSON object a line; nothing is kept without a path."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[str] | None = path.open("a") if path else None
+        self._lock = threading.Lock()
+
+    def write(self, line: str) -> None:
+        """Append one line; lines after `close` are dropped."""
+        with self._lock:
+            if self._file is not None:
+                self._file.write(line + "\n")
+                self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+
 class Deployment:
     """All processes of one `DeploymentConfig`. `say` hears one line about each step; use it as a context manager."""
 
@@ -102,7 +126,7 @@ class Deployment:
         self._served_name = served_name
         self._say = say
         self._env = dict(env or {})
-        self._log: IO[str] | None = log_path.open("a") if log_path else None
+        self._log = Log(log_path)
         self.transport, self.transport_reason = pick_transport(config.transport)
         self.running: dict[str, Running] = {}
 
@@ -172,13 +196,13 @@ class Deployment:
                     each.process.kill()
                     each.process.wait()
         for each in order:
-            for pipe in (each.process.stdin, each.process.stdout):
+            if each.relay is not None:
+                each.relay.join(1.0)
+            for pipe in (each.process.stdin, each.process.stdout, each.process.stderr):
                 if pipe is not None:
                     pipe.close()
         self.running.clear()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._log.close()
 
     def _gateways(self) -> list[GatewayConfig]:
         c = self.config
@@ -234,7 +258,7 @@ class Deployment:
             [sys.executable, "-m", "control.process", to_json(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log or subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             text=True,
             env={**environment(threads), **self._env},
             cwd=Path(__file__).resolve().parent.parent,
@@ -243,6 +267,8 @@ class Deployment:
         running = Running(config, process)
         self.running[config.name] = running
         threading.Thread(target=_listen, args=(running,), daemon=True).start()
+        running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
+        running.relay.start()
 
     def _await_words(self, names: list[str]) -> None:
         """Wait for the line in which each child says where it listens, or why it cannot."""
@@ -270,3 +296,13 @@ def _listen(running: Running) -> None:
         if isinstance(word, dict) and word.get("name") == running.name:
             running.words.put(word)
     running.words.put({"error": "ended without a word; see the log", "exit_code": 8})
+
+
+def _relay(running: Running, log: Log) -> None:
+    """Copy a child's log to ours; what C++ libraries write beside it becomes a line of the same form."""
+    assert running.process.stderr is not None
+    for raw in running.process.stderr:
+        line = raw.rstrip("\n")
+        if not line.startswith('{"time"'):
+            line = logs.foreign(running.name, line)
+        log.write(line)

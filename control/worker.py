@@ -140,6 +140,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._transfer,
             self._send_peer,
             self._lanes.get,
+            lambda: any("tcp" in lane.transport for lane in self._readers.values()),
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
@@ -297,8 +298,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._opened.set_exception(SetupError(f"transport {self._config.transport}: {reason}", exit_code=7))
             case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports):
                 self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
-            case lanes.ConnectFailed(peer, reason) | lanes.ProbeFailed(peer, reason):
+            case lanes.ConnectFailed(peer, reason):
                 log.error("lane from %s: %s", peer, reason)
+            case lanes.ProbeFailed(peer, reason, doubtful, read_id):
+                log.error("lane from %s: %s", peer, reason)
+                if doubtful is not None:
+                    self._transfer.fence((read_id,))
             case lanes.Closed(error):
                 if error:
                     self._bug(LocalError(f"transfer thread: {error}"))

@@ -23,9 +23,10 @@ from engine.weights import Progress, Weights, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
 from kernels.exact_cpu import ExactOps, row_independent
+from kernels.exact_native import ExactNativeOps
 from kernels.fast_cpu import FastOps
 from kernels.native import NativeMissing
-from kernels.native_cpu import NativeOps
+from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
 from kernels.ops import Ops
 
 
@@ -47,8 +48,8 @@ class TorchEngine:
 
     `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32`` or ``bfloat16``); by
     default bf16 if the checkpoint is bf16 and this CPU multiplies bf16, else fp32. With `exact`, a sequence's logits
-    are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with equal `threads` and CPU.
-    `native` lets fast mode use native code where a compiler is at hand; `backend` says what came of it.
+    are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with equal `threads`, CPU and
+    `backend`. `native` allows native code where a compiler is at hand; `backend` says what came of it.
     `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
     Raises `ModelError` if the model directory cannot be served, `SetupError` if the arena cannot be had.
     """
@@ -77,7 +78,7 @@ class TorchEngine:
         self.exact = exact
         self.hash_logits = hash_logits
         self._kv = self.config.kv(page_tokens, self.dtype)
-        ops, self.backend = _backend(exact, native)
+        ops, self.backend = _backend(self.config, exact, native)
         self._arena = Arena(self._kv, kv_memory)
         with torch.inference_mode():
             weights = load(model_dir, self.config, ops, self.dtype, progress)
@@ -243,16 +244,20 @@ class TorchEngine:
             known.cleared = place
 
 
-def _backend(exact: bool, native: bool) -> tuple[Ops, str]:
-    """The table of operations, and "native", "exact", "torch" or "torch: why not native"."""
-    if exact:
-        return ExactOps(), "exact"
-    if not native:
-        return FastOps(), "torch"
-    try:
-        return NativeOps(), "native"
-    except NativeMissing as missing:
-        return FastOps(), f"torch: {missing}"
+def _backend(config: ModelConfig, exact: bool, native: bool) -> tuple[Ops, str]:
+    """The table of operations and its name: "native", "torch", "exact-native" or "exact-torch".
+
+    Where native code was wanted and cannot be had, ": why" follows the name.
+    """
+    why = ""
+    if native and (config.group > MAX_GROUP or config.head_dim > MAX_DIM):
+        why = f": native attention has room for {MAX_GROUP} heads to a KV head and {MAX_DIM} numbers to a head"
+    elif native:
+        try:
+            return (ExactNativeOps(), "exact-native") if exact else (NativeOps(), "native")
+        except NativeMissing as missing:
+            why = f": {missing}"
+    return (ExactOps(), "exact-torch" + why) if exact else (FastOps(), "torch" + why)
 
 
 def _prove(weights: Weights, dtype: str) -> None:

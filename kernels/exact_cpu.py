@@ -39,10 +39,10 @@ class ExactOps:
         batch.plan = [block_runs(segment, pages.shape[4]) for segment in batch.segments]
 
     def linear(self, x: Tensor, weight: Packed) -> Tensor:
-        return torch.cat([linear.linear(tile, weight) for tile in _tiles(x)])
+        return tiled_linear(x, weight)
 
     def logits(self, x: Tensor, weight: Packed) -> Tensor:
-        return torch.cat([linear.wide_linear(tile, weight) for tile in _tiles(x)])
+        return tiled_logits(x, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
@@ -75,6 +75,16 @@ class ExactOps:
         for start in range(0, flat.numel(), SERIAL_NUMBERS):
             flat[start : start + SERIAL_NUMBERS].sigmoid_()
         return share.mul_(gate).mul_(up).to(gate_up.dtype)
+
+
+def tiled_linear(x: Tensor, weight: Packed) -> Tensor:
+    """``x W^T``, one tile of rows after the other."""
+    return torch.cat([linear.linear(tile, weight) for tile in _tiles(x)])
+
+
+def tiled_logits(x: Tensor, weight: Packed) -> Tensor:
+    """``x W^T`` in fp32, one tile of rows after the other."""
+    return torch.cat([linear.wide_linear(tile, weight) for tile in _tiles(x)])
 
 
 def row_independent(weight: Packed, dtype: torch.dtype) -> bool:

@@ -49,10 +49,48 @@ inline float fast_exp(float x) {
   return p * scale;
 }
 
-constexpr int64_t kKeys = 64;      // keys scored at a time
-constexpr int64_t kLanes = 16;     // a maximum by lanes is a vector operation without giving up NaN
+constexpr int64_t kLanes = 16;
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Sums are kept in lanes and added up in one fixed tree: the order of additions is in the source, the compiler may
+// not change it, and so a row's bits do not depend on where the row lies or on who computes it.
+#define TURNED(x, by)                                                                                          \
+  __builtin_shufflevector(x, x, (0 + by) % 16, (1 + by) % 16, (2 + by) % 16, (3 + by) % 16, (4 + by) % 16,    \
+                          (5 + by) % 16, (6 + by) % 16, (7 + by) % 16, (8 + by) % 16, (9 + by) % 16,          \
+                          (10 + by) % 16, (11 + by) % 16, (12 + by) % 16, (13 + by) % 16, (14 + by) % 16,     \
+                          (15 + by) % 16)
+inline float sum_of(Lanes x) {
+  x += TURNED(x, 8);
+  x += TURNED(x, 4);
+  x += TURNED(x, 2);
+  x += TURNED(x, 1);
+  return x[0];
+}
+inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
+inline float most_of(Lanes x) {
+  x = larger(x, TURNED(x, 8));
+  x = larger(x, TURNED(x, 4));
+  x = larger(x, TURNED(x, 2));
+  return larger(x, TURNED(x, 1))[0];
+}
+
+constexpr int64_t kKeys = 64;      // keys scored at a time, counted from absolute position 0
 constexpr int64_t kMaxGroup = 16;  // checked by the caller
 constexpr int64_t kMaxDim = 256;
+
+// Keys or values [start, start + count) of one head, out of their pages, in fp32.
+template <class T, int64_t kRoom>
+void hold(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start, int64_t count,
+          int64_t dim, float (*held)[kRoom]) {
+  for (int64_t t = 0; t < count;) {
+    const int64_t slot = (start + t) % page_tokens;
+    const int64_t there = page_tokens - slot < count - t ? page_tokens - slot : count - t;
+    const T* from = half + pages[(start + t) / page_tokens] * page_stride + slot * dim;
+    for (int64_t i = 0; i < there; i++)
+      for (int64_t d = 0; d < dim; d++) held[t + i][d] = wide(from[i * dim + d]);
+    t += there;
+  }
+}
 
 // One KV head of one row: `group` queries against `keys` keys. A head size known to the compiler (kDim, else 0)
 // keeps a query's sums in registers.
@@ -61,59 +99,52 @@ void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys,
                  int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t any_dim, T* out) {
   constexpr int64_t kRoom = kDim ? kDim : kMaxDim;
   const int64_t dim = kDim ? kDim : any_dim;
-  alignas(64) float query[kMaxGroup][kRoom], mixed[kMaxGroup][kRoom], held[kKeys][kRoom], score[kKeys];
-  float top[kMaxGroup], total[kMaxGroup], shares[kMaxGroup][kKeys];
+  const int64_t parts = kDim ? kDim / kLanes : (any_dim + kLanes - 1) / kLanes;
+  alignas(64) float query[kMaxGroup][kRoom], mixed[kMaxGroup][kRoom], held[kKeys][kRoom], share[kMaxGroup][kKeys];
+  float top[kMaxGroup], total[kMaxGroup];
   const float scale = 1.0f / __builtin_sqrtf(float(dim));
+  if (!kDim) std::memset(held, 0, sizeof held);  // behind an odd head's end
   for (int64_t g = 0; g < group; g++) {
-    for (int64_t d = 0; d < dim; d++) {
-      query[g][d] = wide(q[g * dim + d]) * scale;
+    for (int64_t d = 0; d < parts * kLanes; d++) {
+      query[g][d] = d < dim ? wide(q[g * dim + d]) * scale : 0;
       mixed[g][d] = 0;
     }
     top[g] = -1e30f;
     total[g] = 0;
   }
-  for (int64_t start = 0; start < keys;) {
-    const int64_t slot = start % page_tokens;
-    int64_t count = page_tokens - slot < kKeys ? page_tokens - slot : kKeys;
-    count = keys - start < count ? keys - start : count;
-    const T* page = layer + pages[start / page_tokens] * page_stride;
-    const T* key = page + (head * page_tokens + slot) * dim;
-    const T* value = page + ((kv_heads + head) * page_tokens + slot) * dim;
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t d = 0; d < dim; d++) held[t][d] = wide(key[t * dim + d]);
+  for (int64_t start = 0; start < keys; start += kKeys) {
+    const int64_t count = keys - start < kKeys ? keys - start : kKeys;
+    hold(layer + head * page_tokens * dim, pages, page_stride, page_tokens, start, count, dim, held);
     for (int64_t g = 0; g < group; g++) {
-      float best = top[g];
+      float* score = share[g];
+      const Lanes* left = reinterpret_cast<const Lanes*>(query[g]);
       for (int64_t t = 0; t < count; t++) {
-        float sum = 0;
-        for (int64_t d = 0; d < dim; d++) sum += query[g][d] * held[t][d];
-        score[t] = sum;
+        const Lanes* right = reinterpret_cast<const Lanes*>(held[t]);
+        Lanes sum = {};
+        for (int64_t part = 0; part < parts; part++) sum += left[part] * right[part];
+        score[t] = sum_of(sum);
       }
       for (int64_t t = count; t < kKeys; t++) score[t] = -1e30f;
-      float most[kLanes];
-      for (int64_t i = 0; i < kLanes; i++) most[i] = best;
-      for (int64_t t = 0; t < kKeys; t += kLanes)
-        for (int64_t i = 0; i < kLanes; i++) most[i] = score[t + i] > most[i] ? score[t + i] : most[i];
-      for (int64_t i = 0; i < kLanes; i++) best = most[i] > best ? most[i] : best;
+      Lanes most = *reinterpret_cast<const Lanes*>(score);
+      for (int64_t t = kLanes; t < kKeys; t += kLanes) most = larger(*reinterpret_cast<const Lanes*>(score + t), most);
+      const float highest = most_of(most), best = highest > top[g] ? highest : top[g];
       const float shrink = fast_exp(top[g] - best);
-      float sum = 0;
-      for (int64_t t = 0; t < kKeys; t++) shares[g][t] = fast_exp(score[t] - best);
-      for (int64_t t = 0; t < count; t++) {
-        sum += shares[g][t];
-      }
-      for (int64_t d = 0; d < dim; d++) mixed[g][d] *= shrink;
-      total[g] = total[g] * shrink + sum;
+      for (int64_t t = 0; t < kKeys; t++) score[t] = fast_exp(score[t] - best);
+      for (int64_t t = count; t < kKeys; t++) score[t] = 0;
+      Lanes sum = {};
+      for (int64_t t = 0; t < kKeys; t += kLanes) sum += *reinterpret_cast<const Lanes*>(score + t);
+      for (int64_t d = 0; d < parts * kLanes; d++) mixed[g][d] *= shrink;
+      total[g] = total[g] * shrink + sum_of(sum);
       top[g] = best;
     }
-    for (int64_t t = 0; t < count; t++)
-      for (int64_t d = 0; d < dim; d++) held[t][d] = wide(value[t * dim + d]);
+    hold(layer + (kv_heads + head) * page_tokens * dim, pages, page_stride, page_tokens, start, count, dim, held);
     for (int64_t g = 0; g < group; g++) {
-      float sum[kRoom];
-      for (int64_t d = 0; d < dim; d++) sum[d] = mixed[g][d];
+      alignas(64) float sum[kRoom];
+      std::memcpy(sum, mixed[g], sizeof(float) * parts * kLanes);
       for (int64_t t = 0; t < count; t++)
-        for (int64_t d = 0; d < dim; d++) sum[d] += shares[g][t] * held[t][d];
-      for (int64_t d = 0; d < dim; d++) mixed[g][d] = sum[d];
+        for (int64_t d = 0; d < parts * kLanes; d++) sum[d] += share[g][t] * held[t][d];
+      std::memcpy(mixed[g], sum, sizeof(float) * parts * kLanes);
     }
-    start += count;
   }
   for (int64_t g = 0; g < group; g++)
     for (int64_t d = 0; d < dim; d++) put(out + g * dim + d, mixed[g][d] / total[g]);
@@ -140,9 +171,13 @@ void add_rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t 
     T* r = residual + n * cols;
     if (x)
       for (int64_t c = 0; c < cols; c++) put(r + c, wide(r[c]) + wide(x[n * cols + c]));
-    float sum = 0;
-    for (int64_t c = 0; c < cols; c++) sum += wide(r[c]) * wide(r[c]);
-    const float scale = 1.0f / __builtin_sqrtf(sum / float(cols) + eps);
+    Lanes sum = {};
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      Lanes part = {};
+      for (int64_t i = 0; i < (cols - c < kLanes ? cols - c : kLanes); i++) part[i] = wide(r[c + i]);
+      sum += part * part;
+    }
+    const float scale = 1.0f / __builtin_sqrtf(sum_of(sum) / float(cols) + eps);
     for (int64_t c = 0; c < cols; c++) put(out + n * cols + c, wide(r[c]) * scale * weight[c]);
   }
 }

@@ -20,7 +20,7 @@ MAX_GROUP, MAX_DIM = 16, 256
 
 
 @dataclass(slots=True)
-class _Plan:
+class NativePlan:
     """Decode rows as the native loop wants them: all page tables end to end, int64."""
 
     chunks: list[Segment]
@@ -49,7 +49,7 @@ class NativeOps(FastOps):
         single = [segment for segment in batch.segments if segment.count == 1]
         used = [segment.start // pages.shape[4] + 1 for segment in single]
         tables = [segment.pages[:count] for segment, count in zip(single, used, strict=True)]
-        batch.plan = _Plan(
+        batch.plan = NativePlan(
             chunks=[segment for segment in batch.segments if segment.count > 1],
             pages=torch.from_numpy(np.concatenate(tables)) if tables else torch.empty(0, dtype=torch.int64),
             first=torch.from_numpy(np.cumsum([0, *used])),
@@ -99,9 +99,10 @@ class NativeOps(FastOps):
 
     def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
         plan = batch.plan
-        if not isinstance(plan, _Plan):
+        if not isinstance(plan, NativePlan):
             return super().attend(q, batch, layer, heads)
         out = q.new_empty(q.shape)
+        out[batch.rows :] = 0
         for segment in plan.chunks:
             rows = slice(segment.row, segment.row + segment.count)
             out[rows] = chunk_attention(q[rows], segment, layer, heads)

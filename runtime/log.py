@@ -11,21 +11,42 @@ from typing import IO
 from core.worker import Identity
 
 
+def foreign(worker: str, text: str) -> str:
+    """The JSON line for something a library printed past the logging of process `worker`."""
+    now = time.time()
+    return json.dumps(_fields(now, "warning", worker, "", "", "foreign", text))
+
+
+def _fields(
+    created: float, level: str, worker: str, incarnation: str, request: str, logger: str, message: str
+) -> dict[str, str]:
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(created))}.{int(created % 1 * 1000):03d}Z"
+    return {
+        "time": stamp,
+        "level": level,
+        "worker": worker,
+        "incarnation": incarnation,
+        "request": request,
+        "logger": logger,
+        "message": message,
+    }
+
+
 class _Lines(logging.Formatter):
     def __init__(self, identity: Identity) -> None:
         super().__init__()
         self._identity = identity
 
     def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "worker": self._identity.name,
-            "incarnation": f"{self._identity.incarnation:012x}",
-            "request": getattr(record, "request", ""),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        line = _fields(
+            record.created,
+            record.levelname.lower(),
+            self._identity.name,
+            f"{self._identity.incarnation:012x}",
+            getattr(record, "request", ""),
+            record.name,
+            record.getMessage(),
+        )
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return self._render(line)

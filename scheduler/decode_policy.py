@@ -167,6 +167,7 @@ class _Row:
     ticket: Ticket
     request: Request
     deadline: float
+    asked_at: float
     state: State = State.WAITING
     first_token: int = 0
     generated: int = 1
@@ -229,14 +230,19 @@ class DecodePolicy:
             case Asked(ticket, request):
                 if ticket.key in self._rows:
                     raise LocalError(f"{ticket.key} was asked for twice")
-                if (need := self._need(request)) > self._capacity:
+                need = self._need(request)
+                if ticket.source == self._me:  # its prompt is in this arena twice until it is handed over
+                    need += self._shape.pages_for(len(request.prompt))
+                if need > self._capacity:
                     return [Answer(ticket.key, False, f"needs {need} pages, the worker has {self._capacity}")]
-                self._rows[ticket.key] = _Row(ticket, request, now + request.timeout_s)
+                self._rows[ticket.key] = _Row(ticket, request, now + request.timeout_s, now)
             case KvArrived():
                 row = self._rows.get(event.ticket.key)
-                if row is None or row.state is not State.PROMISED:
+                if row is None:
                     self.ignored += 1
                     self._ledger.release(event.ticket.key)
+                elif row.state is not State.PROMISED:
+                    raise LocalError(f"{event.ticket.key}: KV arrived while {row.state}")
                 else:
                     row.state, row.first_token, row.arrived_at = State.JOINING, event.first_token, now
                     row.stages += event.stages
@@ -244,7 +250,11 @@ class DecodePolicy:
                         commands += self._end(row)
             case Withdrawn(ticket, reason, recompute):
                 row = self._rows.get(ticket.key)
-                if row is not None and row.state in (State.WAITING, State.PROMISED):
+                if row is None:
+                    self.ignored += 1
+                elif row.state in (State.JOINING, State.RUNNING):
+                    raise LocalError(f"{ticket.key}: withdrawn while {row.state}")
+                else:
                     if recompute and not row.cancelled:
                         commands.append(Tell(Failed(ticket, "DATA_LOSS", reason)))
                     commands += self._end(row)
@@ -257,6 +267,10 @@ class DecodePolicy:
         return commands + self._admit() + self._plan(now)
 
     def deadline(self) -> float | None:
+        """Already past when the first in line has room, because somebody else in this arena freed memory."""
+        head = self._head()
+        if head is not None and self._need(head.request) <= self._ledger.available:
+            return head.asked_at
         return min((row.deadline for row in self._rows.values() if not row.cancelled), default=None)
 
     def check(self) -> None:
@@ -272,13 +286,16 @@ class DecodePolicy:
     def _need(self, request: Request) -> int:
         return self._shape.pages_for(len(request.prompt) + request.sampling.max_tokens)
 
+    def _head(self) -> _Row | None:
+        """The first in line for memory."""
+        waiting = (row for row in self._rows.values() if row.state is State.WAITING and not row.cancelled)
+        return next(waiting, None)
+
     def _admit(self) -> list[DecodeCommand]:
         """Promise memory in order of asking; nobody is overtaken, so nobody starves."""
         commands: list[DecodeCommand] = []
-        for key, row in self._rows.items():
-            if row.state is not State.WAITING:
-                continue
-            need = self._need(row.request)
+        while (row := self._head()) is not None:
+            key, need = row.ticket.key, self._need(row.request)
             if need > self._ledger.available:
                 break
             self._ledger.promise(key, need, Owner.PULLING)

@@ -27,7 +27,7 @@ _STEADY = settings(
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
-QUICK = settings(_STEADY, max_examples=50, stateful_step_count=40)
+QUICK = settings(_STEADY, max_examples=100, stateful_step_count=50)
 LONG = settings(_STEADY, max_examples=500, stateful_step_count=80)
 
 efforts = pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.checkpoints import make_llama
 from tests.engine.play import alone, poison
 
 PROMPT = list(range(2, 42))
+MODES = [{"native": native, "exact": exact} for native in (True, False) for exact in (True, False)]
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_text_ends_where_the_context_ends(engine, tmp_path):
     assert (got[-1].position, got[-1].finish, len(got)) == (43, "length", 4)
 
 
-@pytest.mark.parametrize("mode", [{"native": True}, {"native": False}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_decoder_needs_only_the_bytes_of_the_pages(engine, mode):
     """The engine that goes on with a sequence has computed none of it, and the pages lie elsewhere."""
     source, sink = engine("gqa", **mode), engine("gqa", **mode)
@@ -144,7 +145,7 @@ def test_a_decoder_needs_only_the_bytes_of_the_pages(engine, mode):
     assert [sample.token for sample in got] == [sample.token for sample in want]
 
 
-@pytest.mark.parametrize("mode", [{"native": True}, {"native": False}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_nan_in_the_arena_reaches_nobody(engine, mode):
     clean, dirty = engine("gqa", **mode), engine("gqa", **mode)
     poison(dirty)
@@ -182,7 +183,7 @@ def test_without_a_compiler_torch_serves(engine, monkeypatch):
     monkeypatch.setattr("kernels.native_cpu.library", missing)
     assert engine("gqa").backend == "torch: no C++ compiler"
     assert engine("gqa", native=False).backend == "torch"
-    assert engine("gqa", exact=True).backend == "exact"
+    assert engine("gqa", exact=True).backend == "exact-torch: no C++ compiler"
 
 
 def test_hashes_are_of_logits_only_if_asked(engine, one):

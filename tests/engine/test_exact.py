@@ -23,10 +23,14 @@ SAMPLINGS = [
 PAIRS = [(prompt, sampling) for prompt in PROMPTS for sampling in SAMPLINGS]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+KINDS = [(dtype, native) for dtype in ("float32", "bfloat16") for native in (True, False)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0]}-{'native' if kind[1] else 'torch'}")
 def exact(request, engine):
     """Three exact engines of one dtype (arenas of NaN, different page sizes), and each pair's text when alone."""
-    engines = [engine("gqa", dtype=request.param, exact=True, page_tokens=size) for size in (16, 16, 64)]
+    dtype, native = request.param
+    engines = [engine("gqa", dtype=dtype, native=native, exact=True, page_tokens=size) for size in (16, 16, 64)]
     for one in engines:
         poison(one)
     return engines, [alone(engines[0], *pair) for pair in PAIRS]
@@ -120,10 +124,11 @@ def test_a_cpu_that_is_not_exact_is_refused(engine, monkeypatch):
         engine("gqa", exact=True, dtype="float32")
 
 
-def test_two_threads_keep_their_bits(engine):
+@pytest.mark.parametrize("native", [True, False])
+def test_two_threads_keep_their_bits(engine, native):
     before = torch.get_num_threads()
     try:
-        one = engine("gqa", dtype="bfloat16", exact=True, threads=2)
+        one = engine("gqa", dtype="bfloat16", native=native, exact=True, threads=2)
         want = [strip(alone(one, prompt, Sampling(3))) for prompt in PROMPTS]
         assert [strip(alone(one, prompt, Sampling(3), (33, 1, 90))) for prompt in PROMPTS] == want
     finally:
@@ -131,9 +136,9 @@ def test_two_threads_keep_their_bits(engine):
 
 
 @pytest.mark.parametrize("name", ["odd", "mqa", "tied", "wide"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_shapes_keep_their_bits(engine, name, dtype):
-    one = engine(name, dtype=dtype, exact=True)
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
+def test_other_shapes_keep_their_bits(engine, name, dtype, native):
+    one = engine(name, dtype=dtype, native=native, exact=True)
     poison(one)
     prompt, sampling = PROMPTS[5], Sampling(5, temperature=0.7, seed=3)
     want = strip(alone(one, prompt, sampling))

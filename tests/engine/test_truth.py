@@ -57,7 +57,8 @@ def spy(engine, monkeypatch):
 MODES = [
     pytest.param({"native": True}, id="native"),
     pytest.param({"native": False}, id="torch"),
-    pytest.param({"exact": True}, id="exact"),
+    pytest.param({"exact": True}, id="exact-native"),
+    pytest.param({"exact": True, "native": False}, id="exact-torch"),
 ]
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kernels import linear
 from kernels.batch import Batch, Segment
 from kernels.exact_cpu import ExactOps
+from kernels.exact_native import ExactNativeOps
 from kernels.fast_cpu import FastOps
 from kernels.native_cpu import NativeOps
 from kernels.ops import Heads
@@ -18,7 +19,7 @@ from kernels.page_attention import page_plan
 from kernels.reference import ReferenceOps
 from kernels.rope import TABLE_BLOCK, frequencies, rope_table
 
-BACKENDS = [FastOps, NativeOps, ExactOps]
+BACKENDS = [FastOps, NativeOps, ExactOps, ExactNativeOps]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

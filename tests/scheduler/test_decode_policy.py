@@ -88,7 +88,7 @@ def test_pages_for_all_steps_of_an_order_are_bound_before_it():
     machine = policy(max_steps=3)
     (run,) = running(machine, 1, 4, 20)
     assert run.joining[0].pages == (0, 1)
-    (run,) = machine.on(Ran(1, 3), 1.0)
+    (run,) = machine.on(Ran(1, 1), 1.0)
     assert (run.growing, run.steps) == ((), 3)
     (run,) = machine.on(Ran(2, 3), 2.0)
     assert run.growing == (Grow(KEY, (2,)),)
@@ -297,8 +297,11 @@ class Row:
     """asked, promised, arriving, withdrawing, over."""
     deadline: float = 0.0
     unwanted: bool = False
+    elsewhere: bool = False
+    """Refused or withdrawn: its end is told by the prefill worker."""
     told: int = 0
     generated: int = 0
+    finish: str = ""
     pages: tuple[int, ...] = ()
     engine: str = ""
     """running, left."""
@@ -314,10 +317,10 @@ class DecodeWorker(RuleBasedStateMachine):
         self.now = 0.0
         self.rows: dict[str, Row] = {}
         self.run: Run | None = None
+        self.done = 0
         self.cut = False
         self.last_run = 0
         self.from_sink: deque = deque()
-        self.granted: list[str] = []
         self.doubts = 0
 
     def give(self, event) -> None:
@@ -330,11 +333,12 @@ class DecodeWorker(RuleBasedStateMachine):
         """As a driver: call whenever the deadline has come, also if it came because somebody freed memory."""
         while (due := self.machine.deadline()) is not None and due <= until:
             self.now = max(self.now, due)
-            for command in self.machine.on(None, self.now):
-                self.perform(command)
-            self.machine.check()
+            commands = self.machine.on(None, self.now)
             after = self.machine.deadline()
             assert after is None or after > self.now, "the driver would spin"
+            for command in commands:
+                self.perform(command)
+            self.machine.check()
         self.now = until
 
     def perform(self, command) -> None:
@@ -343,11 +347,11 @@ class DecodeWorker(RuleBasedStateMachine):
                 row = self.rows[key]
                 if row.hand_off == "asked":
                     row.hand_off = "promised" if granted else "over"
-                    row.told += not granted
-                    earlier = [r for r in self.rows.values() if r.hand_off == "asked" and not r.unwanted]
-                    assert not granted or not earlier or list(self.rows.values()).index(earlier[0]) > list(
-                        self.rows
-                    ).index(key), "overtaken"
+                    row.elsewhere = not granted
+                    order = list(self.rows)
+                    waiting = [k for k, r in self.rows.items() if r.hand_off == "asked" and not r.unwanted]
+                    late = {k for k in waiting if self.rows[k].deadline <= self.now}
+                    assert all(order.index(k) > order.index(key) for k in set(waiting) - late), "overtaken"
                 else:  # the sink has forgotten it by now
                     self.ledger.release(key)
             case Run(run_id, rows, joining, growing, steps):
@@ -372,7 +376,7 @@ class DecodeWorker(RuleBasedStateMachine):
                     last = len(row.request.prompt) + row.generated + steps - 1
                     assert last <= len(row.pages) * SHAPE.page_tokens, "a step without a page"
                 assert {key for key, row in self.rows.items() if row.engine == "running"} == set(rows)
-                self.run, self.last_run, self.cut = command, run_id, False
+                self.run, self.last_run, self.done, self.cut = command, run_id, 0, False
             case Cut(run_id):
                 assert self.run is not None
                 assert self.run.run_id == run_id
@@ -392,7 +396,7 @@ class DecodeWorker(RuleBasedStateMachine):
                 assert row.told == 1, "told twice"
                 if isinstance(message, Finished):
                     assert message.completion_tokens == row.generated
-                    assert message.reason == ("stop" if row.generated == row.stops_at else "length")
+                    assert message.reason == row.finish
 
     def withdraw(self, row: Row, recompute: bool) -> None:
         """As the sink: pages of an unfinished read stay in doubt, the rest is free."""
@@ -405,7 +409,7 @@ class DecodeWorker(RuleBasedStateMachine):
         else:
             self.ledger.release(key)
         self.from_sink.append(Withdrawn(row.ticket, "no", recompute))
-        row.told += 0 if recompute and not row.unwanted else 1
+        row.elsewhere = not recompute
 
     @rule(prompt=st.integers(1, 20), max_tokens=st.integers(2, 12), data=st.data())
     def ask(self, prompt, max_tokens, data):
@@ -448,31 +452,26 @@ class DecodeWorker(RuleBasedStateMachine):
         self.turn_clock(self.now)
 
     @precondition(lambda self: self.run is not None)
-    @rule(steps=st.integers(1, 4))
-    def step(self, steps):
-        """The engine takes up to so many steps and then says how far it came."""
-        run, self.run = self.run, None
-        done, ended = 0, []
-        for _ in range(1 if self.cut else min(steps, run.steps)):
-            self.now += 0.25
-            done += 1
-            for key in run.rows:
-                row = self.rows[key]
-                if row.generated == row.stops_at:
-                    ended.append(Ended(key, "stop", row.generated, 2))
-                    continue
-                row.generated += 1
-                if row.generated == row.request.sampling.max_tokens:
-                    ended.append(Ended(key, "length", row.generated))
-            if ended:
-                break
-        if not ended and done < run.steps and not self.cut:
-            for key in run.rows:  # only a cut ends an order early: run it out
-                self.rows[key].generated -= done
-            self.now -= 0.25 * done
-            self.run = run
-            return
-        self.give(Ran(run.run_id, done, tuple(ended)))
+    @rule()
+    def step(self):
+        """The engine takes a step; the order ends with its last one, with a sequence, or after a cut."""
+        assert self.run is not None
+        run, self.now = self.run, self.now + 0.25
+        self.done += 1
+        ended = []
+        for key in run.rows:
+            row = self.rows[key]
+            if row.generated == row.stops_at:
+                row.finish = "stop"
+                ended.append(Ended(key, "stop", row.generated, 2))
+                continue
+            row.generated += 1
+            if row.generated == row.request.sampling.max_tokens:
+                row.finish = "length"
+                ended.append(Ended(key, "length", row.generated))
+        if ended or self.cut or self.done == run.steps:
+            self.run = None
+            self.give(Ran(run.run_id, self.done, tuple(ended)))
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
@@ -502,7 +501,7 @@ class DecodeWorker(RuleBasedStateMachine):
             if self.from_sink:
                 self.deliver()
             elif self.run is not None:
-                self.step(4)
+                self.step()
             else:
                 promised = [row for row in self.rows.values() if row.hand_off == "promised"]
                 if not promised:
@@ -518,7 +517,7 @@ class DecodeWorker(RuleBasedStateMachine):
         assert self.ledger.holders() == ()
         for row in self.rows.values():
             assert row.engine in ("", "left")
-            assert row.unwanted or row.told == 1
+            assert row.unwanted or row.elsewhere or row.told == 1
 
 
 @efforts

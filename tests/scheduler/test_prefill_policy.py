@@ -386,11 +386,12 @@ class PrefillWorker(RuleBasedStateMachine):
         """As a driver: call whenever the deadline has come, also if it came because a neighbour freed memory."""
         while (due := self.machine.deadline()) is not None and due <= until:
             self.now = max(self.now, due)
-            for command in self.machine.on(None, self.now):
-                self.perform(command)
-            self.machine.check()
+            commands = self.machine.on(None, self.now)
             after = self.machine.deadline()
             assert after is None or after > self.now, "the driver would spin"
+            for command in commands:
+                self.perform(command)
+            self.machine.check()
         self.now = until
 
     def perform(self, command) -> None:

@@ -1,0 +1,870 @@
+"""The two sides of a hand-off: scripts with exact commands, then three workers on a bad day."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from core.errors import LocalError
+from core.kv import PageRun, pages_of
+from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.pages import Owner, Pages
+from core.request import Request, Ticket
+from core.worker import Identity
+from tests.cast import D1, D2, P1, P2, SHAPE, ask, efforts, ticket
+from transfer import sink as taking
+from transfer import source as giving
+from transfer.sink import (
+    Arrived,
+    AskPolicy,
+    Check,
+    Checked,
+    Decided,
+    Drop,
+    Fence,
+    Fenced,
+    Gone,
+    Pull,
+    Read,
+    ReadEnded,
+    SendToSource,
+    Sink,
+    SourceLost,
+)
+from transfer.source import (
+    AskSink,
+    Digest,
+    Digested,
+    GrantCame,
+    HandOffEnded,
+    Sealed,
+    SendToSink,
+    SinkLost,
+    Source,
+    Withdraw,
+)
+
+KEY = ticket().key
+
+
+# The giving side, by hand.
+def asked(request: Request | None = None) -> Source:
+    machine = Source(SHAPE)
+    machine.on(AskSink(ticket(), request or ask(12), 50.0), 0.0)
+    return machine
+
+
+def test_a_source_announces_pages_as_they_are_sealed():
+    machine, request, pages = Source(SHAPE), ask(10), (3, 4, 7)
+    assert machine.on(AskSink(ticket(), request, 50.0), 0.0) == [SendToSink(Reserve(ticket(), request))]
+    assert machine.deadline() == 50.0
+    assert machine.on(Sealed(KEY, pages, 4), 0.1) == [Digest(KEY, 0, (3,), 4)]
+    assert machine.on(Digested(KEY, 0, (100,)), 0.2) == []
+    ready = SendToSink(Ready(ticket(), 0, (PageRun(3, 1),), (100,)))
+    assert machine.on(Grant(ticket()), 0.3) == [GrantCame(KEY), ready]
+    assert machine.on(Sealed(KEY, pages, 6), 0.4) == []
+    assert machine.on(Sealed(KEY, pages, 10, 77), 0.5) == [Digest(KEY, 1, (4, 7), 6)]
+    ready = SendToSink(Ready(ticket(), 1, (PageRun(4, 1), PageRun(7, 1)), (101, 102), 77))
+    assert machine.on(Digested(KEY, 1, (101, 102)), 0.6) == [ready]
+    machine.check()
+    assert machine.on(Taken(ticket()), 0.7) == [HandOffEnded(KEY, True, taken_s=pytest.approx(0.1))]
+    assert (len(machine), machine.deadline(), machine.ignored) == (0, None, 0)
+
+
+def test_everything_sealed_before_the_grant_is_announced_with_it():
+    machine = asked(ask(6))
+    assert machine.on(Sealed(KEY, (0, 1), 6, 77), 0.0) == [Digest(KEY, 0, (0, 1), 6)]
+    machine.on(Digested(KEY, 0, (5, 6)), 0.0)
+    ready = Ready(ticket(), 0, (PageRun(0, 2),), (5, 6), 77)
+    assert machine.on(Grant(ticket()), 0.0) == [GrantCame(KEY), SendToSink(ready)]
+    machine.check()
+
+
+def test_a_prompt_of_whole_pages_is_complete_with_its_last_page():
+    machine = asked(ask(8))
+    machine.on(Grant(ticket()), 0.0)
+    assert machine.on(Sealed(KEY, (0, 1), 4), 0.0) == [Digest(KEY, 0, (0,), 4)]
+    assert machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0) == [Digest(KEY, 1, (1,), 4)]
+    assert machine.on(Digested(KEY, 0, (5,)), 0.0) == [SendToSink(Ready(ticket(), 0, (PageRun(0, 1),), (5,)))]
+    assert machine.on(Digested(KEY, 1, (6,)), 0.0) == [SendToSink(Ready(ticket(), 1, (PageRun(1, 1),), (6,), 77))]
+
+
+@pytest.mark.parametrize("message", [Refuse(ticket(), "full"), Release(ticket(), "full")])
+def test_a_sink_that_will_not_have_it_ends_the_hand_off(message):
+    assert asked().on(message, 0.0) == [HandOffEnded(KEY, False, "full")]
+
+
+def test_a_withdrawn_hand_off_is_over_at_once_and_the_sink_is_told():
+    machine = asked()
+    assert machine.on(Withdraw(KEY, "left"), 0.0) == [
+        SendToSink(Release(ticket(), "left")),
+        HandOffEnded(KEY, False, "left"),
+    ]
+    assert machine.on(Withdraw(KEY, "left"), 0.0) == []
+    assert machine.on(Taken(ticket()), 0.0) == []
+    assert machine.ignored == 1
+
+
+def test_a_hand_off_that_takes_too_long_is_over():
+    machine = asked()
+    assert machine.on(None, 49.9) == []
+    assert machine.on(None, 50.0)[1] == HandOffEnded(KEY, False, "deadline")
+    assert machine.deadline() is None
+
+
+def test_a_lost_sink_is_not_told():
+    machine = asked()
+    assert machine.on(SinkLost(D2), 0.0) == []
+    assert machine.on(SinkLost(D1), 0.0) == [HandOffEnded(KEY, False, "decode-1 was lost")]
+
+
+def test_the_second_choice_gets_everything_from_the_first_page_on():
+    machine = asked(ask(8))
+    machine.on(Sealed(KEY, (0, 1), 4), 0.0)
+    machine.on(Digested(KEY, 0, (5,)), 0.0)
+    machine.on(Refuse(ticket(), "full"), 0.0)
+    second = replace(ticket(), sink=D2)
+    assert machine.on(AskSink(second, ask(8), 50.0), 0.0) == [SendToSink(Reserve(second, ask(8)))]
+    assert machine.on(Grant(ticket()), 0.0) == [], "the first choice has no say any more"
+    assert machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0) == [Digest(KEY, 0, (0, 1), 8)]
+    machine.on(Digested(KEY, 0, (5, 6)), 0.0)
+    assert machine.on(Grant(second), 0.0)[1].message.digests == (5, 6)
+
+
+def test_digests_asked_for_by_the_first_choice_do_not_disturb_the_second():
+    machine = asked(ask(8))
+    machine.on(Sealed(KEY, (0, 1), 4), 0.0)
+    machine.on(Refuse(ticket(), "full"), 0.0)
+    second = replace(ticket(), sink=D2)
+    machine.on(AskSink(second, ask(8), 50.0), 0.0)
+    machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0)
+    machine.on(Digested(KEY, 0, (5,)), 0.0)
+    machine.check()
+    machine.on(Digested(KEY, 0, (5, 6)), 0.0)
+    assert machine.on(Grant(second), 0.0)[1].message == Ready(second, 0, (PageRun(0, 2),), (5, 6), 77)
+
+
+def test_a_source_does_not_seal_backwards_or_twice():
+    machine = asked()
+    machine.on(Sealed(KEY, (0, 1, 2), 8), 0.0)
+    with pytest.raises(LocalError, match="got 4 tokens after 8"):
+        machine.on(Sealed(KEY, (0, 1, 2), 4), 0.0)
+    machine.on(Sealed(KEY, (0, 1, 2), 12, 7), 0.0)
+    with pytest.raises(LocalError):
+        machine.on(Sealed(KEY, (0, 1, 2), 12, 7), 0.0)
+    with pytest.raises(LocalError, match="handed off already"):
+        machine.on(AskSink(ticket(), ask(), 1.0), 0.0)
+    machine.check()
+
+
+def test_what_strangers_say_to_a_source_is_ignored_and_counted():
+    machine = asked()
+    for message in (Grant(ticket(2)), Taken(ticket()), Grant(replace(ticket(), sink=D2)), Refuse(ticket(3), "x")):
+        assert machine.on(message, 0.0) == []
+    assert machine.ignored == 4
+    assert machine.on(Grant(ticket()), 0.0) == [GrantCame(KEY)]
+
+
+# The taking side, by hand.
+def sink(pages: int = 40) -> Sink:
+    return Sink(SHAPE, Pages(pages))
+
+
+def book(machine: Sink) -> Pages:
+    return machine._ledger
+
+
+def granted(machine: Sink, counter: int = 1, prompt: int = 10, **who) -> Ticket:
+    key, request = ticket(counter, **who), ask(prompt)
+    machine.on(Reserve(key, request), 0.0)
+    book(machine).promise(key.key, SHAPE.pages_for(prompt + 8), Owner.PULLING)
+    assert machine.on(Decided(key.key, True), 0.0) == [SendToSource(Grant(key))]
+    return key
+
+
+def pulling(machine: Sink, counter: int = 1, **who) -> Ticket:
+    """Two of three pages are being read as read 1."""
+    key = granted(machine, counter, **who)
+    machine.on(Ready(key, 0, (PageRun(7, 2),), (100, 101)), 0.0)
+    machine.check()
+    return key
+
+
+def test_a_sink_pulls_checks_and_takes():
+    machine, request = sink(), ask(10)
+    assert machine.on(Reserve(ticket(), request), 1.0) == [AskPolicy(ticket(), request)]
+    book(machine).promise(KEY, 5, Owner.PULLING)
+    assert machine.on(Decided(KEY, True), 2.0) == [SendToSource(Grant(ticket()))]
+    assert machine.on(Ready(ticket(), 0, (PageRun(7, 2),), (100, 101)), 3.0) == [
+        Read(1, P1, (PageRun(7, 2),), (0, 1))
+    ]
+    assert machine.on(Ready(ticket(), 2, (PageRun(2, 1),), (102,), 77), 3.5) == [Read(2, P1, (PageRun(2, 1),), (2,))]
+    assert machine.on(ReadEnded(2, True, 0.25), 4.0) == [Check(2, 2, (2,), 2)]
+    assert machine.on(ReadEnded(1, True, 0.5), 4.0) == [Check(1, 0, (0, 1), 8)]
+    assert machine.on(Checked(1, (100, 101)), 4.5) == []
+    machine.check()
+    pull = Pull(3 * SHAPE.page_nbytes, 2, 0.75, 2.0, 1.0)
+    assert machine.on(Checked(2, (102,)), 5.0) == [
+        SendToSource(Taken(ticket())),
+        Arrived(ticket(), request, 77, pull),
+    ]
+    assert book(machine).pages(KEY) == (0, 1, 2)
+    assert (book(machine).counts()[Owner.DECODING], book(machine).promised) == (3, 2)
+    assert (len(machine), machine.deadline(), machine.ignored) == (0, None, 0)
+
+
+def test_one_page_is_a_hand_off_too():
+    machine = sink()
+    key = granted(machine, prompt=3)
+    assert machine.on(Ready(key, 0, (PageRun(5, 1),), (9,), 77), 0.0) == [Read(1, P1, (PageRun(5, 1),), (0,))]
+    assert machine.on(ReadEnded(1, True, 0.1), 0.0) == [Check(1, 0, (0,), 3)]
+    assert [type(command) for command in machine.on(Checked(1, (9,)), 0.0)] == [SendToSource, Arrived]
+
+
+def test_a_refusal_leaves_nothing_behind():
+    machine = sink()
+    machine.on(Reserve(ticket(), ask()), 0.0)
+    assert machine.on(Decided(KEY, False, "full"), 0.0) == [SendToSource(Refuse(ticket(), "full"))]
+    assert len(machine) == 0
+
+
+def test_a_release_in_mid_pull_keeps_the_pages_until_the_read_ends():
+    machine = sink()
+    key = pulling(machine)
+    assert machine.on(Release(key, "left"), 0.0) == [Gone(key, "left")]
+    assert book(machine).counts()[Owner.IN_DOUBT] == 2
+    assert book(machine).promised == 0
+    machine.check()
+    assert machine.on(ReadEnded(1, True, 9.0), 9.0) == []
+    assert book(machine).available == 40
+    machine.check()
+
+
+def test_a_release_while_digests_are_computed_keeps_the_pages_until_then():
+    machine = sink()
+    key = pulling(machine)
+    machine.on(ReadEnded(1, True, 0.0), 0.0)
+    machine.on(Release(key, "left"), 0.0)
+    assert book(machine).counts()[Owner.IN_DOUBT] == 2
+    assert machine.on(Checked(1, (100, 101)), 0.0) == []
+    assert book(machine).available == 40
+
+
+def test_a_mismatch_is_read_once_more_and_then_the_request_is_computed_anew():
+    machine = sink()
+    key = pulling(machine)
+    machine.on(ReadEnded(1, True, 0.1), 0.0)
+    assert machine.on(Checked(1, (100, 666)), 0.0) == [Read(2, P1, (PageRun(7, 2),), (0, 1))]
+    machine.check()
+    machine.on(ReadEnded(2, True, 0.1), 0.0)
+    reason = "1 pages differ from their digests"
+    assert machine.on(Checked(2, (100, 667)), 0.0) == [
+        SendToSource(Release(key, reason)),
+        Gone(key, reason, recompute=True),
+    ]
+    assert (machine.mismatches, book(machine).available) == (2, 40)
+
+
+def test_a_mismatch_that_heals_is_taken():
+    machine = sink()
+    key = pulling(machine)
+    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
+    machine.on(ReadEnded(1, True, 0.1), 0.0)
+    machine.on(Checked(1, (100, 666)), 0.0)
+    machine.on(ReadEnded(2, True, 0.1), 0.0)
+    assert machine.on(Checked(2, (102,)), 0.0) == []
+    machine.on(ReadEnded(3, True, 0.1), 0.0)
+    assert isinstance(machine.on(Checked(3, (100, 101)), 0.0)[1], Arrived)
+
+
+def test_a_failed_read_that_cannot_land_frees_at_once():
+    machine = sink()
+    key = pulling(machine)
+    assert machine.on(ReadEnded(1, False, 0.0, False, "reset"), 0.0) == [
+        SendToSource(Release(key, "read failed: reset")),
+        Gone(key, "read failed: reset", recompute=True),
+    ]
+    assert book(machine).available == 40
+
+
+def test_a_failed_read_in_doubt_frees_nothing_until_it_is_fenced():
+    machine = sink()
+    pulling(machine)
+    machine.on(ReadEnded(1, False, 0.0, True, "timeout"), 0.0)
+    assert book(machine).counts()[Owner.IN_DOUBT] == 2
+    assert machine.on(SourceLost(P1), 1.0) == [Fence((1,))]
+    assert machine.on(SourceLost(P1), 1.0) == []
+    assert machine.on(Fenced((1,)), 2.0) == []
+    assert book(machine).available == 40
+    machine.check()
+
+
+def test_a_lost_source_is_fenced_at_once_and_others_are_left_alone():
+    machine = sink(80)
+    key = pulling(machine)
+    other = pulling(machine, 2, source=P2)
+    assert machine.on(SourceLost(P1), 1.0) == [Gone(key, "prefill-1 was lost"), Fence((1,))]
+    assert machine.on(Release(other, "left"), 1.0) == [Gone(other, "left")]
+    assert machine.on(Fenced((1,)), 1.0) == []
+    assert book(machine).counts()[Owner.IN_DOUBT] == 2
+    machine.on(ReadEnded(2, True, 0.1), 2.0)
+    assert book(machine).available == 80
+
+
+def test_too_many_pages_in_doubt_are_fenced():
+    machine = sink(40)
+    first = pulling(machine)
+    assert machine.on(Release(first, "left"), 0.0) == [Gone(first, "left")]
+    second = pulling(machine, 2)
+    assert machine.on(Release(second, "left"), 0.0) == [Gone(second, "left"), Fence((1, 2))]
+    machine.on(Fenced((1, 2)), 0.0)
+    assert book(machine).available == 40
+
+
+def test_pages_of_two_reads_wait_for_both():
+    machine = sink()
+    key = pulling(machine)
+    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
+    machine.on(Release(key, "left"), 0.0)
+    machine.on(ReadEnded(2, True, 0.1), 0.0)
+    assert book(machine).counts()[Owner.IN_DOUBT] == 3
+    machine.on(ReadEnded(1, False, 0.1), 0.0)
+    assert book(machine).available == 40
+
+
+@pytest.mark.parametrize(
+    "ready",
+    [
+        Ready(ticket(), 1, (PageRun(7, 1),), (1,)),
+        Ready(ticket(), 0, (PageRun(7, 2),), (1,)),
+        Ready(ticket(), 0, (PageRun(7, 4),), (1, 2, 3, 4), 7),
+        Ready(ticket(), 0, (PageRun(7, 3),), (1, 2, 3)),
+        Ready(ticket(), 0, (PageRun(7, 2),), (1, 2), 7),
+    ],
+)
+def test_an_announcement_that_does_not_follow_ends_the_hand_off(ready):
+    machine = sink()
+    key = granted(machine)
+    release, gone = machine.on(ready, 0.0)
+    assert (release.message.ticket, gone.recompute) == (key, True)
+    assert book(machine).available == 40
+
+
+def test_a_decision_that_comes_too_late_gives_its_promise_back():
+    machine = sink()
+    machine.on(Reserve(ticket(), ask()), 0.0)
+    machine.on(Release(ticket(), "left"), 0.0)
+    book(machine).promise(KEY, 4, Owner.PULLING)
+    assert machine.on(Decided(KEY, True), 0.0) == []
+    assert book(machine).promised == 0
+
+
+def test_a_dropped_hand_off_tells_the_source():
+    machine = sink()
+    key = pulling(machine)
+    assert machine.on(Drop(KEY, "left"), 0.0) == [SendToSource(Release(key, "left")), Gone(key, "left")]
+    assert machine.on(Drop(KEY, "left"), 0.0) == []
+
+
+def test_a_hand_off_that_never_completes_ends_at_its_deadline():
+    machine = sink()
+    key = granted(machine)
+    assert machine.deadline() == 100.0
+    assert machine.on(None, 100.0) == [SendToSource(Release(key, "deadline")), Gone(key, "deadline")]
+    assert machine.deadline() is None
+
+
+def test_what_strangers_say_to_a_sink_is_ignored_and_counted():
+    machine = sink()
+    key = granted(machine)
+    other = replace(key, source=P2)
+    for message in (Reserve(key, ask()), Ready(other, 0, (), ()), Release(other, "x"), Ready(ticket(9), 0, (), ())):
+        assert machine.on(message, 0.0) == []
+    assert machine.ignored == 4
+    assert machine.on(ReadEnded(99, True, 0.0), 0.0) == []
+    assert machine.on(Fenced((99,)), 0.0) == []
+    with pytest.raises(LocalError, match="decided twice"):
+        machine.on(Decided(KEY, True), 0.0)
+    machine.check()
+
+
+# Both sides, on a bad day.
+NOTHING = ("nothing",)
+PAGE = SHAPE.page_tokens
+
+
+def digest(content: tuple, first_token: int, tokens: int) -> int:
+    """As the real one: of the rows that hold tokens, with their absolute positions."""
+    return zlib.crc32(repr((content[:tokens], first_token)).encode())
+
+
+@dataclass
+class Job:
+    """A prompt being computed at a source."""
+
+    ticket: Ticket
+    request: Request
+    second: Identity | None
+    done: int = 0
+    outstanding: bool = True
+    """Its `AskSink` has not ended yet."""
+    taken: bool = False
+
+    @property
+    def holder(self) -> str:
+        return f"prefill {self.ticket.key}"
+
+    @property
+    def complete(self) -> bool:
+        return self.done == len(self.request.prompt)
+
+
+@dataclass
+class Flight:
+    """A posted read. A ghost has failed in doubt: it may still land."""
+
+    source: Identity
+    runs: tuple[int, ...]
+    pages: tuple[int, ...]
+    key: str
+    ghost: bool = False
+
+
+@dataclass
+class Party:
+    """One life of a worker."""
+
+    identity: Identity
+    ledger: Pages = field(default_factory=lambda: Pages(14))
+    arena: list[tuple] = field(default_factory=lambda: [NOTHING * PAGE] * 14)
+    events: deque = field(default_factory=deque)
+    """Its one FIFO: (machine, event)."""
+    work: deque = field(default_factory=deque)
+    """Of its transfer thread: digests."""
+    flights: dict[int, Flight] = field(default_factory=dict)
+    fences: deque = field(default_factory=deque)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    waiting: dict[str, Request] = field(default_factory=dict)
+    """What the decode side was asked and has not answered."""
+    promised: set[str] = field(default_factory=set)
+    open: dict[str, int] = field(default_factory=dict)
+    """Reserves that have not ended."""
+    arrived: set[str] = field(default_factory=set)
+    lost: set[Identity] = field(default_factory=set)
+    """Peers whose stream broke and who were not mourned yet."""
+    known: set[Identity] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.source = Source(SHAPE)
+        self.sink = Sink(SHAPE, self.ledger)
+
+    def owner(self, page: int) -> tuple[str, Owner]:
+        for holder in self.ledger.holders():
+            if page in self.ledger.pages(holder):
+                return holder, self.ledger._holdings[holder].state
+        return "", Owner.FREE
+
+
+class BadDay(RuleBasedStateMachine):
+    """Three workers hand over to each other and to themselves, over streams that break and reads that linger."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        self.count = 0
+        self.lives = {"a": 1, "b": 1, "c": 1}
+        self.parties: dict[Identity, Party] = {}
+        self.wires: dict[tuple[Identity, Identity], deque] = {}
+        for name in self.lives:
+            self.start(name)
+
+    def start(self, name: str) -> None:
+        me = Identity(name, self.lives[name])
+        self.parties[me] = Party(me)
+
+    def party(self, data, where=lambda party: True) -> Party:
+        return data.draw(st.sampled_from([party for party in self.parties.values() if where(party)]))
+
+    def wire(self, here: Identity, there: Identity) -> deque:
+        return self.wires.setdefault((here, there), deque())
+
+    # What machines command.
+    def turn(self, party: Party) -> None:
+        """One event of a party's FIFO."""
+        machine, event = party.events.popleft()
+        if machine == "source":
+            for command in party.source.on(event, self.now):
+                self.give(party, command)
+        elif machine == "sink":
+            known = len(party.sink)
+            commands = party.sink.on(event, self.now)
+            if isinstance(event, Reserve) and len(party.sink) > known:
+                party.open[event.ticket.key] = party.open.get(event.ticket.key, 0) + 1
+            for command in commands:
+                self.take(party, command)
+        elif machine == "prefill":
+            self.hand_off_ended(party, event)
+        else:
+            self.decode(party, event)
+        self.sound()
+
+    def give(self, party: Party, command) -> None:
+        match command:
+            case SendToSink(message):
+                self.send(party, message.ticket.sink, "sink", message)
+            case Digest():
+                assert all(party.owner(page)[1] is Owner.PREFILLING for page in command.pages)
+                party.work.append(command)
+            case GrantCame():
+                pass
+            case HandOffEnded():
+                party.events.append(("prefill", command))
+
+    def take(self, party: Party, command) -> None:
+        match command:
+            case SendToSource(message):
+                if isinstance(message, Refuse):
+                    self.close(party, message.ticket.key)
+                self.send(party, message.ticket.source, "source", message)
+            case AskPolicy() | Gone():
+                if isinstance(command, Gone):
+                    self.close(party, command.ticket.key)
+                party.events.append(("decode", command))
+            case Read(read_id, source, runs, pages):
+                assert read_id not in party.flights
+                key = party.owner(pages[0])[0]
+                party.flights[read_id] = Flight(source, pages_of(runs), pages, key)
+            case Check():
+                party.work.append(command)
+            case Fence(read_ids):
+                party.fences.append(read_ids)
+            case Arrived(ticket, request):
+                self.close(party, ticket.key)
+                pages = party.ledger.pages(ticket.key)
+                tokens = [token for page in pages for token in party.arena[page]][: len(request.prompt)]
+                assert tokens == [(ticket.key, position) for position in range(len(request.prompt))], "wrong bytes"
+                party.events.append(("decode", command))
+
+    def close(self, party: Party, key: str) -> None:
+        party.open[key] -= 1
+        assert party.open[key] == 0, "a reserve ended twice"
+
+    def send(self, party: Party, to: Identity, side: str, message) -> None:
+        """As the shell: into the own FIFO, over the stream, or nowhere."""
+        if to == party.identity:
+            party.events.append((side, message))
+        elif to in self.parties and to not in party.lost and party.identity not in self.parties[to].lost:
+            self.wire(party.identity, to).append((side, message))
+        elif isinstance(message, Reserve):
+            party.events.append(("source", Refuse(message.ticket, "no lane")))
+
+    # What the policies do.
+    def hand_off_ended(self, party: Party, event: HandOffEnded) -> None:
+        job = party.jobs[event.key]
+        assert job.outstanding, "ended twice"
+        job.outstanding = False
+        if event.taken:
+            assert job.complete
+        elif job.second is not None:
+            job.ticket, job.second, job.outstanding = replace(job.ticket, sink=job.second), None, True
+            party.events.append(("source", AskSink(job.ticket, job.request, self.now + 50.0)))
+            self.seal(party, job)
+            return
+        party.ledger.release(job.holder)
+        del party.jobs[event.key]
+
+    def seal(self, party: Party, job: Job) -> None:
+        if job.done:
+            pages, first = party.ledger.pages(job.holder), 77 if job.complete else None
+            party.events.append(("source", Sealed(job.ticket.key, pages, job.done, first)))
+
+    def decode(self, party: Party, event) -> None:
+        key = event.ticket.key
+        match event:
+            case AskPolicy(_, request):
+                party.waiting[key] = request
+            case Gone():
+                party.waiting.pop(key, None)
+                party.promised.discard(key)
+                assert party.ledger.pages(key) == ()
+                party.ledger.release(key)
+            case Arrived():
+                party.promised.remove(key)
+                party.arrived.add(key)
+
+    # What happens.
+    @rule(data=st.data(), prompt=st.integers(1, 11), second=st.booleans())
+    def begin(self, data, prompt, second):
+        party = self.party(data)
+        if SHAPE.pages_for(prompt) > party.ledger.available:
+            return
+        self.count += 1
+        names = data.draw(st.permutations(sorted(self.parties)))
+        new = Ticket(P1, self.count, 1, party.identity, names[0])
+        job = Job(new, ask(prompt, 3, timeout_s=60.0), names[1] if second else None)
+        party.jobs[new.key] = job
+        party.ledger.bind(job.holder, SHAPE.pages_for(prompt), Owner.PREFILLING)
+        party.events.append(("source", AskSink(new, job.request, self.now + 50.0)))
+
+    @precondition(lambda self: any(not job.complete for p in self.parties.values() for job in p.jobs.values()))
+    @rule(data=st.data(), tokens=st.integers(1, 8))
+    def compute(self, data, tokens):
+        party = self.party(data, lambda p: any(not job.complete for job in p.jobs.values()))
+        job = data.draw(st.sampled_from([job for job in party.jobs.values() if not job.complete]))
+        self.write(party, job, tokens)
+
+    def write(self, party: Party, job: Job, tokens: int) -> None:
+        pages, start = party.ledger.pages(job.holder), job.done
+        job.done = min(len(job.request.prompt), job.done + tokens)
+        for position in range(start, job.done):
+            page, slot = divmod(position, PAGE)
+            rows = list(party.arena[pages[page]])
+            rows[slot] = (job.ticket.key, position)
+            party.arena[pages[page]] = tuple(rows)
+        self.seal(party, job)
+
+    @precondition(lambda self: any(party.jobs for party in self.parties.values()))
+    @rule(data=st.data())
+    def withdraw(self, data):
+        party = self.party(data, lambda p: bool(p.jobs))
+        job = data.draw(st.sampled_from(list(party.jobs.values())))
+        job.second = None
+        party.events.append(("source", Withdraw(job.ticket.key, "left")))
+
+    @precondition(lambda self: any(party.waiting for party in self.parties.values()))
+    @rule(data=st.data(), yes=st.integers(0, 4))
+    def decide(self, data, yes):
+        party = self.party(data, lambda p: bool(p.waiting))
+        self.answer(party, data.draw(st.sampled_from(list(party.waiting))), bool(yes))
+
+    def answer(self, party: Party, key: str, yes: bool) -> None:
+        request = party.waiting.pop(key)
+        need = SHAPE.pages_for(len(request.prompt) + request.sampling.max_tokens)
+        yes = yes and need <= party.ledger.available
+        if yes:
+            party.ledger.promise(key, need, Owner.PULLING)
+            party.promised.add(key)
+        party.events.append(("sink", Decided(key, yes, "full")))
+
+    @precondition(lambda self: any(party.promised or party.waiting for party in self.parties.values()))
+    @rule(data=st.data())
+    def drop(self, data):
+        party = self.party(data, lambda p: bool(p.promised or p.waiting))
+        key = data.draw(st.sampled_from([*sorted(party.promised), *party.waiting]))
+        party.events.append(("sink", Drop(key, "left")))
+
+    @precondition(lambda self: any(party.arrived for party in self.parties.values()))
+    @rule(data=st.data())
+    def finish(self, data):
+        party = self.party(data, lambda p: bool(p.arrived))
+        party.ledger.release(party.arrived.pop())
+
+    @precondition(lambda self: any(party.events for party in self.parties.values()))
+    @rule(data=st.data(), how_many=st.integers(1, 6))
+    def turns(self, data, how_many):
+        party = self.party(data, lambda p: bool(p.events))
+        for _ in range(how_many):
+            if party.events:
+                self.turn(party)
+
+    @precondition(lambda self: any(self.wires.values()))
+    @rule(data=st.data(), how_many=st.integers(1, 3))
+    def carry(self, data, how_many):
+        ends = data.draw(st.sampled_from([ends for ends, wire in self.wires.items() if wire]))
+        for _ in range(how_many):
+            if self.wires[ends]:
+                self.deliver(ends)
+
+    def deliver(self, ends: tuple[Identity, Identity]) -> None:
+        self.parties[ends[1]].events.append(self.wires[ends].popleft())
+
+    @precondition(lambda self: any(party.work for party in self.parties.values()))
+    @rule(data=st.data())
+    def dig(self, data):
+        self.digest(self.party(data, lambda p: bool(p.work)))
+
+    def digest(self, party: Party) -> None:
+        job = party.work.popleft()
+        found, left = [], job.tokens
+        for index, page in enumerate(job.pages):
+            found.append(digest(party.arena[page], (job.first_page + index) * PAGE, min(left, PAGE)))
+            left -= PAGE
+        if isinstance(job, Digest):
+            party.events.append(("source", Digested(job.key, job.first_page, tuple(found))))
+        else:
+            party.events.append(("sink", Checked(job.read_id, tuple(found))))
+
+    # What reads do.
+    def land(self, party: Party, flight: Flight, index: int) -> None:
+        """A page of a read is written, whatever its source holds there by now."""
+        page = flight.pages[index]
+        source = self.parties.get(flight.source)
+        party.arena[page] = source.arena[flight.runs[index]] if source else ("garbage",) * PAGE
+
+    @precondition(lambda self: any(party.flights for party in self.parties.values()))
+    @rule(data=st.data(), how=st.sampled_from(["done", "done", "part", "wrong", "fails", "fails in doubt"]))
+    def read(self, data, how):
+        party = self.party(data, lambda p: bool(p.flights))
+        read_id = data.draw(st.sampled_from(sorted(party.flights)))
+        flight = party.flights[read_id]
+        if how == "part" or flight.ghost:
+            self.land(party, flight, data.draw(st.integers(0, len(flight.pages) - 1)))
+        elif how in ("done", "wrong") and flight.source in self.parties:
+            self.done(party, read_id)
+            if how == "wrong":
+                party.arena[flight.pages[-1]] = ("garbage",) * PAGE
+        elif how == "fails in doubt":
+            flight.ghost = True
+            party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "x")))
+        else:
+            del party.flights[read_id]
+            party.events.append(("sink", ReadEnded(read_id, False, 0.0, False, "x")))
+
+    def done(self, party: Party, read_id: int) -> None:
+        flight = party.flights.pop(read_id)
+        for index in range(len(flight.pages)):
+            self.land(party, flight, index)
+        party.events.append(("sink", ReadEnded(read_id, True, 0.1)))
+
+    @precondition(lambda self: any(party.fences for party in self.parties.values()))
+    @rule(data=st.data())
+    def fence(self, data):
+        self.fenced(self.party(data, lambda p: bool(p.fences)))
+
+    def fenced(self, party: Party) -> None:
+        """As a transport: what still runs is given up first; what has ended is ignored."""
+        for read_id in party.fences.popleft():
+            flight = party.flights.pop(read_id, None)
+            if flight is not None:
+                if not flight.ghost:
+                    party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "abandoned")))
+                party.events.append(("sink", Fenced((read_id,))))
+
+    # What breaks.
+    @rule(data=st.data())
+    def break_stream(self, data):
+        one, two = data.draw(st.permutations(sorted(self.parties)))[:2]
+        self.cut(one, two)
+
+    def cut(self, one: Identity, two: Identity) -> None:
+        self.wire(one, two).clear()
+        self.wire(two, one).clear()
+        self.parties[one].lost.add(two)
+        self.parties[two].lost.add(one)
+
+    @precondition(lambda self: any(party.lost for party in self.parties.values()))
+    @rule(data=st.data())
+    def notice(self, data):
+        party = self.party(data, lambda p: bool(p.lost))
+        self.mourn(party, data.draw(st.sampled_from(sorted(party.lost))))
+
+    def mourn(self, party: Party, peer: Identity) -> None:
+        """A party hears of a loss; its transport gives up all reads of that peer."""
+        party.lost.discard(peer)
+        party.events.append(("source", SinkLost(peer)))
+        party.events.append(("sink", SourceLost(peer)))
+        for read_id, flight in party.flights.items():
+            if flight.source == peer and not flight.ghost:
+                flight.ghost = True
+                party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "disconnected")))
+
+    @rule(name=st.sampled_from("abc"))
+    def restart(self, name):
+        if self.lives[name] >= 3:
+            return
+        old = Identity(name, self.lives[name])
+        del self.parties[old]
+        for ends in list(self.wires):
+            if old in ends:
+                del self.wires[ends]
+        for party in self.parties.values():
+            party.lost.add(old)
+        self.lives[name] += 1
+        self.start(name)
+
+    @rule(seconds=st.sampled_from([1.0, 20.0]))
+    def wait(self, seconds):
+        self.now += seconds
+        for party in self.parties.values():
+            for name, machine in (("source", party.source), ("sink", party.sink)):
+                due = machine.deadline()
+                if due is not None and due <= self.now:
+                    party.events.append((name, None))
+
+    @invariant()
+    def sound(self):
+        for party in self.parties.values():
+            party.source.check()
+            party.sink.check()
+            party.ledger.check()
+            for flight in party.flights.values():
+                for page in flight.pages:
+                    holder, state = party.owner(page)
+                    mine = (holder, state) == (flight.key, Owner.PULLING)
+                    assert mine or state is Owner.IN_DOUBT, f"a read may land on {state} of {holder!r}"
+
+    def teardown(self):
+        for _ in range(3000):
+            for party in self.parties.values():
+                while party.events:
+                    self.turn(party)
+            moved = False
+            for party in list(self.parties.values()):
+                for peer in sorted(party.lost):
+                    self.mourn(party, peer)
+                    moved = True
+                for read_id, flight in list(party.flights.items()):
+                    if not flight.ghost and flight.source in self.parties:
+                        self.done(party, read_id)
+                        moved = True
+                while party.work:
+                    self.digest(party)
+                    moved = True
+                while party.fences:
+                    self.fenced(party)
+                    moved = True
+                for key in list(party.waiting):
+                    self.answer(party, key, True)
+                    moved = True
+                for job in list(party.jobs.values()):
+                    if not job.complete:
+                        self.write(party, job, 99)
+                        moved = True
+            for ends, wire in self.wires.items():
+                if wire:
+                    self.deliver(ends)
+                    moved = True
+            if not moved and not any(party.events for party in self.parties.values()):
+                break
+        for party in self.parties.values():
+            # What failed in doubt from a peer that is still there stays so until it is fenced.
+            for read_id in list(party.flights):
+                assert party.flights[read_id].ghost
+                party.fences.append((read_id,))
+                self.fenced(party)
+            while party.events:
+                self.turn(party)
+            assert len(party.source) == len(party.sink) == 0, "a hand-off hangs"
+            assert not party.jobs
+            assert not any(party.open.values())
+            for key in party.arrived:
+                party.ledger.release(key)
+            assert party.ledger.holders() == (), "a page leaked"
+            assert party.source.deadline() is party.sink.deadline() is None
+
+
+@efforts
+def test_no_page_is_lost_or_overwritten_and_every_hand_off_ends_once(effort):
+    run_state_machine_as_test(BadDay, settings=effort)
+
+
+def test_the_tables_name_every_message_a_source_can_hear():
+    heard = {message for _, message in giving.TRANSITIONS}
+    assert heard == {Grant, Refuse, Taken, Release}
+    assert {state for state, _ in giving.TRANSITIONS} == set(giving.State)
+    assert taking.DOUBT_SHARE == 0.05
