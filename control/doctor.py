@@ -77,7 +77,7 @@ def _machine() -> Iterator[Finding]:
     gpus = [str(path) for path in Path("/dev").glob("nvidia[0-9]*")]
     yield Finding("machine", "gpus", ", ".join(gpus) or "none: engines run on the CPU")
     compiler = shutil.which("c++") or shutil.which("g++")
-    yield Finding("machine", "compiler", compiler or "none; not needed: all operations run in plain torch")
+    yield Finding("machine", "compiler", compiler or "none: engines run in plain torch, slower")
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files < WANTED_FILES
     yield Finding("limit", "open files", str(files), not few, f"ulimit -n {WANTED_FILES} or more" if few else "")

@@ -26,5 +26,5 @@ def load(config: WorkerConfig) -> tuple[Engine, Numerics, str, int]:
     cpu = torch.backends.cpu.get_cpu_capability()
     if torch.cpu._is_amx_tile_supported():
         cpu += " AMX"
-    numerics = Numerics(config.exact, engine.kv.dtype, config.threads, cpu)
+    numerics = Numerics(config.exact, engine.kv.dtype, config.threads, f"{cpu}, {engine.backend}")
     return engine, numerics, fingerprint(config.model), engine.context

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -161,11 +161,11 @@ class Deployment:
         self._await_words([name for name in self.running if name != "coordinator"])
 
     def restart(self, name: str) -> None:
-        """Start a process that has ended again, under its name and settings."""
+        """Start a process that has ended again, under its name, settings and address."""
         old = self.running[name]
         if old.process.poll() is None:
             raise SetupError(f"{name} is still running")
-        self._spawn(old.config)
+        self._spawn(replace(old.config, listen=old.address))
         self._await_words([name])
 
     def kill(self, name: str, number: signal.Signals) -> None:

@@ -227,7 +227,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if self._ready() != self._healthy:
             self._healthy = self._ready()
             log.info("ready" if self._healthy else "not ready: no measured lane")
-            self._tasks.append(asyncio.create_task(self._server.healthy(self._healthy)))
+            self._health_task = asyncio.create_task(self._server.healthy(self._healthy))
 
     # Gateways.
     def _gateway_heard(self, gateway: Identity, message: Message) -> None:

@@ -62,7 +62,7 @@ class Numerics:
     dtype: str
     threads: int
     cpu: str
-    """Instruction set the linear algebra uses, such as "AVX512_BF16 AMX"."""
+    """Instruction set of the linear algebra and the engine's operations, such as "AVX512_BF16 AMX, native"."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -268,7 +268,7 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         if ready != self._healthy:
             self._healthy = ready
             log.info("ready" if ready else "not ready: %s", *([] if ready else [self._router.missing()]))
-            self._tasks.append(asyncio.create_task(self._server.healthy(ready)))
+            self._health_task = asyncio.create_task(self._server.healthy(ready))
 
     def _gauges(self) -> Gauges:
         for phase, count in self._router.phases().items():

@@ -166,9 +166,11 @@ class Source:
                 return self._sealed(event)
             case Digested(key, first_page, digests):
                 giving = self._giving.get(key)
-                if giving is None or first_page != len(giving.digests):
+                have, upto = len(giving.digests) if giving else 0, first_page + len(digests)
+                if giving is None or not first_page <= have < upto <= giving.asked_pages:
                     return self._ignore()
-                giving.digests.extend(digests)
+                # They may overlap: a hand-off to the first choice of sink asked for the same pages before.
+                giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
             case Withdraw(key, reason):
                 return self._end_where(lambda g: g.ticket.key == key, reason, tell=True)
