@@ -49,7 +49,7 @@ class _Known:
 class Liveness:
     """Declares each identity lost once: at goodbye, `grace_s` after its stream broke, or when silent too long.
 
-    A new incarnation of a name ends the old one at once.
+    A new incarnation of a name ends the old one at once, and so does a new stream of the same.
     """
 
     def __init__(self, *, silence_s: float, grace_s: float) -> None:
@@ -66,12 +66,12 @@ class Liveness:
             case None:
                 lost = [Lost(who, self._why(known)) for who, known in self._known.items() if self._until(known) <= now]
             case Connected(identity):
+                # The same life on a new stream has missed what was said meanwhile: both sides start anew.
                 lost = [
-                    Lost(who, "replaced by a new incarnation")
+                    Lost(who, "came back on a new stream" if who == identity else "replaced by a new incarnation")
                     for who in self._known
-                    if who.name == identity.name and who != identity
+                    if who.name == identity.name
                 ]
-                self._known[identity] = _Known(now)
             case Heard(identity):
                 if identity in self._known:
                     self._known[identity].heard_at = now
@@ -85,6 +85,8 @@ class Liveness:
                     known.gone_at = now
         for each in lost:
             del self._known[each.identity]
+        if isinstance(event, Connected):
+            self._known[event.identity] = _Known(now)
         return lost
 
     def deadline(self) -> float | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -456,8 +458,8 @@ class Party:
     """Reserves that have not ended."""
     arrived: set[str] = field(default_factory=set)
     lost: set[Identity] = field(default_factory=set)
-    """Peers whose stream broke and who were not mourned yet."""
-    known: set[Identity] = field(default_factory=set)
+    """Peers whose stream broke; a new one stands only after both sides have dealt with the loss."""
+    noticed: set[Identity] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.source = Source(SHAPE)
@@ -507,6 +509,9 @@ class BadDay(RuleBasedStateMachine):
                 party.open[event.ticket.key] = party.open.get(event.ticket.key, 0) + 1
             for command in commands:
                 self.take(party, command)
+            if isinstance(event, SourceLost):
+                party.lost.discard(event.identity)
+                party.noticed.discard(event.identity)
         elif machine == "prefill":
             self.hand_off_ended(party, event)
         else:
@@ -745,6 +750,26 @@ class BadDay(RuleBasedStateMachine):
                     party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "abandoned")))
                 party.events.append(("sink", Fenced((read_id,))))
 
+    @rule(seed=st.integers(0, 2**16), how_many=st.integers(1, 25))
+    def go_on(self, seed, how_many):
+        """So many ordinary things in some order: without this a run is over before a hand-off is."""
+        dice = random.Random(seed)
+        for _ in range(how_many):
+            doable: list[Callable[[], None]] = []
+            for party in self.parties.values():
+                doable += [lambda p=party: self.turn(p)] * bool(party.events) * 3
+                doable += [lambda p=party: self.digest(p)] * bool(party.work)
+                doable += [lambda p=party: self.fenced(p)] * bool(party.fences)
+                doable += [lambda p=party, k=key: self.answer(p, k, True) for key in party.waiting]
+                doable += [lambda p=party, j=job: self.write(p, j, 5) for job in party.jobs.values() if not job.complete]
+                live = [i for i, f in party.flights.items() if not f.ghost and f.source in self.parties]
+                doable += [lambda p=party, i=read_id: self.done(p, i) for read_id in live]
+            doable += [lambda e=ends: self.deliver(e) for ends, wire in self.wires.items() if wire]
+            if not doable:
+                return
+            dice.choice(doable)()
+            self.sound()
+
     # What breaks.
     @rule(data=st.data())
     def break_stream(self, data):
@@ -757,15 +782,15 @@ class BadDay(RuleBasedStateMachine):
         self.parties[one].lost.add(two)
         self.parties[two].lost.add(one)
 
-    @precondition(lambda self: any(party.lost for party in self.parties.values()))
+    @precondition(lambda self: any(party.lost - party.noticed for party in self.parties.values()))
     @rule(data=st.data())
     def notice(self, data):
-        party = self.party(data, lambda p: bool(p.lost))
-        self.mourn(party, data.draw(st.sampled_from(sorted(party.lost))))
+        party = self.party(data, lambda p: bool(p.lost - p.noticed))
+        self.mourn(party, data.draw(st.sampled_from(sorted(party.lost - party.noticed))))
 
     def mourn(self, party: Party, peer: Identity) -> None:
         """A party hears of a loss; its transport gives up all reads of that peer."""
-        party.lost.discard(peer)
+        party.noticed.add(peer)
         party.events.append(("source", SinkLost(peer)))
         party.events.append(("sink", SourceLost(peer)))
         for read_id, flight in party.flights.items():
@@ -815,7 +840,7 @@ class BadDay(RuleBasedStateMachine):
                     self.turn(party)
             moved = False
             for party in list(self.parties.values()):
-                for peer in sorted(party.lost):
+                for peer in sorted(party.lost - party.noticed):
                     self.mourn(party, peer)
                     moved = True
                 for read_id, flight in list(party.flights.items()):
