@@ -302,9 +302,11 @@ class PrefillPolicy:
             return self._ask(head) if head else []
         spans: list[Span] = []
         budget = self._config.chunk_tokens
-        for key, job in self._jobs.items():
-            if job.state not in (State.QUEUED, State.RUNNING) or job.cancelled is not None:
-                continue
+        live = [job for job in self._jobs.values() if job.cancelled is None]
+        # Who has started goes on first: one that was offered earlier, but sent later, may wait for its very pages.
+        line = [job for state in (State.RUNNING, State.QUEUED) for job in live if job.state is state]
+        for job in line:
+            key = job.ticket.key
             if budget == 0 or len(spans) == self._config.max_rows:
                 break
             if not job.begun:

@@ -30,8 +30,8 @@ def test_fields_are_taken_and_the_rest_keep_their_defaults():
 
 
 def test_an_unknown_setting_is_named_with_those_that_exist():
-    with pytest.raises(SetupError, match=r"baton\.toml: got unknown setting 'wokers', want one of check, chunk_tokens, "):
-        build(DeploymentConfig, {"model": "m", "wokers": 3}, "baton.toml")
+    with pytest.raises(SetupError, match="flags: got unknown setting 'wokers', want one of check, chunk_tokens, "):
+        build(DeploymentConfig, {"model": "m", "wokers": 3}, "flags")
 
 
 def test_a_missing_setting_is_named():

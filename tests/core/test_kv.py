@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,4 +48,4 @@ def test_neighbours_are_joined_in_the_given_order_only():
 def test_runs_hold_exactly_their_pages(pages):
     runs = page_runs(pages)
     assert pages_of(runs) == tuple(pages)
-    assert all(one.stop != two.start for one, two in zip(runs, runs[1:], strict=False))
+    assert all(one.stop != two.start for one, two in pairwise(runs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from runtime.driver import Driver
 class Echo:
     """Repeats each event as a command and writes down what it was given."""
 
-    def __init__(self, heard: list[object], due: float | None = None) -> None:
+    def __init__(self, heard: list[Any], due: float | None = None) -> None:
         self.heard = heard
         self.due = due
         self.checked = 0

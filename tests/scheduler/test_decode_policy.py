@@ -136,17 +136,13 @@ def test_memory_is_promised_in_order_of_asking():
 
 def test_what_can_never_fit_is_refused_at_once():
     machine = policy(pages=10)
-    assert machine.on(Asked(ticket(), ask(20, 21)), 0.0) == [
-        Answer(KEY, False, "needs 11 pages, the worker has 10")
-    ]
+    assert machine.on(Asked(ticket(), ask(20, 21)), 0.0) == [Answer(KEY, False, "needs 11 pages, the worker has 10")]
     assert machine.queue() == dict.fromkeys(State, 0)
 
 
 def test_a_worker_that_hands_over_to_itself_must_hold_the_prompt_twice():
     machine, key = policy(pages=10, me=MIXED), ticket(1, source=MIXED, sink=MIXED)
-    assert machine.on(Asked(key, ask(16, 16)), 0.0) == [
-        Answer(key.key, False, "needs 12 pages, the worker has 10")
-    ]
+    assert machine.on(Asked(key, ask(16, 16)), 0.0) == [Answer(key.key, False, "needs 12 pages, the worker has 10")]
     assert machine.on(Asked(key, ask(8, 16)), 0.0) == [Answer(key.key, True)]
 
 

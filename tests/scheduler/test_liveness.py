@@ -149,7 +149,9 @@ class Crowd(RuleBasedStateMachine):
     def sound(self):
         self.machine.check()
         for who in self.machine.alive():
-            assert self.last_word[who] + 4.0 > self.now or self.machine.deadline() <= self.now
+            due = self.machine.deadline()
+            assert due is not None
+            assert self.last_word[who] + 4.0 > self.now or due <= self.now
 
 
 @efforts

@@ -78,30 +78,32 @@ def test_a_new_incarnation_may_differ_from_its_own_former_life():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("other", "reason"),
     [
-        ({"protocol": PROTOCOL_VERSION + 1}, f"protocol: got {PROTOCOL_VERSION + 1} from decode-1, want "),
-        ({"model": "other"}, "model: got other from decode-1, want m as prefill-1 has"),
-        ({"fingerprint": "0"}, "fingerprint: got 0 from decode-1, want f as prefill-1 has"),
-        ({"kv": KvShape(2, 1, 2, 4, "float32")}, "kv: got "),
-        ({"transport": "nixl"}, "transport: got nixl from decode-1"),
+        (replace(D, protocol=PROTOCOL_VERSION + 1), f"protocol: got {PROTOCOL_VERSION + 1} from decode-1, want "),
+        (replace(D, model="other"), "model: got other from decode-1, want m as prefill-1 has"),
+        (replace(D, fingerprint="0"), "fingerprint: got 0 from decode-1, want f as prefill-1 has"),
+        (replace(D, kv=KvShape(2, 1, 2, 4, "float32")), "kv: got "),
+        (replace(D, transport="nixl"), "transport: got nixl from decode-1"),
     ],
 )
-def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field(change, reason):
+def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field(other, reason):
     machine = Membership(3.5)
     machine.on(Joining(P), 0.0)
-    (turned,) = machine.on(Joining(replace(D, **change)), 1.0)
+    (turned,) = machine.on(Joining(other), 1.0)
     assert isinstance(turned, Turned)
     assert turned.identity == D1
     assert turned.reason.startswith(reason)
     assert machine.members == (P,)
 
 
-@pytest.mark.parametrize("field", ["model", "fingerprint"])
-def test_a_gateway_must_serve_the_same_model(field):
+@pytest.mark.parametrize(
+    ("field", "other"), [("model", replace(G, model="x")), ("fingerprint", replace(G, fingerprint="x"))]
+)
+def test_a_gateway_must_serve_the_same_model(field, other):
     machine = Membership(3.5)
     machine.on(Joining(P), 0.0)
-    (turned,) = machine.on(Joining(replace(G, **{field: "x"})), 1.0)
+    (turned,) = machine.on(Joining(other), 1.0)
     assert isinstance(turned, Turned)
     assert turned.reason == f"{field}: got x from gateway-1, want {getattr(P, field)}"
     assert machine.on(Joining(G), 1.0)[0] == Admitted(GATEWAY)

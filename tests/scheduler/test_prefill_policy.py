@@ -81,7 +81,10 @@ def test_a_request_from_offer_to_hand_over():
         Stage("prefill", "prefill-1", 1.0, {"tokens": "12", "chunks": "2"}),
         Stage("handing_off", "prefill-1", 0.5, {"ready_to_taken_s": "0.250000"}),
     )
-    assert machine.on(HandOffOver(KEY, taken=True, taken_s=0.25), 2.0) == [Answer(Handed(ticket(), stages)), EndSequence(KEY)]
+    assert machine.on(HandOffOver(KEY, taken=True, taken_s=0.25), 2.0) == [
+        Answer(Handed(ticket(), stages)),
+        EndSequence(KEY),
+    ]
     assert (ledger(machine).available, machine.deadline(), machine.ignored) == (40, None, 0)
 
 
@@ -194,6 +197,14 @@ def test_nobody_is_overtaken_while_the_first_waits_for_pages():
     commands = machine.on(HandOffOver(KEY, taken=True), 5.0)
     assert [command.ticket.counter for command in commands if isinstance(command, Begin)] == [2]
     assert commands[-1] == RunChunk(5, (Span(ticket(2).key, 0, 8),))
+
+
+def test_who_has_started_goes_on_before_one_that_was_offered_earlier():
+    machine = policy(pages=10, ungranted_share=1.0)
+    machine.on(offer(1, 32), 0.0)
+    queued(machine, 2, 16)
+    machine.on(Prompt(ticket(1), ask(32)), 0.5)
+    assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(ticket(2).key, 8, 16),))
 
 
 def test_only_a_share_of_the_arena_is_computed_before_its_grant():
@@ -405,8 +416,8 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert request == job.request
                 assert pages == self.ledger.pages(holder(ticket.key))
                 assert len(pages) == SHAPE.pages_for(len(request.prompt))
-                earlier = [j for j in self.jobs.values() if j.prompted and not j.begun and not j.unwanted and not j.ends]
-                assert earlier[0] is job, "overtaken"
+                waiting = [j for j in self.jobs.values() if j.prompted and not (j.begun or j.unwanted or j.ends)]
+                assert waiting[0] is job, "overtaken"
                 job.begun = True
             case RunChunk(run_id, spans):
                 assert self.run is None
@@ -470,7 +481,9 @@ class PrefillWorker(RuleBasedStateMachine):
         minter = data.draw(st.sampled_from([GATEWAY, OTHER_GATEWAY]))
         new = ticket(len(self.jobs) + 1, minter=minter)
         timeout_s = data.draw(st.sampled_from([2.0, 50.0]))
-        self.jobs[new.key] = Job(new, ask(prompt, max_tokens, timeout_s=timeout_s), data.draw(st.sampled_from([None, D2])))
+        self.jobs[new.key] = Job(
+            new, ask(prompt, max_tokens, timeout_s=timeout_s), data.draw(st.sampled_from([None, D2]))
+        )
         wait_s = data.draw(st.sampled_from([5.0, 1000.0]))
         self.give(Offer(new, prompt, max_tokens, wait_s))
 

@@ -1,0 +1,618 @@
+"""All machines together: routers, policies and both sides of hand-offs, over engines and a network of the test's own.
+
+The shells here do what those of the processes do. The engine draws each token from the KV rows in its pages, so that
+a wrong, stale or missing page gives a wrong token. Without faults every request is served, and soon; with faults
+every request ends, no token is wrong, and no page is lost.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from core.kv import pages_of
+from core.messages import Cancel, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken, Tokens
+from core.pages import Owner, Pages
+from core.request import Phase, Request, Ticket
+from core.sampling import Sampling
+from core.worker import Identity, Role
+from scheduler import decode_policy as decode
+from scheduler import prefill_policy as prefill
+from scheduler import router as front
+from tests.cast import SHAPE, worker
+from transfer import sink as taking
+from transfer import source as giving
+
+VOCABULARY = 50
+PAGE = SHAPE.page_tokens
+
+
+def row(before: int, token: int) -> int:
+    """The KV of a token behind the one before it."""
+    return zlib.crc32(f"{before}/{token}".encode())
+
+
+def next_token(rows: list[int]) -> int:
+    """What the model says after these KV rows."""
+    return zlib.crc32(repr(rows).encode()) % VOCABULARY
+
+
+def text(request: Request) -> tuple[list[int], str]:
+    """What the model says to a request, and why it ends."""
+    tokens, rows = list(request.prompt), [0]
+    for token in tokens:
+        rows.append(row(rows[-1], token))
+    said: list[int] = []
+    while len(said) < request.sampling.max_tokens:
+        token = next_token(rows[1:])
+        if token in request.sampling.stop_token_ids:
+            return said, "stop"
+        said.append(token)
+        rows.append(row(rows[-1], token))
+    return said, "length"
+
+
+@dataclass
+class Sequence:
+    """What an engine knows of a sequence."""
+
+    tokens: list[int]
+    pages: tuple[int, ...]
+    sampling: Sampling
+    prompt: int
+    ticket: Ticket
+    first_sent: bool = False
+
+
+@dataclass
+class Reading:
+    """A read on its way; `settled` once it can land no more."""
+
+    pages: tuple[int, ...]
+    peer: Identity
+    failed: bool = False
+    settled: bool = False
+
+
+class Process:
+    """One FIFO and its machines, run to completion after every outside event, with one timer."""
+
+    def __init__(self, world: World, identity: Identity):
+        self.world = world
+        self.me = identity
+        self.alive = True
+        self.machines: dict = {}
+        self.queue: deque = deque()
+        self.draining = False
+        self.rings = 0
+
+    def seat(self, name: str, machine, perform: Callable) -> None:
+        self.machines[name] = (machine, perform)
+
+    def post(self, name: str, event) -> None:
+        if self.alive:
+            self.queue.append((name, event))
+            if not self.draining:
+                self.drain()
+
+    def drain(self) -> None:
+        self.draining = True
+        while self.queue:
+            seat, event = self.queue.popleft()
+            machine, perform = self.machines[seat]
+            for command in machine.on(event, self.world.now):
+                perform(command)
+            machine.check()
+        self.draining = False
+        dues = [due for machine, _ in self.machines.values() if (due := machine.deadline()) is not None]
+        self.rings += 1
+        if dues:
+            ring = self.rings
+            self.world.at(max(min(dues), self.world.now), lambda: self.ring(ring))
+
+    def ring(self, ring: int) -> None:
+        """The timer; an older one than the last that was set is none."""
+        if ring == self.rings and self.alive:
+            for name, (machine, _) in self.machines.items():
+                due = machine.deadline()
+                if due is not None and due <= self.world.now:
+                    self.queue.append((name, None))
+            self.drain()
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """On this process's own clock: never after its death."""
+        self.world.at(self.world.now + seconds, lambda: call() if self.alive else None)
+
+
+class Gateway(Process):
+    """A router and its clients."""
+
+    def __init__(self, world: World, identity: Identity):
+        super().__init__(world, identity)
+        self.router = front.Router(identity, front.RouterConfig(max_queue_s=1000.0))
+        self.seat("router", self.router, self.perform)
+        self.requests: dict[int, Request] = {}
+        self.got: dict[int, list[int]] = {}
+        self.ends: dict[int, front.End] = {}
+
+    def ask(self, request: Request) -> int:
+        counter = len(self.requests) + 1
+        self.requests[counter], self.got[counter] = request, []
+        self.post("router", front.Arrived(counter, request))
+        return counter
+
+    def perform(self, command: front.RouterCommand) -> None:
+        match command:
+            case front.ToOne(who, message):
+                self.world.send(self.me, who, message)
+            case front.Deliver(counter, tokens):
+                self.got[counter] += tokens
+                said, _ = text(self.requests[counter])
+                assert self.got[counter] == said[: len(self.got[counter])], "a wrong token"
+            case front.End(counter):
+                assert counter not in self.ends
+                self.ends[counter] = command
+                if command.phase is Phase.DONE:
+                    assert (self.got[counter], command.reason) == text(self.requests[counter])
+
+    def heard(self, peer: Identity, message: Message) -> None:
+        self.post("router", message)
+
+    def up(self, peer: Identity) -> None:
+        process = self.world.processes[peer]
+        if isinstance(process, Worker):
+            self.post("router", front.WorkerUp(worker(peer, process.role, pages=process.room)))
+
+    def down(self, peer: Identity) -> None:
+        self.post("router", front.WorkerDown(peer))
+
+
+class Worker(Process):
+    """Both shells, one source, one sink, one ledger, an engine and a transfer thread."""
+
+    def __init__(self, world: World, identity: Identity, role: Role, pages: int):
+        super().__init__(world, identity)
+        self.role = role
+        self.ledger = Pages(pages)
+        self.ledger.bind("scratch", 1, Owner.SCRATCH)
+        self.room = self.ledger.available
+        self.arena: list[list[int]] = [[-1] * PAGE for _ in range(pages)]
+        self.source, self.sink = giving.Source(SHAPE), taking.Sink(SHAPE, self.ledger)
+        self.seat("source", self.source, self.give)
+        self.seat("sink", self.sink, self.take)
+        if role.prefills:
+            config = prefill.PrefillConfig(chunk_tokens=8, max_rows=4)
+            self.prefill = prefill.PrefillPolicy(identity, SHAPE, self.ledger, config)
+            self.seat("prefill", self.prefill, self.prefills)
+        if role.decodes:
+            settings = decode.DecodeConfig(max_rows=4, max_steps=1 if role is Role.MIXED else 6)
+            self.decode = decode.DecodePolicy(identity, SHAPE, self.ledger, settings)
+            self.seat("decode", self.decode, self.decodes)
+        self.sequences: dict[str, Sequence] = {}
+        self.jobs: deque[Callable[[], None]] = deque()
+        self.busy = False
+        self.cut = False
+        self.reads: dict[int, Reading] = {}
+        self.digesting = 0.0
+
+    # The engine's thread: one job after another; a job that takes time calls `next_job` when it is done.
+    def do(self, job: Callable[[], None]) -> None:
+        self.jobs.append(job)
+        if not self.busy:
+            self.next_job()
+
+    def next_job(self) -> None:
+        self.busy = False
+        if self.jobs:
+            self.busy = True
+            self.jobs.popleft()()
+
+    def at_once(self, job: Callable[[], None]) -> None:
+        def run() -> None:
+            job()
+            self.next_job()
+
+        self.do(run)
+
+    def rows(self, sequence: Sequence, stop: int) -> list[int]:
+        return [self.arena[sequence.pages[i // PAGE]][i % PAGE] for i in range(stop)]
+
+    def write(self, sequence: Sequence, position: int) -> None:
+        page, slot = divmod(position, PAGE)
+        assert page < len(sequence.pages), "a token without a page"
+        before = self.rows(sequence, position)[-1] if position else 0
+        self.arena[sequence.pages[page]][slot] = row(before, sequence.tokens[position])
+
+    def sample(self, sequence: Sequence) -> tuple[int, str | None]:
+        token = next_token(self.rows(sequence, len(sequence.tokens)))
+        sequence.tokens.append(token)
+        if token in sequence.sampling.stop_token_ids:
+            return token, "stop"
+        return token, "length" if len(sequence.tokens) - sequence.prompt == sequence.sampling.max_tokens else None
+
+    def open(self, name: str, ticket: Ticket, tokens: tuple[int, ...], pages: tuple[int, ...], request: Request) -> None:
+        assert name not in self.sequences
+        self.sequences[name] = Sequence(list(tokens), pages, request.sampling, len(request.prompt), ticket)
+
+    def close(self, name: str) -> None:
+        self.sequences.pop(name, None)
+
+    # The prefill shell.
+    def prefills(self, command: prefill.PrefillCommand) -> None:
+        match command:
+            case prefill.Answer(message):
+                self.world.send(self.me, message.ticket.minter, message)
+            case prefill.Begin(ticket, request, pages):
+                self.at_once(lambda: self.open(prefill.holder(ticket.key), ticket, request.prompt, pages, request))
+            case prefill.RunChunk():
+                self.do(lambda: self.later(self.world.dice.uniform(0.005, 0.02), lambda: self.chunk(command)))
+            case prefill.EndSequence(key):
+                self.at_once(lambda: self.close(prefill.holder(key)))
+            case prefill.AskForSink(ticket, request, deadline):
+                self.post("source", giving.AskSink(ticket, request, deadline))
+            case prefill.SealPages(key, pages, tokens, first_token):
+                self.post("source", giving.Sealed(key, pages, tokens, first_token))
+            case prefill.WithdrawHandOff(key, reason):
+                self.post("source", giving.Withdraw(key, reason))
+
+    def chunk(self, command: prefill.RunChunk) -> None:
+        firsts = []
+        for span in command.spans:
+            sequence = self.sequences[prefill.holder(span.key)]
+            for position in range(span.start, span.stop):
+                self.write(sequence, position)
+            if span.stop == sequence.prompt:
+                token, finish = self.sample(sequence)
+                firsts.append(prefill.First(span.key, token, finish))
+                if finish != "stop":
+                    self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, 0, (token,)))
+        self.next_job()
+        self.post("prefill", prefill.ChunkDone(command.run_id, tuple(firsts)))
+
+    # The decode shell.
+    def decodes(self, command: decode.DecodeCommand) -> None:
+        match command:
+            case decode.Answer(key, granted, reason):
+                self.post("sink", taking.Decided(key, granted, reason))
+            case decode.Run():
+                self.cut = False
+                self.do(lambda: self.start(command))
+            case decode.Cut():
+                self.cut = True
+            case decode.Leave(key):
+                self.at_once(lambda: self.close(key))
+            case decode.DropHandOff(key, reason):
+                self.post("sink", taking.Drop(key, reason))
+            case decode.Tell(message):
+                self.world.send(self.me, message.ticket.minter, message)
+
+    def start(self, command: decode.Run) -> None:
+        for join in command.joining:
+            tokens = (*join.request.prompt, join.first_token)
+            self.open(join.ticket.key, join.ticket, tokens, join.pages, join.request)
+        for grow in command.growing:
+            self.sequences[grow.key].pages += grow.pages
+        self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
+
+    def step(self, command: decode.Run, steps: int) -> None:
+        ended = []
+        for key in command.rows:
+            sequence = self.sequences[key]
+            self.write(sequence, len(sequence.tokens) - 1)
+            token, finish = self.sample(sequence)
+            index = len(sequence.tokens) - 1 - sequence.prompt
+            tokens = () if finish == "stop" else (token,)
+            if not sequence.first_sent:
+                sequence.first_sent, index = True, index - 1
+                tokens = (sequence.tokens[sequence.prompt], *tokens)
+            if tokens:
+                self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, index, tokens))
+            if finish is not None:
+                generated = len(sequence.tokens) - sequence.prompt - (finish == "stop")
+                stop = token if finish == "stop" else None
+                ended.append(decode.Ended(key, finish, generated, stop))
+        if ended or self.cut or steps == command.steps:
+            self.next_job()
+            self.post("decode", decode.Ran(command.run_id, steps, tuple(ended)))
+        else:
+            self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, steps + 1))
+
+    # The hand-off shell.
+    def give(self, command: giving.SourceCommand) -> None:
+        match command:
+            case giving.SendToSink(message):
+                ticket = message.ticket
+                if ticket.sink == self.me:
+                    self.post("sink", message)
+                elif not self.world.send(self.me, ticket.sink, message) and isinstance(message, Reserve):
+                    self.post("source", Refuse(ticket, "no lane"))
+            case giving.Digest(key, first_page, pages, tokens):
+                self.digest(
+                    first_page, pages, tokens, lambda found: self.post("source", giving.Digested(key, first_page, found))
+                )
+            case giving.GrantCame(key):
+                self.post("prefill", prefill.Granted(key))
+            case giving.HandOffEnded(key, taken, reason):
+                self.post("prefill", prefill.HandOffOver(key, taken, reason))
+
+    def take(self, command: taking.SinkCommand) -> None:
+        match command:
+            case taking.SendToSource(message):
+                if message.ticket.source == self.me:
+                    self.post("source", message)
+                else:
+                    self.world.send(self.me, message.ticket.source, message)
+            case taking.AskPolicy(ticket, request):
+                self.post("decode", decode.Asked(ticket, request))
+            case taking.Read(read_id, source, runs, pages):
+                self.read(read_id, source, pages_of(runs), pages)
+            case taking.Check(read_id, first_page, pages, tokens):
+                self.digest(
+                    first_page, pages, tokens, lambda found: self.post("sink", taking.Checked(read_id, found))
+                )
+            case taking.Fence(read_ids):
+                self.later(0.01, lambda: self.fence(read_ids))
+            case taking.Arrived(ticket, request, first_token):
+                self.post("decode", decode.KvArrived(ticket, request, first_token))
+            case taking.Gone(ticket, reason, recompute):
+                self.post("decode", decode.Withdrawn(ticket, reason, recompute))
+
+    def digest(self, first_page: int, pages: tuple[int, ...], tokens: int, tell: Callable) -> None:
+        def job() -> None:
+            rows = [self.arena[page] for page in pages]
+            left = [min(PAGE, tokens - i * PAGE) for i in range(len(pages))]
+            firsts = range(first_page, first_page + len(pages))
+            tell(tuple(zlib.crc32(repr((r[:n], f)).encode()) for r, n, f in zip(rows, left, firsts, strict=True)))
+
+        self.digesting = max(self.digesting, self.world.now) + 0.0005
+        self.later(self.digesting - self.world.now, job)
+
+    def read(self, read_id: int, peer: Identity, source: tuple[int, ...], pages: tuple[int, ...]) -> None:
+        dice, reading = self.world.dice, Reading(pages, peer)
+        self.reads[read_id] = reading
+
+        def end() -> None:
+            if reading.failed:
+                return
+            process = self.world.processes.get(peer)
+            if isinstance(process, Worker) and process.alive and dice.random() >= self.world.faults / 20:
+                reading.settled = True
+                for mine, theirs in zip(pages, source, strict=True):
+                    self.arena[mine] = list(process.arena[theirs])
+                if dice.random() < self.world.faults / 20:
+                    self.arena[pages[0]] = [-2] * PAGE
+                self.post("sink", taking.ReadEnded(read_id, True, 0.001))
+            else:
+                self.give_up(read_id, reading)
+
+        self.later(dice.uniform(0.001, 0.05), end)
+
+    def give_up(self, read_id: int, reading: Reading) -> None:
+        """It fails in doubt, and may land long after."""
+
+        def land() -> None:
+            if not reading.settled:
+                for page in reading.pages:
+                    self.arena[page] = [-3] * PAGE
+
+        reading.failed = True
+        self.later(self.world.dice.uniform(0.0, 2.0), land)
+        self.post("sink", taking.ReadEnded(read_id, False, 0.0, True, "gone"))
+
+    def fence(self, read_ids: tuple[int, ...]) -> None:
+        for read_id in read_ids:
+            reading = self.reads[read_id]
+            if not reading.settled:
+                if not reading.failed:
+                    self.give_up(read_id, reading)
+                reading.settled = True
+                self.post("sink", taking.Fenced((read_id,)))
+
+    # Streams.
+    def heard(self, peer: Identity, message: Message) -> None:
+        match message:
+            case Offer() | Prompt():
+                self.post("prefill", message)
+            case Cancel(ticket, reason):
+                if self.role.prefills:
+                    self.post("prefill", message)
+                if self.role.decodes:
+                    self.post("decode", decode.CancelDecode(ticket, reason))
+            case Reserve() | Ready():
+                self.post("sink", message)
+            case Grant() | Refuse() | Taken():
+                self.post("source", message)
+            case Release(ticket):
+                self.post("source" if ticket.source == self.me else "sink", message)
+
+    def up(self, peer: Identity) -> None:
+        """Lanes are connected by the test."""
+
+    def down(self, peer: Identity) -> None:
+        if isinstance(self.world.processes[peer], Worker):
+            self.post("source", giving.SinkLost(peer))
+            self.post("sink", taking.SourceLost(peer))
+            for read_id, reading in self.reads.items():
+                if reading.peer == peer and not reading.settled and not reading.failed:
+                    self.give_up(read_id, reading)
+            return
+
+        def gone() -> None:
+            if not self.world.link(self.me, peer).up:
+                for name, event in (("prefill", prefill.GatewayGone(peer)), ("decode", decode.GatewayGone(peer))):
+                    if name in self.machines:
+                        self.post(name, event)
+
+        self.later(3.0, gone)
+
+
+@dataclass
+class Link:
+    """The stream of a pair; `epoch` counts its lives, and what was under way in an old one is lost."""
+
+    up: bool = True
+    epoch: int = 0
+    last: dict[Identity, float] = field(default_factory=dict)
+
+
+class World:
+    """Time, the network, and what goes wrong."""
+
+    def __init__(self, seed: int, faults: float):
+        self.dice = random.Random(seed)
+        self.faults = faults
+        self.now = 0.0
+        self.agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self.count = 0
+        self.processes: dict[Identity, Gateway | Worker] = {}
+        self.links: dict[frozenset[Identity], Link] = {}
+
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        self.count += 1
+        heapq.heappush(self.agenda, (when, self.count, call))
+
+    def run(self, until: float, over: Callable[[], bool] = lambda: False) -> None:
+        turns, since = 0, self.now
+        while self.agenda and self.agenda[0][0] <= until and not over():
+            self.now, _, call = heapq.heappop(self.agenda)
+            turns, since = (turns + 1, since) if self.now == since else (0, self.now)
+            assert turns < 1000, "a driver spins"
+            call()
+        if not over():
+            self.now = until
+
+    def link(self, one: Identity, two: Identity) -> Link:
+        return self.links.setdefault(frozenset((one, two)), Link())
+
+    def join(self, process: Gateway | Worker) -> None:
+        self.processes[process.me] = process
+        for other in list(self.processes.values()):
+            if other is not process and other.alive:
+                process.up(other.me)
+                other.up(process.me)
+
+    def send(self, sender: Identity, to: Identity, message: Message) -> bool:
+        link = self.link(sender, to)
+        if not link.up or not self.processes[to].alive:
+            return False
+        epoch, peer = link.epoch, self.processes[to]
+        when = max(link.last.get(to, 0.0), self.now + self.dice.uniform(0.0005, 0.01))
+        link.last[to] = when
+        self.at(when, lambda: peer.heard(sender, message) if link.epoch == epoch and peer.alive else None)
+        return True
+
+    def break_link(self, one: Identity, two: Identity) -> None:
+        link = self.link(one, two)
+        if not link.up:
+            return
+        link.up, link.epoch = False, link.epoch + 1
+        delays = [self.dice.uniform(0.0, 0.1) for _ in range(2)]
+        for me, peer, delay in ((one, two, delays[0]), (two, one, delays[1])):
+            self.processes[me].later(delay, lambda me=me, peer=peer: self.processes[me].down(peer))
+        self.at(self.now + max(delays) + self.dice.choice([0.05, 1.0, 5.0]), lambda: self.mend(one, two))
+
+    def mend(self, one: Identity, two: Identity) -> None:
+        if self.processes[one].alive and self.processes[two].alive:
+            self.link(one, two).up = True
+            self.processes[one].up(two)
+            self.processes[two].up(one)
+
+    def kill(self, process: Gateway | Worker) -> None:
+        process.alive = False
+        for other in list(self.processes.values()):
+            if other.alive and self.link(process.me, other.me).up:
+                self.break_link(process.me, other.me)
+        again = Identity(process.me.name, process.me.incarnation + 1)
+        if isinstance(process, Worker):
+            new: Gateway | Worker = Worker(self, again, process.role, process.ledger.total)
+        else:
+            new = Gateway(self, again)
+        self.at(self.now + 0.5, lambda: self.join(new))
+
+
+DEPLOYMENTS = {
+    "one and one": {"p": (Role.PREFILL, 1, 16), "d": (Role.DECODE, 1, 14)},
+    "two and two": {"p": (Role.PREFILL, 2, 14), "d": (Role.DECODE, 2, 12)},
+    "mixed": {"m": (Role.MIXED, 1, 18)},
+    "two mixed and a decode worker": {"m": (Role.MIXED, 2, 16), "d": (Role.DECODE, 1, 20)},
+    "one of each": {"p": (Role.PREFILL, 1, 14), "d": (Role.DECODE, 1, 14), "m": (Role.MIXED, 1, 18)},
+}
+
+
+def live(deployment: str, seed: int, faults: float) -> None:
+    """Thirty requests at two gateways, enough at once to fill every arena; then silence, and a look at what is left."""
+    world, stop = World(seed, faults), 4.0
+    dice = world.dice
+    for letter, (role, count, pages) in DEPLOYMENTS[deployment].items():
+        for index in range(count):
+            world.join(Worker(world, Identity(f"{letter}{index}", 1), role, pages))
+    for index in range(2):
+        world.join(Gateway(world, Identity(f"g{index}", 1)))
+
+    def arrive() -> None:
+        gateways = [each for each in world.processes.values() if isinstance(each, Gateway) and each.alive]
+        if not gateways:
+            return
+        prompt = tuple(dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 20)))
+        stops = (dice.randrange(VOCABULARY),) * dice.randint(0, 1)
+        sampling = Sampling(dice.randint(1, 12), stop_token_ids=stops)
+        gateway = dice.choice(gateways)
+        counter = gateway.ask(Request("r", prompt, sampling, timeout_s=500.0))
+        if dice.random() < 0.15:
+            leave = front.ClientGone(counter, "left")
+            gateway.later(dice.uniform(0.0, 0.5), lambda: gateway.post("router", leave))
+
+    def trouble() -> None:
+        living = [each for each in world.processes.values() if each.alive]
+        if dice.random() < 0.3:
+            world.kill(dice.choice(living))
+        elif len(living) > 1:
+            one, two = dice.sample(living, 2)
+            world.break_link(one.me, two.me)
+
+    for _ in range(30):
+        world.at(dice.uniform(0.0, stop / 2), arrive)
+    for _ in range(int(faults * 8)):
+        world.at(dice.uniform(0.0, stop), trouble)
+    gateways = [each for each in world.processes.values() if isinstance(each, Gateway)]
+    world.run(stop)
+    world.faults = 0.0
+
+    def over() -> bool:
+        return all(len(each.router) == 0 for each in world.processes.values() if isinstance(each, Gateway) and each.alive)
+
+    world.run(60.0, over)
+    assert over(), "a request hangs"
+    world.run(world.now + 20.0)
+    for process in world.processes.values():
+        if isinstance(process, Worker) and process.alive:
+            doubtful = tuple(read_id for read_id, reading in process.reads.items() if not reading.settled)
+            process.fence(doubtful)
+            assert process.ledger.holders() == ("scratch",), "a page leaked"
+            assert not process.sequences
+            assert len(process.source) == len(process.sink) == 0
+    for gateway in gateways:
+        if gateway.alive and not faults:
+            for counter, end in gateway.ends.items():
+                assert end.phase in (Phase.DONE, Phase.CANCELLED), (counter, end)
+                assert end.attempts == 1
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"])
+def test_without_faults_every_request_is_served_and_soon(deployment, seeds):
+    for seed in seeds:
+        live(deployment, seed, 0.0)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"])
+def test_with_faults_every_request_ends_and_nothing_is_wrong_or_lost(deployment, seeds):
+    for seed in seeds:
+        live(deployment, seed, 1.0)
