@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -46,11 +46,42 @@ def channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
 
 
+class Parse(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT to a request that is not its message, where grpc.aio would say UNKNOWN."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming or handler.request_deserializer is None:
+            return handler
+        parse, many, one = handler.request_deserializer, handler.unary_stream, handler.unary_unary
+
+        async def parsed(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return parse(payload)
+            except Exception as error:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a message of this call: {error}")
+
+        async def stream(payload: bytes, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async for response in many(await parsed(payload, context), context):
+                yield response
+
+        async def answer(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
+            return await one(await parsed(payload, context), context)
+
+        if many is not None:
+            return grpc.unary_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+
 class Server:
     """A gRPC server with health and reflection, bound to `address` (port 0: any free port)."""
 
     def __init__(self, address: str, services: Iterable[str]) -> None:
-        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self.grpc = grpc.aio.server(interceptors=(Parse(),), options=SERVER_OPTIONS)
         self.health = HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         self._services = ("", *services)

@@ -236,6 +236,9 @@ class PrefillPolicy:
                     return [Answer(Failed(ticket, "ABORTED", "the offer has lapsed"))]
                 job.state, job.request, job.second, job.since = State.QUEUED, request, second, now
                 job.deadline = now + request.timeout_s
+                # The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent
+                # later, would wait for memory there that is promised to those behind it here.
+                self._jobs[ticket.key] = self._jobs.pop(ticket.key)
             case Cancel(ticket, reason):
                 commands += self._cancel_where(lambda job: job.ticket.key == ticket.key, reason)
             case GatewayGone(identity):
@@ -302,11 +305,9 @@ class PrefillPolicy:
             return self._ask(head) if head else []
         spans: list[Span] = []
         budget = self._config.chunk_tokens
-        live = [job for job in self._jobs.values() if job.cancelled is None]
-        # Who has started goes on first: one that was offered earlier, but sent later, may wait for its very pages.
-        line = [job for state in (State.RUNNING, State.QUEUED) for job in live if job.state is state]
-        for job in line:
-            key = job.ticket.key
+        for key, job in self._jobs.items():
+            if job.state not in (State.QUEUED, State.RUNNING) or job.cancelled is not None:
+                continue
             if budget == 0 or len(spans) == self._config.max_rows:
                 break
             if not job.begun:

@@ -1,242 +1,393 @@
-"""Real deployments for the live tests, and the one engine in one process that they are compared with."""
+"""A real deployment under test, its clients, and the one engine in this process that says what they must receive."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-import threading
+import os
+import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
 from prometheus_client.parser import text_string_to_metric_families
 
-from control.launcher import Deployment
-from control.up import wait_ready
+from control.client import members
+from control.launcher import Deployment, Running
 from core.config import DeploymentConfig, WorkerConfig
 from core.sampling import Sampling
 from engine.api import Sampled
-from engine.config import ModelConfig
 from engine.engine import TorchEngine
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from tests.engine.play import alone
 
-EMPTY_S = 6.0
-"""A gateway's lease and a little: after this time nothing of a dead request is left."""
+MODEL = "tiny"
+"""The name that every deployment serves its model by."""
+SECRET = "xyzzy plugh"
+"""Begins the text prompts here: no log may ever show it."""
+LATE_S = 20.0
+"""Nothing that a test waits for takes this long on a busy machine."""
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 @dataclass(slots=True)
 class Reply:
-    """All that one request's stream gave."""
+    """What a client received."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    messages: list[inference_pb2.GenerateResponse] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """Tokens in each message that had any."""
     end: inference_pb2.End | None = None
-    error: grpc.RpcError | None = None
+    code: str = "OK"
+    details: str = ""
+    retry_s: float | None = None
 
     @property
-    def code(self) -> grpc.StatusCode:
-        """OK, or the status the stream ended with."""
-        return grpc.StatusCode.OK if self.error is None else self.error.code()
+    def hashes(self) -> list[int]:
+        """One hash of the logits a token."""
+        return list(self.end.logits_hashes) if self.end else []
 
-    def stage(self, name: str) -> Any:
-        """One stage of the waterfall."""
-        assert self.end is not None
-        return next(stage for stage in self.end.stages if stage.name == name)
+    @property
+    def last(self) -> inference_pb2.End:
+        """The last message's `end`; fails the test if the call failed."""
+        assert self.end is not None, f"{self.code}: {self.details}"
+        return self.end
+
+    def take(self, response: inference_pb2.GenerateResponse) -> None:
+        """Add one message."""
+        assert self.end is None, "a message came after the last"
+        self.text += response.text
+        self.tokens += response.token_ids
+        if response.token_ids:
+            self.sizes.append(len(response.token_ids))
+        if response.HasField("end"):
+            self.end = response.end
+
+    def fail(self, error: grpc.RpcError) -> None:
+        """Add the status that the call ended with."""
+        self.code, self.details = error.code().name, error.details() or ""
+        status = rpc_status.from_call(error)
+        for detail in status.details if status else ():
+            wait = error_details_pb2.RetryInfo()
+            if detail.Unpack(wait):
+                self.retry_s = wait.retry_delay.ToTimedelta().total_seconds()
 
 
-class Cluster:
-    """A running deployment, its model, and a stub for each gateway."""
+def ask(prompt: str | Sequence[int], max_tokens: int | None = None, **fields: Any) -> inference_pb2.GenerateRequest:
+    """A request with a text or token prompt; `fields` are others of GenerateRequest."""
+    request = inference_pb2.GenerateRequest(max_tokens=max_tokens, **fields)
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request
 
-    def __init__(self, deployment: Deployment, model: Path, log: Path) -> None:
-        self.deployment = deployment
-        self.model = model
-        self.log = log
-        self.expected_errors: list[str] = []
-        self._channels = {}
 
-    def stub(self, gateway: int = 0) -> inference_pb2_grpc.InferenceServiceStub:
-        """The gateway's service."""
-        address = self.deployment.gateways[gateway]
-        if address not in self._channels:
-            self._channels[address] = grpc.insecure_channel(address)
-        return inference_pb2_grpc.InferenceServiceStub(self._channels[address])
+class Client:
+    """A grpc.aio client of one gateway, for use as an async context manager."""
 
-    def channel(self, gateway: int = 0) -> grpc.Channel:
-        """The gateway's channel."""
-        self.stub(gateway)
-        return self._channels[self.deployment.gateways[gateway]]
+    def __init__(self, address: str, options: Sequence[tuple[str, int]] = ()) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1), *options])
+        self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
-    def ask(
-        self,
-        request: inference_pb2.GenerateRequest,
-        gateway: int = 0,
-        timeout_s: float = 60.0,
-        watch: Callable[[inference_pb2.GenerateResponse], None] = lambda response: None,
-    ) -> Reply:
-        """Run one request to its end."""
+    async def __aenter__(self) -> Client:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._channel.close()
+
+    async def generate(self, request: inference_pb2.GenerateRequest, timeout_s: float = 100.0) -> Reply:
+        """The whole reply, or how the call failed; never raises for a status."""
         reply = Reply()
-        try:
-            for response in self.stub(gateway).Generate(request, timeout=timeout_s):
-                reply.messages.append(response)
-                reply.text += response.text
-                reply.tokens += response.token_ids
-                if response.HasField("end"):
-                    reply.end = response.end
-                watch(response)
-        except grpc.RpcError as error:
-            reply.error = error
+        with contextlib.suppress(grpc.RpcError):
+            async for response in self.responses(request, reply, timeout_s):
+                reply.take(response)
         return reply
 
-    def ask_all(self, requests: Sequence[inference_pb2.GenerateRequest], gateway: int = 0) -> list[Reply]:
-        """Run requests at once, a thread each; replies in the order of the requests."""
-        replies: list[Reply | None] = [None] * len(requests)
+    async def responses(
+        self, request: inference_pb2.GenerateRequest, reply: Reply, timeout_s: float = 100.0
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Message by message; a failure is noted in `reply` and raised."""
+        try:
+            async for response in self.stub.Generate(request, timeout=timeout_s):
+                yield response
+        except grpc.RpcError as error:
+            reply.fail(error)
+            raise
 
-        def one(index: int) -> None:
-            replies[index] = self.ask(requests[index], gateway, timeout_s=100.0)
 
-        threads = [threading.Thread(target=one, args=(index,)) for index in range(len(requests))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [reply for reply in replies if reply is not None]
+class Live:
+    """One running deployment. `stop` fails if it left anything behind."""
 
-    def metrics(self, name: str) -> dict[str, dict[tuple[str, ...], float]]:
-        """A process's samples: metric -> label values -> value."""
-        running = self.deployment.running[name]
-        with urllib.request.urlopen(f"http://{running.metrics}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        found: dict[str, dict[tuple[str, ...], float]] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                found.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
+    def __init__(
+        self, config: DeploymentConfig, model: Path, log: Path, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.log = log
+        self.expected: list[str] = []
+        """Patterns of the error lines that its tests provoke."""
+        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say)
+        self._lives: list[Running] = []
+        self._killed: set[int] = set()
+
+    def start(self) -> None:
+        """Start all processes and wait until requests are served by every worker."""
+        try:
+            self.deployment.start()
+            self._note()
+            self.wait_ready()
+        except BaseException:
+            self.deployment.stop()
+            raise
+
+    @property
+    def gateway(self) -> str:
+        """Address of the first gateway."""
+        return self.deployment.gateways[0]
+
+    @property
+    def workers(self) -> list[Running]:
+        """The worker processes."""
+        return [each for each in self.deployment.running.values() if isinstance(each.config, WorkerConfig)]
+
+    def wait_ready(self) -> None:
+        """Until every worker's lanes are measured and every gateway serves."""
+        count = self.config.workers + self.config.gateways
+
+        def ready() -> bool:
+            known = members(self.deployment.coordinator)
+            workers = {name for name, each in self.deployment.running.items() if isinstance(each.config, WorkerConfig)}
+            return (
+                len(known) == count
+                and all(member.ready for member in known)
+                and all(self.health(address) == "SERVING" for address in self.deployment.gateways)
+                and all(self.usable(address) >= workers for address in self.deployment.gateways)
+            )
+
+        until(ready, "the deployment is ready")
+
+    def usable(self, gateway: str) -> set[str]:
+        """Names of the workers that a gateway calls ready."""
+        name = next(each.name for each in self.deployment.running.values() if each.address == gateway)
+        found = self.metrics(name)
+        return {
+            dict(labels)["worker"] for (key, labels), value in found.items() if key == "baton_worker_ready" and value
+        }
+
+    def health(self, address: str, service: str = "") -> str:
+        """What grpc.health.v1 says of a process."""
+        with grpc.insecure_channel(address) as channel:
+            request = health_pb2.HealthCheckRequest(service=service)
+            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=LATE_S)
+        return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+
+    def metrics(self, name: str) -> Samples:
+        """What a process shows on /metrics, by name and labels."""
+        return {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in text_string_to_metric_families(self.scrape(name))
+            for sample in family.samples
+        }
+
+    def scrape(self, name: str) -> str:
+        """The text of a process's /metrics."""
+        url = f"http://{self.deployment.running[name].metrics}/metrics"
+        with urllib.request.urlopen(url, timeout=LATE_S) as response:
+            return str(response.read().decode())
+
+    def metric(self, name: str, key: str, **labels: str) -> float:
+        """One sample of a process; 0 if it is not there."""
+        return self.metrics(name).get((key, tuple(sorted(labels.items()))), 0.0)
+
+    def total(self, key: str, **labels: str) -> float:
+        """One sample added up over all workers that live."""
+        return sum(self.metric(each.name, key, **labels) for each in self.workers if each.process.poll() is None)
+
+    def kill(self, name: str, number: int) -> None:
+        """Send a signal; SIGKILL is waited for."""
+        import signal
+
+        process = self.deployment.running[name].process
+        self.deployment.kill(name, signal.Signals(number))
+        if number == signal.SIGKILL:
+            self._killed.add(process.pid)
+            process.wait(LATE_S)
+
+    def restart(self, *names: str) -> None:
+        """Start killed processes again and wait until all serve."""
+        for name in names:
+            self.deployment.restart(name)
+        self._note()
+        self.wait_ready()
+
+    def wait_empty(self, within_s: float = LATE_S) -> float:
+        """Until no worker holds or promised a page; the seconds that took."""
+        started = time.monotonic()
+        until(lambda: not self.held(), "all arenas are empty", within_s, self.held)
+        return time.monotonic() - started
+
+    def held(self) -> list[str]:
+        """What workers hold, beside free and scratch pages."""
+        found = []
+        for each in self.workers:
+            if each.process.poll() is not None:
+                continue
+            for (key, labels), value in self.metrics(each.name).items():
+                state = dict(labels).get("state", "")
+                kept = key == "baton_pages" and state not in ("free", "scratch")
+                if value and (kept or key == "baton_pages_promised"):
+                    found.append(f"{each.name} {key} {state} {value:g}")
         return found
 
-    def workers(self) -> list[str]:
-        """Names of the workers that run."""
-        return [
-            name
-            for name, each in self.deployment.running.items()
-            if isinstance(each.config, WorkerConfig) and each.process.poll() is None
-        ]
-
-    def held_pages(self) -> dict[str, float]:
-        """Pages of each worker that belong to a request or are promised to one."""
-        held = {}
-        for name in self.workers():
-            samples = self.metrics(name)
-            pages = {key[0]: value for key, value in samples["baton_pages"].items()}
-            mine = sum(value for state, value in pages.items() if state not in ("free", "scratch"))
-            held[name] = mine + samples["baton_pages_promised"][()]
-        return held
-
-    def assert_empty(self, within_s: float = EMPTY_S) -> None:
-        """All arenas are empty, soon."""
-        until = time.monotonic() + within_s
-        while any((held := self.held_pages()).values()):
-            assert time.monotonic() < until, f"pages are still held: {held}"
-            time.sleep(0.1)
-
-    def log_lines(self) -> list[dict[str, str]]:
-        """All log lines so far."""
+    def lines(self) -> list[dict[str, str]]:
+        """The log of all processes."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
-    def close(self) -> None:
-        """Hang up, end everything, and see that all was in order."""
-        for channel in self._channels.values():
-            channel.close()
-        pids = [each.process.pid for each in self.deployment.running.values()]
-        ended = self.deployment.ended()
-        self.deployment.stop()
-        for pid in pids:
-            assert not Path(f"/proc/{pid}").exists(), f"process {pid} is left"
-        errors = [
-            line
-            for line in self.log_lines()
-            if line["level"] == "error" and not any(text in line["message"] for text in self.expected_errors)
-        ]
-        assert not errors, errors
-        assert not ended, f"ended by themselves: {ended}"
+    def stop(self) -> None:
+        """End all processes; fails if pages, processes, mismatches or unexpected errors were left behind."""
+        wrong = []
+        try:
+            if self.deployment.running:
+                alive = [each for each in self.workers if each.process.poll() is None]
+                self.wait_empty()
+                wrong += [f"{name} ended by itself" for name in self._ended()]
+                if self.total("baton_digest_mismatches"):
+                    wrong.append("a page differed from its digest")
+                wrong += [
+                    f"{each.name} has a lane over {dict(labels)['transport']}"
+                    for each in alive
+                    for key, labels in self.metrics(each.name)
+                    if key == "baton_lane_latency_seconds" and not self._right_lane(dict(labels)["transport"])
+                ]
+        finally:
+            self.deployment.stop()
+        wrong += [f"process {pid} is left" for each in self._lives for pid in session(each.process.pid)]
+        codes = {each.name: each.process.returncode for each in self._lives if each.process.pid not in self._killed}
+        wrong += [f"{name} left with {code}" for name, code in codes.items() if code]
+        for line in self.lines():
+            text = line["message"] + line.get("exception", "")
+            if line["level"] in ("error", "critical") and not any(re.search(each, text) for each in self.expected):
+                wrong.append(f"{line['worker']} logged: {text}")
+        if SECRET in self.log.read_text():
+            wrong.append("a prompt was logged")
+        assert not wrong, "\n".join(wrong)
 
+    def tail(self, count: int = 60) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log.read_text().splitlines()[-count:]) if self.log.exists() else ""
 
-@contextmanager
-def cluster(model: Path, scratch: Path, **settings: Any) -> Iterator[Cluster]:
-    """A deployment that is ready, every machine checked at every step."""
-    config = DeploymentConfig(**{"model": str(model), "port": 0, "kv_memory": "32M", "check": True, **settings})
-    log = scratch / f"{model.name}-{time.monotonic_ns()}.log"
-    deployment = Deployment(config, model, model.name, log_path=log)
-    try:
-        deployment.start()
-        wait_ready(deployment)
-        running = Cluster(deployment, model, log)
-    except BaseException:
-        deployment.stop()
-        print(log.read_text()[-4000:])
-        raise
-    try:
-        yield running
-        running.assert_empty()
-    except BaseException:
-        print(log.read_text()[-6000:])
-        raise
-    finally:
-        running.close()
+    def _right_lane(self, transport: str) -> bool:
+        return transport.startswith("ucx" if self.deployment.transport == "nixl" else "zeromq")
 
+    def _ended(self) -> list[str]:
+        processes = self.deployment.running
+        return [name for name in self.deployment.ended() if processes[name].process.pid not in self._killed]
 
-def request(prompt: Sequence[int] | str, **fields: Any) -> inference_pb2.GenerateRequest:
-    """A GenerateRequest; lists extend repeated fields."""
-    made = inference_pb2.GenerateRequest()
-    if isinstance(prompt, str):
-        made.text = prompt
-    else:
-        made.token_ids.ids.extend(prompt)
-    for name, value in fields.items():
-        if isinstance(value, list):
-            getattr(made, name).extend(value)
-        else:
-            setattr(made, name, value)
-    return made
-
-
-def sampling_of(made: inference_pb2.GenerateRequest, eos: Sequence[int]) -> Sampling:
-    """What the gateway makes of the request."""
-    return Sampling(
-        max_tokens=made.max_tokens,
-        temperature=made.temperature,
-        top_k=made.top_k,
-        top_p=made.top_p if made.HasField("top_p") else 1.0,
-        seed=made.seed,
-        stop_token_ids=(*made.stop_token_ids, *(() if made.ignore_eos else eos)),
-        ignore_eos=made.ignore_eos,
-    )
+    def _note(self) -> None:
+        self._lives += [each for each in self.deployment.running.values() if each not in self._lives]
 
 
 class Reference:
-    """One engine in this process."""
+    """What one engine in this process, without any of the system around it, generates; kept for the next question."""
 
-    def __init__(self, model: Path, **settings: Any) -> None:
-        self.config = ModelConfig.read(model)
-        self.engine = TorchEngine(model, **{"kv_memory": 64 * 2**20, "threads": 1, "hash_logits": True, **settings})
+    def __init__(self, model: Path, **options: Any) -> None:
+        self.engine = TorchEngine(model, **{"kv_memory": 16 * 2**20, "page_tokens": 16, "hash_logits": True, **options})
+        self._known: dict[tuple[tuple[int, ...], Sampling], list[Sampled]] = {}
 
-    def play(self, made: inference_pb2.GenerateRequest) -> list[Sampled]:
-        """Everything the request gives, run by itself with the whole prompt in one step."""
-        name = f"reference-{id(made)}"
-        out = alone(self.engine, list(made.token_ids.ids), sampling_of(made, self.config.eos_token_ids), name=name)
-        self.engine.close(name)
-        return out
+    def samples(self, prompt: Sequence[int], sampling: Sampling) -> list[Sampled]:
+        """All samples, a stop token included."""
+        key = tuple(prompt), sampling
+        if key not in self._known:
+            with one_thread():
+                self._known[key] = alone(self.engine, prompt, sampling)
+        return self._known[key]
+
+    def tokens(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+        """The tokens that a client receives."""
+        return [sample.token for sample in self.samples(prompt, sampling) if sample.finish != "stop"]
+
+    def hashes(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
+        """The logits' hashes of those."""
+        return [sample.logits_hash for sample in self.samples(prompt, sampling) if sample.finish != "stop"]
+
+    def finish(self, prompt: Sequence[int], sampling: Sampling) -> str:
+        """Why it ended."""
+        return self.samples(prompt, sampling)[-1].finish or ""
+
+    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        """Logits ``[len(tokens), vocab]`` from which each of `tokens` was chosen, when all before it are given."""
+        lines: list[torch.Tensor] = []
+        forward = self.engine._model.forward
+
+        def keep(batch: Any) -> torch.Tensor | None:
+            logits = forward(batch)
+            if logits is not None:
+                lines.append(logits.clone())
+            return logits
+
+        from engine.api import Row
+
+        pages = range(self.engine.kv.pages_for(len(prompt) + len(tokens)))
+        self.engine._model.forward = keep  # type: ignore[method-assign]
+        try:
+            with one_thread():
+                done = 0
+                for stop in range(len(prompt), len(prompt) + len(tokens)):
+                    known = [*prompt, *tokens[: stop - len(prompt)]]
+                    self.engine.open("forced", known, pages, Sampling(1), len(known))
+                    self.engine.step([Row("forced", done, stop)])
+                    self.engine.close("forced")
+                    done = stop
+        finally:
+            self.engine._model.forward = forward  # type: ignore[method-assign]
+        return torch.cat(lines)
 
 
-def said(sampled: Sequence[Sampled]) -> list[int]:
-    """The tokens that a client gets: a stop token is not among them."""
-    return [each.token for each in sampled if each.finish != "stop"]
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute here as the workers do: exact mode's bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
-def hashes(sampled: Sequence[Sampled]) -> list[int]:
-    """The logits' hash for each of those."""
-    return [each.logits_hash for each in sampled if each.finish != "stop"]
+def until(
+    true: Callable[[], bool], what: str, within_s: float = LATE_S, more: Callable[[], object] = lambda: ""
+) -> None:
+    """Wait until `true()`; fails, naming `what`, if that takes longer than `within_s`."""
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end, f"not within {within_s:g} s: {what} {more()}"
+        time.sleep(0.02)
+
+
+def session(leader: int) -> list[int]:
+    """Processes of a session that are alive."""
+    found = []
+    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        if entry.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == leader and fields[0] != "Z":
+                    found.append(int(entry))
+    return found
+
+
+async def together(*replies: Awaitable[Reply]) -> list[Reply]:
+    """All at once."""
+    return list(await asyncio.gather(*replies))

@@ -1,47 +1,79 @@
-"""Deployments that are started once and shared."""
+"""Deployments shared by the live tests: started once, checked when they end; their logs are shown on failure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from core.config import DeploymentConfig
 from tests.checkpoints import make_llama
-from tests.live.cluster import Cluster, Reference, cluster
+from tests.live.cluster import Live, Reference
 
-DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo" / "model"
+HERE = Path(__file__).parent
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+TINY: dict[str, Any] = {"page_tokens": 16, "chunk_tokens": 64, "max_rows": 24, "kv_memory": "2M", "threads": 1}
+"""Small pages, chunks and arenas, so that short prompts cross many of them and memory binds."""
+
+_started: list[Live] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "live" in item.path.parts:
+        if HERE in item.path.parents:
             item.add_marker(pytest.mark.live)
 
 
-@pytest.fixture(scope="session")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("live")
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        for live in _started:
+            report.sections.append((f"log of {live.log.name}", live.tail()))
+    return report
 
 
 @pytest.fixture(scope="session")
-def tiny(scratch: Path) -> Path:
-    """A random Llama whose texts are long and varied; 4 ids are specials and bytes, the rest has no text."""
-    return make_llama(
-        scratch / "tiny", layers=3, hidden=96, heads=6, kv_heads=2, head_dim=16, vocab=512, context=2048, tokenizer=True
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a byte tokenizer, a chat template and several end tokens."""
+    folder = make_llama(
+        tmp_path_factory.mktemp("model") / "tiny",
+        vocab=320,
+        context=8192,
+        dtype="bfloat16",
+        tokenizer=True,
+        eos=[1, *range(310, 314)],
     )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE, "eos_token": "<eos>"}))
+    return folder
 
 
 @pytest.fixture(scope="session")
-def exact(tiny: Path, scratch: Path) -> Iterator[Cluster]:
-    """2 prefill, 2 decode, 2 gateways; exact float32 with logits hashes."""
-    with cluster(
-        tiny, scratch, prefill=2, decode=2, gateways=2, exact=True, dtype="float32", hash_logits=True, chunk_tokens=96
-    ) as running:
-        yield running
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Live]:
+    """Starts a deployment; whoever calls it also stops it."""
+
+    def start(name: str, model: Path, say: Callable[[str], None] = lambda line: None, **settings: Any) -> Live:
+        config = DeploymentConfig(model=str(model), port=0, check=True, **{**TINY, **settings})
+        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say)
+        _started.append(live)
+        live.start()
+        return live
+
+    return start
 
 
 @pytest.fixture(scope="session")
-def reference(tiny: Path) -> Reference:
-    """One exact float32 engine."""
-    return Reference(tiny, exact=True, dtype="float32")
+def live(launch: Callable[..., Live], model: Path) -> Iterator[Live]:
+    """Two gateways, two prefill workers, one decode worker, fp32 in fast mode; most tests share it."""
+    started = launch("live", model, prefill=2, decode=1, gateways=2, dtype="float32")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path) -> Reference:
+    """What `live` must generate."""
+    return Reference(model, dtype="float32")

@@ -207,6 +207,15 @@ def test_who_has_started_goes_on_before_one_that_was_offered_earlier():
     assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(ticket(2).key, 8, 16),))
 
 
+def test_the_line_is_in_order_of_prompts_as_it_is_at_the_sink():
+    machine = policy(ungranted_share=0.0)
+    machine.on(offer(1), 0.0)
+    assert queued(machine, 2) == [AskForSink(ticket(2), ask(), 100.0)]
+    assert machine.on(Prompt(ticket(1), ask()), 0.5) == []
+    commands = machine.on(Granted(ticket(2).key), 1.0)
+    assert commands[1] == RunChunk(1, (Span(ticket(2).key, 0, 6),))
+
+
 def test_only_a_share_of_the_arena_is_computed_before_its_grant():
     machine = policy(pages=40, ungranted_share=0.1)
     assert RunChunk(1, (Span(KEY, 0, 8),)) in queued(machine, 1, 16)
@@ -363,6 +372,8 @@ class Job:
     ends: int = 0
     unwanted: bool = False
     """Cancelled, its gateway dead, or its time up: no end needs to be told."""
+    place: int = 0
+    """In line, by when its prompt came."""
     begun: bool = False
     computed: int = 0
     closed: bool = False
@@ -384,6 +395,7 @@ class PrefillWorker(RuleBasedStateMachine):
         self.asked: dict[str, Asked] = {}
         self.run: RunChunk | None = None
         self.last_run = 0
+        self.line = 0
         self.from_source: deque = deque()
 
     # What the policy asks for.
@@ -417,7 +429,7 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert pages == self.ledger.pages(holder(ticket.key))
                 assert len(pages) == SHAPE.pages_for(len(request.prompt))
                 waiting = [j for j in self.jobs.values() if j.prompted and not (j.begun or j.unwanted or j.ends)]
-                assert waiting[0] is job, "overtaken"
+                assert min(waiting, key=lambda j: j.place) is job, "overtaken"
                 job.begun = True
             case RunChunk(run_id, spans):
                 assert self.run is None
@@ -492,7 +504,8 @@ class PrefillWorker(RuleBasedStateMachine):
     def prompt(self, data):
         waiting = [job for job in self.jobs.values() if job.answer == "Accept" and not job.prompted]
         job = data.draw(st.sampled_from(waiting))
-        job.deadline, job.prompted = self.now + job.request.timeout_s, True
+        self.line += 1
+        job.deadline, job.prompted, job.place = self.now + job.request.timeout_s, True, self.line
         self.give(Prompt(job.ticket, job.request, job.second))
 
     @precondition(lambda self: self.jobs)
@@ -571,7 +584,8 @@ class PrefillWorker(RuleBasedStateMachine):
         self.turn_clock(self.now)
         for job in list(self.jobs.values()):
             if job.answer == "Accept" and not job.prompted:
-                job.deadline, job.prompted = self.now + job.request.timeout_s, True
+                self.line += 1
+                job.deadline, job.prompted, job.place = self.now + job.request.timeout_s, True, self.line
                 self.give(Prompt(job.ticket, job.request, job.second))
         for _ in range(1000):
             if self.from_source:

@@ -10,8 +10,8 @@ import pytest
 from core.sampling import Sampling
 from engine.api import Row
 from kernels.noise import gumbel, key, scale, token_steps
-from tests.live.cluster import Cluster, Reference, cluster, hashes, request, said
-from tests.live.conftest import DEMO
+from tests.system.cluster import Cluster, Reference, cluster, hashes, request, said
+from tests.system.conftest import DEMO
 
 
 def prompts(count: int, vocabulary: int, seed: int, longest: int = 300) -> list[list[int]]:
