@@ -15,8 +15,8 @@ from scheduler.decode_policy import Asked, KvArrived, Withdrawn
 from scheduler.prefill_policy import Granted, HandOffOver
 from transfer import sink as taking
 from transfer import source as giving
-from transfer.thread import Digested, DigestFailed, TransferThread
-from transfer.transport import ReadDone, ReadFailed, ReadFenced
+from transfer.thread import Digested, DigestFailed, Pulled, TransferThread
+from transfer.transport import ReadFailed, ReadFenced
 
 SOURCE, SINK = "source", "sink"
 
@@ -44,8 +44,9 @@ class HandOffShell:
         self._lane = lane
         self._emulated = emulated
         self._lively = False
-        self._jobs: dict[int, Callable[[tuple[int, ...]], None]] = {}
-        self._next_job = 1
+        self._jobs: dict[int, tuple[str, int]] = {}
+        """Digests under way: ticket and first page."""
+        self._next_job = 0
         self.pulled_nbytes = 0
         driver.seat(SOURCE, source, self._give)
         driver.seat(SINK, sink, self._take)
@@ -65,19 +66,19 @@ class HandOffShell:
         self._driver.post(SOURCE, giving.SinkLost(peer))
         self._driver.post(SINK, taking.SourceLost(peer))
 
-    def completed(self, completion: Digested | DigestFailed | ReadDone | ReadFailed | ReadFenced) -> None:
+    def completed(self, completion: Digested | DigestFailed | Pulled | ReadFailed | ReadFenced) -> None:
         """The transfer thread finished something; on the loop's thread."""
         match completion:
             case Digested(job_id, digests):
-                self._jobs.pop(job_id)(digests)
+                self._driver.post(SOURCE, giving.Digested(*self._jobs.pop(job_id), digests))
             case DigestFailed(job_id, reason):
                 del self._jobs[job_id]
                 raise LocalError(f"digest job {job_id}: {reason}")
-            case ReadDone(read_id, nbytes, seconds):
+            case Pulled(read_id, nbytes, seconds, digests):
                 self.pulled_nbytes += nbytes
-                self._driver.post(SINK, taking.ReadEnded(read_id, True, seconds))
+                self._driver.post(SINK, taking.Pulled(read_id, seconds, digests))
             case ReadFailed(read_id, reason, in_doubt):
-                self._driver.post(SINK, taking.ReadEnded(read_id, False, 0.0, in_doubt, reason))
+                self._driver.post(SINK, taking.PullFailed(read_id, reason, in_doubt))
             case ReadFenced(read_id):
                 self._driver.post(SINK, taking.Fenced((read_id,)))
             case _:
@@ -93,12 +94,9 @@ class HandOffShell:
                 elif not self._send(ticket.sink, message) and isinstance(message, Reserve):
                     self._driver.post(SOURCE, Refuse(ticket, f"no lane to {ticket.sink.name}"))
             case giving.Digest(key, first_page, pages, tokens):
-                self._digest(
-                    pages,
-                    first_page,
-                    tokens,
-                    lambda digests: self._driver.post(SOURCE, giving.Digested(key, first_page, digests)),
-                )
+                self._next_job += 1
+                self._jobs[self._next_job] = (key, first_page)
+                self._transfer.digest(self._next_job, pages, first_page, tokens)
             case giving.GrantCame(key):
                 self._driver.post("prefill", Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
@@ -116,19 +114,12 @@ class HandOffShell:
                     self._send(message.ticket.source, message)
             case taking.AskPolicy(ticket, request):
                 self._driver.post("decode", Asked(ticket, request))
-            case taking.Read(read_id, source, runs, pages):
-                self._transfer.read(read_id, str(source), runs, page_runs(pages))
-            case taking.Check(read_id, first_page, pages, tokens):
-                self._digest(
-                    pages,
-                    first_page,
-                    tokens,
-                    lambda digests: self._driver.post(SINK, taking.Checked(read_id, digests)),
-                )
+            case taking.Read(read_id, source, runs, pages, first_page, tokens):
+                self._transfer.pull(read_id, str(source), runs, page_runs(pages), first_page, tokens)
             case taking.Fence(read_ids):
                 self._transfer.fence(read_ids)
-            case taking.Arrived(ticket, request, first_token, pull):
-                arrived = KvArrived(ticket, request, first_token, self._stages(ticket.source, pull))
+            case taking.Arrived(ticket, request, first_token, pull, first_hash):
+                arrived = KvArrived(ticket, request, first_token, self._stages(ticket.source, pull), first_hash)
                 self._driver.post("decode", arrived)
             case taking.Gone(ticket, reason, recompute):
                 self._driver.post("decode", Withdrawn(ticket, reason, recompute))
@@ -141,13 +132,6 @@ class HandOffShell:
         if lively != self._lively:
             self._lively = lively
             self._transfer.lively(lively)
-
-    def _digest(
-        self, pages: tuple[int, ...], first_page: int, tokens: int, done: Callable[[tuple[int, ...]], None]
-    ) -> None:
-        job, self._next_job = self._next_job, self._next_job + 1
-        self._jobs[job] = done
-        self._transfer.digest(job, pages, first_page, tokens)
 
     def _stages(self, source: Identity, pull: taking.Pull) -> tuple[Stage, ...]:
         lane = self._lane(source)

@@ -307,9 +307,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case lanes.Closed(error):
                 if error:
                     self._bug(LocalError(f"transfer thread: {error}"))
-            case lanes.Digested() | lanes.DigestFailed() | ReadDone() | ReadFailed() | ReadFenced():
+            case lanes.Digested() | lanes.DigestFailed() | lanes.Pulled() | ReadFailed() | ReadFenced():
                 self._handoff.completed(event)
-            case lanes.Connected():
+            case lanes.Connected() | ReadDone():
                 pass
 
     def _measured(self, peer: Identity, lane: Lane) -> None:

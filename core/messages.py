@@ -135,6 +135,8 @@ class Ready:
     """One 64-bit digest a page."""
     first_token: int | None = None
     """Set in the last announcement: the prompt is complete and this is the token it gave."""
+    first_hash: int = 0
+    """Hash of the logits that gave it, if the engine hashes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ class _Row:
     ticket: Ticket
     prompt_tokens: int
     first_token: int
+    first_hash: int
     first_sent: bool = False
 
 
@@ -71,7 +72,7 @@ class DecodeShell:
                 self._driver.post("sink", Decided(key, granted, reason))
             case Run():
                 for join in command.joining:
-                    row = _Row(join.ticket, len(join.request.prompt), join.first_token)
+                    row = _Row(join.ticket, len(join.request.prompt), join.first_token, join.first_hash)
                     self._rows[join.ticket.key] = row
                 self._cut.clear()
                 self._thread.do(lambda: self._run(command))
@@ -130,7 +131,7 @@ class DecodeShell:
             tokens, hashes = ((), ()) if each.finish == "stop" else ((each.token,), (each.logits_hash,))
             if not row.first_sent:
                 row.first_sent = True
-                index, tokens, hashes = index - 1, (row.first_token, *tokens), (0, *hashes)
+                index, tokens, hashes = index - 1, (row.first_token, *tokens), (row.first_hash, *hashes)
             if tokens:
                 self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes))
 

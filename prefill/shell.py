@@ -68,8 +68,8 @@ class PrefillShell:
                 self._thread.do(lambda: self._engine.close(holder(key)))
             case AskForSink(ticket, request, deadline):
                 self._driver.post("source", AskSink(ticket, request, deadline))
-            case SealPages(key, pages, tokens, first_token):
-                self._driver.post("source", Sealed(key, pages, tokens, first_token))
+            case SealPages(key, pages, tokens, first_token, first_hash):
+                self._driver.post("source", Sealed(key, pages, tokens, first_token, first_hash))
             case WithdrawHandOff(key, reason):
                 self._driver.post("source", Withdraw(key, reason))
             case _:
@@ -88,7 +88,7 @@ class PrefillShell:
         firsts = []
         for each in sampled:
             key = keys[each.sequence]
-            firsts.append(First(key, each.token, each.finish))
+            firsts.append(First(key, each.token, each.finish, each.logits_hash))
             if each.finish != "stop":
                 ticket = self._tickets[key]
                 self._tell(ticket.minter, Tokens(ticket, 0, (each.token,), (each.logits_hash,)))

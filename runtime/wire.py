@@ -170,13 +170,14 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(grant=worker_pb2.Grant(ticket=ticket))]
         case m.Refuse(_, reason):
             return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
-        case m.Ready(_, first_page, runs, digests, first_token):
+        case m.Ready(_, first_page, runs, digests, first_token, first_hash):
             ready = worker_pb2.Ready(
                 ticket=ticket,
                 first_page=first_page,
                 runs=[worker_pb2.PageRun(start=run.start, count=run.count) for run in runs],
                 digests=digests,
                 first_token=first_token,
+                first_hash=first_hash,
             )
             return [Frame(ready=ready)]
         case m.Taken():
@@ -247,6 +248,7 @@ class Reader:
                     tuple(PageRun(run.start, run.count) for run in ready.runs),
                     tuple(ready.digests),
                     ready.first_token if ready.HasField("first_token") else None,
+                    ready.first_hash,
                 )
             case "taken":
                 return m.Taken(_ticket_from(frame.taken.ticket))

@@ -35,6 +35,7 @@ class KvArrived:
     request: Request
     first_token: int
     stages: tuple[Stage, ...] = ()
+    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,7 @@ class Join:
     request: Request
     first_token: int
     pages: tuple[int, ...]
+    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,7 @@ class _Row:
     asked_at: float
     state: State = State.WAITING
     first_token: int = 0
+    first_hash: int = 0
     generated: int = 1
     cancelled: bool = False
     arrived_at: float = 0.0
@@ -244,7 +247,8 @@ class DecodePolicy:
                 elif row.state is not State.PROMISED:
                     raise LocalError(f"{event.ticket.key}: KV arrived while {row.state}")
                 else:
-                    row.state, row.first_token, row.arrived_at = State.JOINING, event.first_token, now
+                    row.state, row.arrived_at = State.JOINING, now
+                    row.first_token, row.first_hash = event.first_token, event.first_hash
                     row.stages += event.stages
                     if row.cancelled:
                         commands += self._end(row)
@@ -323,7 +327,8 @@ class DecodePolicy:
             row = self._rows[key]
             fresh = self._bind(key, row, steps)
             if row in joiners:
-                joining.append(Join(row.ticket, row.request, row.first_token, self._ledger.pages(key)))
+                pages = self._ledger.pages(key)
+                joining.append(Join(row.ticket, row.request, row.first_token, pages, row.first_hash))
             elif fresh:
                 growing.append(Grow(key, fresh))
         self._run_id += 1

@@ -35,6 +35,7 @@ class First:
     key: str
     token: int
     finish: str | None = None
+    logits_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class SealPages:
     pages: tuple[int, ...]
     tokens: int
     first_token: int | None
+    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +166,7 @@ class _Job:
     begun: bool = False
     done: int = 0
     first_token: int | None = None
+    first_hash: int = 0
     cancelled: str | None = None
     accepted_at: float = 0.0
     started_at: float = 0.0
@@ -368,7 +371,8 @@ class PrefillPolicy:
                 commands += self._end_if_free(job)
                 continue
             if first is not None:
-                job.first_token, job.state, job.computed_at = first.token, State.HANDING_OFF, now
+                job.first_token, job.first_hash = first.token, first.logits_hash
+                job.state, job.computed_at = State.HANDING_OFF, now
                 self._ledger.move(holder(span.key), Owner.HANDING_OFF)
             if first is not None and first.finish is not None:
                 stop = first.token if first.finish == "stop" else None
@@ -376,8 +380,12 @@ class PrefillPolicy:
                 commands.append(Answer(Finished(job.ticket, first.finish, count, stop, self._stages(job, now))))
                 commands += self._cancel(job, "finished with its first token")
             elif job.grant is not Grant.NOT_ASKED:
-                commands.append(SealPages(span.key, self._ledger.pages(holder(span.key)), job.done, job.first_token))
+                commands.append(self._seal(job))
         return commands
+
+    def _seal(self, job: _Job) -> SealPages:
+        key = job.ticket.key
+        return SealPages(key, self._ledger.pages(holder(key)), job.done, job.first_token, job.first_hash)
 
     def _hand_off_over(self, event: HandOffOver, now: float) -> list[PrefillCommand]:
         job = self._jobs.get(event.key)
@@ -395,7 +403,7 @@ class PrefillPolicy:
             job.ticket, job.second = replace(job.ticket, sink=job.second), None
             commands = self._ask(job)
             if job.done:
-                commands.append(SealPages(event.key, self._ledger.pages(holder(event.key)), job.done, job.first_token))
+                commands.append(self._seal(job))
             return commands
         commands = [Answer(Failed(job.ticket, "UNAVAILABLE", f"no decode worker took it: {event.reason}"))]
         return commands + self._cancel(job, event.reason)

@@ -33,22 +33,21 @@ class Decided:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadEnded:
-    """A read reported its end; `in_doubt` if bytes may still land."""
+class Pulled:
+    """A read brought its pages; these are the digests of what is in them now."""
 
     read_id: int
-    ok: bool
     seconds: float
-    in_doubt: bool = False
-    reason: str = ""
+    digests: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """Digests of the pages that a read brought."""
+class PullFailed:
+    """A read reported a failure; `in_doubt` if bytes may still land."""
 
     read_id: int
-    digests: tuple[int, ...]
+    reason: str
+    in_doubt: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +90,16 @@ class AskPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Pull `runs` of the source's arena into `pages` of ours."""
+    """Pull `runs` of the source's arena into `pages` of ours and compute their digests.
+
+    They are the prompt's pages from `first_page` on and hold `tokens` tokens. Ends in `Pulled` or `PullFailed`.
+    """
 
     read_id: int
     source: Identity
     runs: tuple[PageRun, ...]
     pages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
-
-    read_id: int
     first_page: int
-    pages: tuple[int, ...]
     tokens: int
 
 
@@ -124,6 +118,7 @@ class Arrived:
     request: Request
     first_token: int
     pull: Pull
+    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +145,8 @@ class Pull:
     """Reserve to Grant."""
 
 
-SinkEvent = Decided | ReadEnded | Checked | Drop | SourceLost | Fenced | Reserve | Ready | Release
-SinkCommand = SendToSource | AskPolicy | Read | Check | Fence | Arrived | Gone
+SinkEvent = Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | Reserve | Ready | Release
+SinkCommand = SendToSource | AskPolicy | Read | Fence | Arrived | Gone
 
 
 class State(StrEnum):
@@ -163,7 +158,7 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class _Piece:
-    """One announcement on its way: read, then checked; read once more if a digest differs."""
+    """One announcement on its way; read once more if a digest differs."""
 
     key: str
     ready: Ready
@@ -183,6 +178,7 @@ class _Taking:
     announced_pages: int = 0
     verified_pages: int = 0
     first_token: int | None = None
+    first_hash: int = 0
     reads: set[int] = field(default_factory=set)
     read_s: float = 0.0
     runs: int = 0
@@ -230,10 +226,10 @@ class Sink:
                 if taking is None or taking.ticket != ticket:
                     return self._ignore()
                 return self._forget(taking, reason, tell=False)
-            case ReadEnded():
-                return self._read_ended(event)
-            case Checked():
-                return self._checked(event, now)
+            case Pulled():
+                return self._pulled(event, now)
+            case PullFailed():
+                return self._pull_failed(event)
             case Drop(key, reason):
                 taking = self._taking.get(key)
                 return self._forget(taking, reason, tell=True) if taking else self._ignore()
@@ -293,7 +289,7 @@ class Sink:
         if taking.ready_at is None:
             taking.ready_at = now
         taking.announced_pages = after
-        taking.first_token = ready.first_token
+        taking.first_token, taking.first_hash = ready.first_token, ready.first_hash
         if not count:
             return self._finish(taking, now)
         pages = self._ledger.bind(ready.ticket.key, count, Owner.PULLING)
@@ -304,9 +300,11 @@ class Sink:
         read_id, self._next_read = self._next_read, self._next_read + 1
         self._pieces[read_id] = piece
         taking.reads.add(read_id)
-        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages)]
+        first, page_tokens = piece.ready.first_page, self._shape.page_tokens
+        tokens = min(len(taking.request.prompt) - first * page_tokens, len(piece.pages) * page_tokens)
+        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages, first, tokens)]
 
-    def _read_ended(self, event: ReadEnded) -> list[SinkCommand]:
+    def _pull_failed(self, event: PullFailed) -> list[SinkCommand]:
         piece = self._pieces.get(event.read_id)
         if piece is None:
             if event.in_doubt:
@@ -314,23 +312,19 @@ class Sink:
             self._settle(event.read_id)
             return []
         taking = self._taking[piece.key]
-        if not event.ok:
-            if not event.in_doubt:
-                del self._pieces[event.read_id]
-                taking.reads.discard(event.read_id)
-            return self._forget(taking, f"read failed: {event.reason}", tell=True, recompute=True)
-        taking.read_s += event.seconds
-        before = piece.ready.first_page * self._shape.page_tokens
-        tokens = min(len(taking.request.prompt) - before, len(piece.pages) * self._shape.page_tokens)
-        return [Check(event.read_id, piece.ready.first_page, piece.pages, tokens)]
+        if not event.in_doubt:
+            del self._pieces[event.read_id]
+            taking.reads.discard(event.read_id)
+        return self._forget(taking, f"read failed: {event.reason}", tell=True, recompute=True)
 
-    def _checked(self, event: Checked, now: float) -> list[SinkCommand]:
+    def _pulled(self, event: Pulled, now: float) -> list[SinkCommand]:
         piece = self._pieces.pop(event.read_id, None)
         if piece is None:
             self._settle(event.read_id)
             return []
         taking = self._taking[piece.key]
         taking.reads.discard(event.read_id)
+        taking.read_s += event.seconds
         wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
         if not wrong:
             taking.verified_pages += len(piece.pages)
@@ -355,7 +349,7 @@ class Sink:
             now - taking.ready_at,
             taking.granted_at - taking.asked_at,
         )
-        arrived = Arrived(taking.ticket, taking.request, taking.first_token, pull)
+        arrived = Arrived(taking.ticket, taking.request, taking.first_token, pull, taking.first_hash)
         return [SendToSource(Taken(taking.ticket)), arrived]
 
     def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:

@@ -36,6 +36,7 @@ class Sealed:
     pages: tuple[int, ...]
     tokens: int
     first_token: int | None = None
+    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ class _Giving:
     pages: tuple[int, ...] = ()
     sealed_tokens: int = 0
     first_token: int | None = None
+    first_hash: int = 0
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
     announced_pages: int = 0
@@ -211,7 +213,8 @@ class Source:
             return self._ignore()
         if event.tokens < giving.sealed_tokens or giving.complete:
             raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
-        giving.pages, giving.sealed_tokens, giving.first_token = event.pages, event.tokens, event.first_token
+        giving.pages, giving.sealed_tokens = event.pages, event.tokens
+        giving.first_token, giving.first_hash = event.first_token, event.first_hash
         whole = event.tokens // self._shape.page_tokens
         upto = self._shape.pages_for(event.tokens) if giving.complete else whole
         if upto == giving.asked_pages:
@@ -236,6 +239,7 @@ class Source:
             page_runs(giving.pages[first:upto]),
             tuple(giving.digests[first:upto]),
             giving.first_token if last else None,
+            giving.first_hash if last else 0,
         )
         return [SendToSink(ready)]
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import BatonError, LocalError
-from core.kv import KvShape, PageRun
+from core.kv import KvShape, PageRun, pages_of
 from transfer.digest import digests
 from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
 
@@ -97,6 +97,17 @@ class ProbeFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulled:
+    """A `pull` brought its pages; `digests` are of what is in them, in their order."""
+
+    read_id: int
+    nbytes: int
+    seconds: float
+    """Of the read, without the digests."""
+    digests: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Digested:
     """The digests a job asked for, in the order of its pages."""
 
@@ -131,6 +142,7 @@ Event = (
     | ConnectFailed
     | LaneProbed
     | ProbeFailed
+    | Pulled
     | Digested
     | DigestFailed
     | Closed
@@ -145,6 +157,8 @@ class _Digest:
     tokens: int
     found: list[int] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
+    read: ReadDone | None = None
+    """The read that brought the pages, of a `pull`."""
 
 
 @dataclass(slots=True)
@@ -226,6 +240,8 @@ class TransferThread:
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
         self._transport: Transport | None = None
         self._jobs: deque[_Digest] = deque()
+        self._checks: dict[int, _Digest] = {}
+        """Digests to compute when a read is done."""
         self._probes: dict[str, _Probe] = {}
         self._own_reads = 0
         self._lively = False
@@ -258,6 +274,28 @@ class TransferThread:
         """`Transport.read`: ends in `ReadDone` or `ReadFailed`, also if the read is refused (then not in doubt)."""
         source, target = tuple(source), tuple(target)
         self._call(lambda: self._read(read_id, peer, source, target, nbytes))
+
+    def pull(
+        self,
+        read_id: int,
+        peer: str,
+        source: Sequence[PageRun],
+        target: Sequence[PageRun],
+        first_page: int,
+        tokens: int,
+    ) -> None:
+        """A `read` followed by the digests of its target pages, which hold `tokens` tokens from page `first_page` on.
+
+        Ends in `Pulled` or `ReadFailed`. One call, so that the loop is not asked between the two.
+        """
+        check = _Digest(read_id, pages_of(target), first_page, tokens)
+        source, target = tuple(source), tuple(target)
+
+        def turn() -> None:
+            self._checks[read_id] = check
+            self._read(read_id, peer, source, target, None)
+
+        self._calls.put(turn)
 
     def abandon(self, read_id: int) -> None:
         """`Transport.abandon`."""
@@ -394,7 +432,15 @@ class TransferThread:
             if completion.read_id < 0:
                 self._probe_ended(completion)
             else:
-                self._post(completion)
+                self._ended(completion)
+
+    def _ended(self, completion: Completion) -> None:
+        check = self._checks.pop(completion.read_id, None)
+        if check is not None and isinstance(completion, ReadDone):
+            check.read = completion
+            self._jobs.append(check)
+        else:
+            self._post(completion)
 
     def _open(self) -> Transport:
         assert self._transport is not None
@@ -424,7 +470,7 @@ class TransferThread:
                 raise LocalError(f"read id: got {read_id}, want at least 1")
             self._open().read(read_id, peer, source, target, nbytes)
         except Exception as error:
-            self._post(ReadFailed(read_id, _sentence(error), in_doubt=False))
+            self._ended(ReadFailed(read_id, _sentence(error), in_doubt=False))
 
     def _fence(self, read_ids: tuple[int, ...]) -> None:
         self._open().fence(read_ids)
@@ -445,10 +491,17 @@ class TransferThread:
             job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens)
         except Exception as error:
             self._jobs.popleft()
-            self._post(DigestFailed(job.job_id, _sentence(error)))
+            if job.read is None:
+                self._post(DigestFailed(job.job_id, _sentence(error)))
+            else:
+                self._post(ReadFailed(job.read.read_id, _sentence(error), in_doubt=False))
             return
         if len(job.found) == len(job.pages):
             self._jobs.popleft()
+            if job.read is not None:
+                read = job.read
+                self._post(Pulled(read.read_id, read.nbytes, read.seconds, tuple(job.found)))
+                return
             self._post(Digested(job.job_id, tuple(job.found), time.perf_counter() - job.started))
 
     def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -15,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from numpy.typing import NDArray
 from prometheus_client.parser import text_string_to_metric_families
 
 from control.client import members
 from control.launcher import Deployment, Running
-from core.config import DeploymentConfig, WorkerConfig
+from core.config import DeploymentConfig, GatewayConfig, WorkerConfig
 from core.sampling import Sampling
-from engine.api import Sampled
+from engine.api import Row, Sampled
 from engine.engine import TorchEngine
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from tests.engine.play import alone
@@ -215,10 +218,19 @@ class Live:
         """One sample added up over all workers that live."""
         return sum(self.metric(each.name, key, **labels) for each in self.workers if each.process.poll() is None)
 
+    def phases(self) -> dict[str, float]:
+        """Live requests of all gateways by phase."""
+        found: dict[str, float] = {}
+        for name, each in self.deployment.running.items():
+            if isinstance(each.config, GatewayConfig) and each.process.poll() is None:
+                for (key, labels), value in self.metrics(name).items():
+                    if key == "baton_requests_live" and value:
+                        phase = dict(labels)["phase"]
+                        found[phase] = found.get(phase, 0) + value
+        return found
+
     def kill(self, name: str, number: int) -> None:
         """Send a signal; SIGKILL is waited for."""
-        import signal
-
         process = self.deployment.running[name].process
         self.deployment.kill(name, signal.Signals(number))
         if number == signal.SIGKILL:
@@ -284,7 +296,7 @@ class Live:
             wrong.append("a prompt was logged")
         assert not wrong, "\n".join(wrong)
 
-    def tail(self, count: int = 60) -> str:
+    def tail(self, count: int = 25) -> str:
         """The last lines of the log."""
         return "\n".join(self.log.read_text().splitlines()[-count:]) if self.log.exists() else ""
 
@@ -326,8 +338,8 @@ class Reference:
         """Why it ended."""
         return self.samples(prompt, sampling)[-1].finish or ""
 
-    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-        """Logits ``[len(tokens), vocab]`` from which each of `tokens` was chosen, when all before it are given."""
+    def logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> NDArray[np.float64]:
+        """Logits ``[tokens, vocab]`` from which each of `tokens` was chosen, when all before it are given."""
         lines: list[torch.Tensor] = []
         forward = self.engine._model.forward
 
@@ -336,8 +348,6 @@ class Reference:
             if logits is not None:
                 lines.append(logits.clone())
             return logits
-
-        from engine.api import Row
 
         pages = range(self.engine.kv.pages_for(len(prompt) + len(tokens)))
         self.engine._model.forward = keep  # type: ignore[method-assign]
@@ -352,7 +362,8 @@ class Reference:
                     done = stop
         finally:
             self.engine._model.forward = forward  # type: ignore[method-assign]
-        return torch.cat(lines)
+        found = torch.cat(lines) if lines else torch.empty(0, self.engine.config.vocab)
+        return found.double().numpy()
 
 
 @contextlib.contextmanager

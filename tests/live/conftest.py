@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed:
-        for live in _started:
+        for live in (live for live in _started if live.deployment.running):
             report.sections.append((f"log of {live.log.name}", live.tail()))
     return report
 

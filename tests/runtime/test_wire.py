@@ -79,7 +79,9 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Reserve: st.builds(m.Reserve, tickets, requests),
     m.Grant: st.builds(m.Grant, tickets),
     m.Refuse: st.builds(m.Refuse, tickets, text),
-    m.Ready: st.builds(m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), st.none() | counts),
+    m.Ready: st.builds(
+        m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), st.none() | counts, words
+    ),
     m.Taken: st.builds(m.Taken, tickets),
     m.Release: st.builds(m.Release, tickets, text),
 }

@@ -13,6 +13,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 
@@ -43,6 +44,11 @@ def next_token(rows: list[int]) -> int:
     return zlib.crc32(repr(rows).encode()) % VOCABULARY
 
 
+def mark(token: int) -> int:
+    """Stands for the hash of the logits that gave a token."""
+    return token * 7 + 1
+
+
 def text(request: Request) -> tuple[list[int], str]:
     """What the model says to a request, and why it ends."""
     tokens, rows = list(request.prompt), [0]
@@ -68,6 +74,7 @@ class Sequence:
     prompt: int
     ticket: Ticket
     first_sent: bool = False
+    first_hash: int = 0
 
 
 @dataclass
@@ -151,7 +158,8 @@ class Gateway(Process):
         match command:
             case front.ToOne(who, message):
                 self.world.send(self.me, who, message)
-            case front.Deliver(counter, tokens):
+            case front.Deliver(counter, tokens, hashes):
+                assert hashes == tuple(mark(token) for token in tokens)
                 self.got[counter] += tokens
                 said, _ = text(self.requests[counter])
                 assert self.got[counter] == said[: len(self.got[counter])], "a wrong token"
@@ -236,7 +244,9 @@ class Worker(Process):
             return token, "stop"
         return token, "length" if len(sequence.tokens) - sequence.prompt == sequence.sampling.max_tokens else None
 
-    def open(self, name: str, ticket: Ticket, tokens: tuple[int, ...], pages: tuple[int, ...], request: Request) -> None:
+    def open(
+        self, name: str, ticket: Ticket, tokens: tuple[int, ...], pages: tuple[int, ...], request: Request
+    ) -> None:
         assert name not in self.sequences
         self.sequences[name] = Sequence(list(tokens), pages, request.sampling, len(request.prompt), ticket)
 
@@ -256,8 +266,8 @@ class Worker(Process):
                 self.at_once(lambda: self.close(prefill.holder(key)))
             case prefill.AskForSink(ticket, request, deadline):
                 self.post("source", giving.AskSink(ticket, request, deadline))
-            case prefill.SealPages(key, pages, tokens, first_token):
-                self.post("source", giving.Sealed(key, pages, tokens, first_token))
+            case prefill.SealPages(key, pages, tokens, first_token, first_hash):
+                self.post("source", giving.Sealed(key, pages, tokens, first_token, first_hash))
             case prefill.WithdrawHandOff(key, reason):
                 self.post("source", giving.Withdraw(key, reason))
 
@@ -269,9 +279,10 @@ class Worker(Process):
                 self.write(sequence, position)
             if span.stop == sequence.prompt:
                 token, finish = self.sample(sequence)
-                firsts.append(prefill.First(span.key, token, finish))
+                firsts.append(prefill.First(span.key, token, finish, mark(token)))
                 if finish != "stop":
-                    self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, 0, (token,)))
+                    first = Tokens(sequence.ticket, 0, (token,), (mark(token),))
+                    self.world.send(self.me, sequence.ticket.minter, first)
         self.next_job()
         self.post("prefill", prefill.ChunkDone(command.run_id, tuple(firsts)))
 
@@ -296,6 +307,7 @@ class Worker(Process):
         for join in command.joining:
             tokens = (*join.request.prompt, join.first_token)
             self.open(join.ticket.key, join.ticket, tokens, join.pages, join.request)
+            self.sequences[join.ticket.key].first_hash = join.first_hash
         for grow in command.growing:
             self.sequences[grow.key].pages += grow.pages
         self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
@@ -307,12 +319,13 @@ class Worker(Process):
             self.write(sequence, len(sequence.tokens) - 1)
             token, finish = self.sample(sequence)
             index = len(sequence.tokens) - 1 - sequence.prompt
-            tokens = () if finish == "stop" else (token,)
+            tokens: tuple[int, ...] = () if finish == "stop" else (token,)
+            hashes = tuple(mark(token) for token in tokens)
             if not sequence.first_sent:
                 sequence.first_sent, index = True, index - 1
-                tokens = (sequence.tokens[sequence.prompt], *tokens)
+                tokens, hashes = (sequence.tokens[sequence.prompt], *tokens), (sequence.first_hash, *hashes)
             if tokens:
-                self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, index, tokens))
+                self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, index, tokens, hashes))
             if finish is not None:
                 generated = len(sequence.tokens) - sequence.prompt - (finish == "stop")
                 stop = token if finish == "stop" else None
@@ -334,7 +347,10 @@ class Worker(Process):
                     self.post("source", Refuse(ticket, "no lane"))
             case giving.Digest(key, first_page, pages, tokens):
                 self.digest(
-                    first_page, pages, tokens, lambda found: self.post("source", giving.Digested(key, first_page, found))
+                    first_page,
+                    pages,
+                    tokens,
+                    lambda found: self.post("source", giving.Digested(key, first_page, found)),
                 )
             case giving.GrantCame(key):
                 self.post("prefill", prefill.Granted(key))
@@ -350,16 +366,12 @@ class Worker(Process):
                     self.world.send(self.me, message.ticket.source, message)
             case taking.AskPolicy(ticket, request):
                 self.post("decode", decode.Asked(ticket, request))
-            case taking.Read(read_id, source, runs, pages):
-                self.read(read_id, source, pages_of(runs), pages)
-            case taking.Check(read_id, first_page, pages, tokens):
-                self.digest(
-                    first_page, pages, tokens, lambda found: self.post("sink", taking.Checked(read_id, found))
-                )
+            case taking.Read():
+                self.read(command)
             case taking.Fence(read_ids):
                 self.later(0.01, lambda: self.fence(read_ids))
-            case taking.Arrived(ticket, request, first_token):
-                self.post("decode", decode.KvArrived(ticket, request, first_token))
+            case taking.Arrived(ticket, request, first_token, _, first_hash):
+                self.post("decode", decode.KvArrived(ticket, request, first_token, (), first_hash))
             case taking.Gone(ticket, reason, recompute):
                 self.post("decode", decode.Withdrawn(ticket, reason, recompute))
 
@@ -373,7 +385,8 @@ class Worker(Process):
         self.digesting = max(self.digesting, self.world.now) + 0.0005
         self.later(self.digesting - self.world.now, job)
 
-    def read(self, read_id: int, peer: Identity, source: tuple[int, ...], pages: tuple[int, ...]) -> None:
+    def read(self, command: taking.Read) -> None:
+        read_id, peer, pages = command.read_id, command.source, command.pages
         dice, reading = self.world.dice, Reading(pages, peer)
         self.reads[read_id] = reading
 
@@ -383,11 +396,16 @@ class Worker(Process):
             process = self.world.processes.get(peer)
             if isinstance(process, Worker) and process.alive and dice.random() >= self.world.faults / 20:
                 reading.settled = True
-                for mine, theirs in zip(pages, source, strict=True):
+                for mine, theirs in zip(pages, pages_of(command.runs), strict=True):
                     self.arena[mine] = list(process.arena[theirs])
                 if dice.random() < self.world.faults / 20:
                     self.arena[pages[0]] = [-2] * PAGE
-                self.post("sink", taking.ReadEnded(read_id, True, 0.001))
+                self.digest(
+                    command.first_page,
+                    pages,
+                    command.tokens,
+                    lambda found: self.post("sink", taking.Pulled(read_id, 0.001, found)),
+                )
             else:
                 self.give_up(read_id, reading)
 
@@ -403,7 +421,7 @@ class Worker(Process):
 
         reading.failed = True
         self.later(self.world.dice.uniform(0.0, 2.0), land)
-        self.post("sink", taking.ReadEnded(read_id, False, 0.0, True, "gone"))
+        self.post("sink", taking.PullFailed(read_id, "gone", in_doubt=True))
 
     def fence(self, read_ids: tuple[int, ...]) -> None:
         for read_id in read_ids:
@@ -432,7 +450,9 @@ class Worker(Process):
                 self.post("source" if ticket.source == self.me else "sink", message)
 
     def up(self, peer: Identity) -> None:
-        """Lanes are connected by the test."""
+        """What a gateway said meanwhile was missed: both sides start anew."""
+        if isinstance(self.world.processes[peer], Gateway):
+            self.gateway_gone(peer)
 
     def down(self, peer: Identity) -> None:
         if isinstance(self.world.processes[peer], Worker):
@@ -445,11 +465,14 @@ class Worker(Process):
 
         def gone() -> None:
             if not self.world.link(self.me, peer).up:
-                for name, event in (("prefill", prefill.GatewayGone(peer)), ("decode", decode.GatewayGone(peer))):
-                    if name in self.machines:
-                        self.post(name, event)
+                self.gateway_gone(peer)
 
         self.later(3.0, gone)
+
+    def gateway_gone(self, peer: Identity) -> None:
+        for name, event in (("prefill", prefill.GatewayGone(peer)), ("decode", decode.GatewayGone(peer))):
+            if name in self.machines:
+                self.post(name, event)
 
 
 @dataclass
@@ -514,14 +537,18 @@ class World:
         link.up, link.epoch = False, link.epoch + 1
         delays = [self.dice.uniform(0.0, 0.1) for _ in range(2)]
         for me, peer, delay in ((one, two, delays[0]), (two, one, delays[1])):
-            self.processes[me].later(delay, lambda me=me, peer=peer: self.processes[me].down(peer))
+            self.processes[me].later(delay, partial(self.processes[me].down, peer))
         self.at(self.now + max(delays) + self.dice.choice([0.05, 1.0, 5.0]), lambda: self.mend(one, two))
 
     def mend(self, one: Identity, two: Identity) -> None:
         if self.processes[one].alive and self.processes[two].alive:
             self.link(one, two).up = True
-            self.processes[one].up(two)
-            self.processes[two].up(one)
+            for me, peer in ((one, two), (two, one)):
+                if isinstance(self.processes[me], Worker):
+                    self.processes[me].up(peer)
+            for me, peer in ((one, two), (two, one)):
+                if isinstance(self.processes[me], Gateway):
+                    self.processes[me].up(peer)
 
     def kill(self, process: Gateway | Worker) -> None:
         process.alive = False
@@ -539,8 +566,8 @@ class World:
 DEPLOYMENTS = {
     "one and one": {"p": (Role.PREFILL, 1, 16), "d": (Role.DECODE, 1, 14)},
     "two and two": {"p": (Role.PREFILL, 2, 14), "d": (Role.DECODE, 2, 12)},
-    "mixed": {"m": (Role.MIXED, 1, 18)},
-    "two mixed and a decode worker": {"m": (Role.MIXED, 2, 16), "d": (Role.DECODE, 1, 20)},
+    "mixed": {"m": (Role.MIXED, 1, 12)},
+    "two mixed and a decode worker": {"m": (Role.MIXED, 2, 12), "d": (Role.DECODE, 1, 20)},
     "one of each": {"p": (Role.PREFILL, 1, 14), "d": (Role.DECODE, 1, 14), "m": (Role.MIXED, 1, 18)},
 }
 
@@ -585,7 +612,9 @@ def live(deployment: str, seed: int, faults: float) -> None:
     world.faults = 0.0
 
     def over() -> bool:
-        return all(len(each.router) == 0 for each in world.processes.values() if isinstance(each, Gateway) and each.alive)
+        return all(
+            len(each.router) == 0 for each in world.processes.values() if isinstance(each, Gateway) and each.alive
+        )
 
     world.run(60.0, over)
     assert over(), "a request hangs"
@@ -600,19 +629,24 @@ def live(deployment: str, seed: int, faults: float) -> None:
     for gateway in gateways:
         if gateway.alive and not faults:
             for counter, end in gateway.ends.items():
-                assert end.phase in (Phase.DONE, Phase.CANCELLED), (counter, end)
-                assert end.attempts == 1
+                if end.code != "INVALID_ARGUMENT":
+                    assert end.phase in (Phase.DONE, Phase.CANCELLED), (counter, end)
+                    assert end.attempts == 1
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"])
+@pytest.mark.parametrize(
+    "seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"]
+)
 def test_without_faults_every_request_is_served_and_soon(deployment, seeds):
     for seed in seeds:
         live(deployment, seed, 0.0)
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
-@pytest.mark.parametrize("seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"])
+@pytest.mark.parametrize(
+    "seeds", [range(6), pytest.param(range(6, 200), marks=pytest.mark.slow)], ids=["quick", "long"]
+)
 def test_with_faults_every_request_ends_and_nothing_is_wrong_or_lost(deployment, seeds):
     for seed in seeds:
         live(deployment, seed, 1.0)

@@ -25,16 +25,15 @@ from transfer import source as giving
 from transfer.sink import (
     Arrived,
     AskPolicy,
-    Check,
-    Checked,
     Decided,
     Drop,
     Fence,
     Fenced,
     Gone,
     Pull,
+    Pulled,
+    PullFailed,
     Read,
-    ReadEnded,
     SendToSource,
     Sink,
     SourceLost,
@@ -203,14 +202,16 @@ def test_a_sink_pulls_checks_and_takes():
     assert machine.on(Reserve(ticket(), request), 1.0) == [AskPolicy(ticket(), request)]
     book(machine).promise(KEY, 5, Owner.PULLING)
     assert machine.on(Decided(KEY, True), 2.0) == [SendToSource(Grant(ticket()))]
-    assert machine.on(Ready(ticket(), 0, (PageRun(7, 2),), (100, 101)), 3.0) == [Read(1, P1, (PageRun(7, 2),), (0, 1))]
-    assert machine.on(Ready(ticket(), 2, (PageRun(2, 1),), (102,), 77), 3.5) == [Read(2, P1, (PageRun(2, 1),), (2,))]
-    assert machine.on(ReadEnded(2, True, 0.25), 4.0) == [Check(2, 2, (2,), 2)]
-    assert machine.on(ReadEnded(1, True, 0.5), 4.0) == [Check(1, 0, (0, 1), 8)]
-    assert machine.on(Checked(1, (100, 101)), 4.5) == []
+    assert machine.on(Ready(ticket(), 0, (PageRun(7, 2),), (100, 101)), 3.0) == [
+        Read(1, P1, (PageRun(7, 2),), (0, 1), 0, 8)
+    ]
+    assert machine.on(Ready(ticket(), 2, (PageRun(2, 1),), (102,), 77), 3.5) == [
+        Read(2, P1, (PageRun(2, 1),), (2,), 2, 2)
+    ]
+    assert machine.on(Pulled(1, 0.5, (100, 101)), 4.5) == []
     machine.check()
     pull = Pull(3 * SHAPE.page_nbytes, 2, 0.75, 2.0, 1.0)
-    assert machine.on(Checked(2, (102,)), 5.0) == [
+    assert machine.on(Pulled(2, 0.25, (102,)), 5.0) == [
         SendToSource(Taken(ticket())),
         Arrived(ticket(), request, 77, pull),
     ]
@@ -222,9 +223,8 @@ def test_a_sink_pulls_checks_and_takes():
 def test_one_page_is_a_hand_off_too():
     machine = sink()
     key = granted(machine, prompt=3)
-    assert machine.on(Ready(key, 0, (PageRun(5, 1),), (9,), 77), 0.0) == [Read(1, P1, (PageRun(5, 1),), (0,))]
-    assert machine.on(ReadEnded(1, True, 0.1), 0.0) == [Check(1, 0, (0,), 3)]
-    assert [type(command) for command in machine.on(Checked(1, (9,)), 0.0)] == [SendToSource, Arrived]
+    assert machine.on(Ready(key, 0, (PageRun(5, 1),), (9,), 77), 0.0) == [Read(1, P1, (PageRun(5, 1),), (0,), 0, 3)]
+    assert [type(command) for command in machine.on(Pulled(1, 0.1, (9,)), 0.0)] == [SendToSource, Arrived]
 
 
 def test_a_refusal_leaves_nothing_behind():
@@ -241,30 +241,18 @@ def test_a_release_in_mid_pull_keeps_the_pages_until_the_read_ends():
     assert book(machine).counts()[Owner.IN_DOUBT] == 2
     assert book(machine).promised == 0
     machine.check()
-    assert machine.on(ReadEnded(1, True, 9.0), 9.0) == []
+    assert machine.on(Pulled(1, 9.0, (100, 101)), 9.0) == []
     assert book(machine).available == 40
     machine.check()
-
-
-def test_a_release_while_digests_are_computed_keeps_the_pages_until_then():
-    machine = sink()
-    key = pulling(machine)
-    machine.on(ReadEnded(1, True, 0.0), 0.0)
-    machine.on(Release(key, "left"), 0.0)
-    assert book(machine).counts()[Owner.IN_DOUBT] == 2
-    assert machine.on(Checked(1, (100, 101)), 0.0) == []
-    assert book(machine).available == 40
 
 
 def test_a_mismatch_is_read_once_more_and_then_the_request_is_computed_anew():
     machine = sink()
     key = pulling(machine)
-    machine.on(ReadEnded(1, True, 0.1), 0.0)
-    assert machine.on(Checked(1, (100, 666)), 0.0) == [Read(2, P1, (PageRun(7, 2),), (0, 1))]
+    assert machine.on(Pulled(1, 0.1, (100, 666)), 0.0) == [Read(2, P1, (PageRun(7, 2),), (0, 1), 0, 8)]
     machine.check()
-    machine.on(ReadEnded(2, True, 0.1), 0.0)
     reason = "1 pages differ from their digests"
-    assert machine.on(Checked(2, (100, 667)), 0.0) == [
+    assert machine.on(Pulled(2, 0.1, (100, 667)), 0.0) == [
         SendToSource(Release(key, reason)),
         Gone(key, reason, recompute=True),
     ]
@@ -275,18 +263,15 @@ def test_a_mismatch_that_heals_is_taken():
     machine = sink()
     key = pulling(machine)
     machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
-    machine.on(ReadEnded(1, True, 0.1), 0.0)
-    machine.on(Checked(1, (100, 666)), 0.0)
-    machine.on(ReadEnded(2, True, 0.1), 0.0)
-    assert machine.on(Checked(2, (102,)), 0.0) == []
-    machine.on(ReadEnded(3, True, 0.1), 0.0)
-    assert isinstance(machine.on(Checked(3, (100, 101)), 0.0)[1], Arrived)
+    machine.on(Pulled(1, 0.1, (100, 666)), 0.0)
+    assert machine.on(Pulled(2, 0.1, (102,)), 0.0) == []
+    assert isinstance(machine.on(Pulled(3, 0.1, (100, 101)), 0.0)[1], Arrived)
 
 
 def test_a_failed_read_that_cannot_land_frees_at_once():
     machine = sink()
     key = pulling(machine)
-    assert machine.on(ReadEnded(1, False, 0.0, False, "reset"), 0.0) == [
+    assert machine.on(PullFailed(1, "reset", False), 0.0) == [
         SendToSource(Release(key, "read failed: reset")),
         Gone(key, "read failed: reset", recompute=True),
     ]
@@ -296,7 +281,7 @@ def test_a_failed_read_that_cannot_land_frees_at_once():
 def test_a_failed_read_in_doubt_frees_nothing_until_it_is_fenced():
     machine = sink()
     pulling(machine)
-    machine.on(ReadEnded(1, False, 0.0, True, "timeout"), 0.0)
+    machine.on(PullFailed(1, "timeout", True), 0.0)
     assert book(machine).counts()[Owner.IN_DOUBT] == 2
     assert machine.on(SourceLost(P1), 1.0) == [Fence((1,))]
     assert machine.on(SourceLost(P1), 1.0) == []
@@ -313,7 +298,7 @@ def test_a_lost_source_is_fenced_at_once_and_others_are_left_alone():
     assert machine.on(Release(other, "left"), 1.0) == [Gone(other, "left")]
     assert machine.on(Fenced((1,)), 1.0) == []
     assert book(machine).counts()[Owner.IN_DOUBT] == 2
-    machine.on(ReadEnded(2, True, 0.1), 2.0)
+    machine.on(Pulled(2, 0.1, (1,)), 2.0)
     assert book(machine).available == 80
 
 
@@ -332,9 +317,9 @@ def test_pages_of_two_reads_wait_for_both():
     key = pulling(machine)
     machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
     machine.on(Release(key, "left"), 0.0)
-    machine.on(ReadEnded(2, True, 0.1), 0.0)
+    machine.on(Pulled(2, 0.1, (102,)), 0.0)
     assert book(machine).counts()[Owner.IN_DOUBT] == 3
-    machine.on(ReadEnded(1, False, 0.1), 0.0)
+    machine.on(PullFailed(1, "reset"), 0.0)
     assert book(machine).available == 40
 
 
@@ -387,7 +372,7 @@ def test_what_strangers_say_to_a_sink_is_ignored_and_counted():
     for message in (Reserve(key, ask()), Ready(other, 0, (), ()), Release(other, "x"), Ready(ticket(9), 0, (), ())):
         assert machine.on(message, 0.0) == []
     assert machine.ignored == 4
-    assert machine.on(ReadEnded(99, True, 0.0), 0.0) == []
+    assert machine.on(Pulled(99, 0.0, ()), 0.0) == []
     assert machine.on(Fenced((99,)), 0.0) == []
     with pytest.raises(LocalError, match="decided twice"):
         machine.on(Decided(KEY, True), 0.0)
@@ -450,6 +435,7 @@ class Party:
     work: deque = field(default_factory=deque)
     """Of its transfer thread: digests."""
     flights: dict[int, Flight] = field(default_factory=dict)
+    reads: dict[int, Read] = field(default_factory=dict)
     fences: deque = field(default_factory=deque)
     jobs: dict[str, Job] = field(default_factory=dict)
     waiting: dict[str, Request] = field(default_factory=dict)
@@ -543,11 +529,10 @@ class BadDay(RuleBasedStateMachine):
                     self.close(party, command.ticket.key)
                 party.events.append(("decode", command))
             case Read(read_id, source, runs, pages):
+                party.reads[read_id] = command
                 assert read_id not in party.flights
                 key = party.owner(pages[0])[0]
                 party.flights[read_id] = Flight(source, pages_of(runs), pages, key)
-            case Check():
-                party.work.append(command)
             case Fence(read_ids):
                 party.fences.append(read_ids)
             case Arrived(ticket, request):
@@ -684,7 +669,7 @@ class BadDay(RuleBasedStateMachine):
         if isinstance(job, Digest):
             party.events.append(("source", Digested(job.key, job.first_page, tuple(found))))
         else:
-            party.events.append(("sink", Checked(job.read_id, tuple(found))))
+            party.events.append(("sink", Pulled(job.read_id, 0.1, tuple(found))))
 
     # What reads do.
     def land(self, party: Party, flight: Flight, index: int) -> None:
@@ -707,16 +692,16 @@ class BadDay(RuleBasedStateMachine):
             party.arena[flight.pages[-1]] = ("garbage",) * PAGE
         elif how == "fails in doubt":
             flight.ghost = True
-            party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "x")))
+            party.events.append(("sink", PullFailed(read_id, "x", True)))
         else:
             del party.flights[read_id]
-            party.events.append(("sink", ReadEnded(read_id, False, 0.0, False, "x")))
+            party.events.append(("sink", PullFailed(read_id, "x", False)))
 
     def done(self, party: Party, read_id: int) -> None:
         flight = party.flights.pop(read_id)
         for index in range(len(flight.pages)):
             self.land(party, flight, index)
-        party.events.append(("sink", ReadEnded(read_id, True, 0.1)))
+        party.work.append(party.reads[read_id])
 
     def fenced(self, party: Party) -> None:
         """As a transport: what still runs is given up first; what has ended is ignored."""
@@ -724,7 +709,7 @@ class BadDay(RuleBasedStateMachine):
             flight = party.flights.pop(read_id, None)
             if flight is not None:
                 if not flight.ghost:
-                    party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "abandoned")))
+                    party.events.append(("sink", PullFailed(read_id, "abandoned", True)))
                 party.events.append(("sink", Fenced((read_id,))))
 
     # What breaks.
@@ -750,7 +735,7 @@ class BadDay(RuleBasedStateMachine):
         for read_id, flight in party.flights.items():
             if flight.source == peer and not flight.ghost:
                 flight.ghost = True
-                party.events.append(("sink", ReadEnded(read_id, False, 0.0, True, "disconnected")))
+                party.events.append(("sink", PullFailed(read_id, "disconnected", True)))
 
     @rule(name=st.sampled_from("abc"))
     def restart(self, name):

@@ -28,6 +28,7 @@ from transfer.thread import (
     Opened,
     OpenFailed,
     ProbeFailed,
+    Pulled,
     TransferThread,
 )
 from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
@@ -99,6 +100,24 @@ def test_reads_probe_and_digests(owners):
     done = sink.event()
     assert isinstance(done, Digested), done
     assert (done.job_id, list(done.digests)) == (7, digests(sink.memory, range(2, 42), KV, 100, 40 * 16 - 3))
+
+
+def test_a_pull_ends_with_the_digests_of_what_came(owners):
+    sink, source = owners
+    sink.thread.pull(5, "source#02", [PageRun(10, 3), PageRun(20, 1)], [PageRun(30, 4)], 7, 3 * 16 + 5)
+    end = sink.event()
+    assert isinstance(end, Pulled), end
+    assert (end.read_id, end.nbytes) == (5, 4 * KV.page_nbytes)
+    assert np.array_equal(sink.bytes[30:34], source.bytes[[10, 11, 12, 20]])
+    assert list(end.digests) == digests(source.memory, [10, 11, 12, 20], KV, 7, 3 * 16 + 5)
+    sink.thread.pull(6, "source#02", [PageRun(10, 1)], [PageRun(30, 1)], 0, 17)
+    refused = sink.event()
+    assert isinstance(refused, ReadFailed), refused
+    assert "digest tokens: got 17" in refused.reason
+    sink.thread.pull(7, "nobody#00", [PageRun(10, 1)], [PageRun(30, 1)], 0, 16)
+    refused = sink.event()
+    assert isinstance(refused, ReadFailed), refused
+    assert not refused.in_doubt
 
 
 def test_refusals_are_events(owners):

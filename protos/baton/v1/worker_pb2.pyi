@@ -284,18 +284,20 @@ class PageRun(_message.Message):
     def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("ticket", "first_page", "runs", "digests", "first_token")
+    __slots__ = ("ticket", "first_page", "runs", "digests", "first_token", "first_hash")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FIRST_HASH_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     first_page: int
     runs: _containers.RepeatedCompositeFieldContainer[PageRun]
     digests: _containers.RepeatedScalarFieldContainer[int]
     first_token: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ...) -> None: ...
+    first_hash: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., first_hash: _Optional[int] = ...) -> None: ...
 
 class Taken(_message.Message):
     __slots__ = ("ticket",)
