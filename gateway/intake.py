@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class Intake:
         """The prompt's token ids, from ids, text or chat messages."""
         match kind:
             case "token_ids":
-                return self.ids(prompt.token_ids.ids)  # type: ignore[union-attr]
+                return self.ids("token_ids", prompt.token_ids.ids)  # type: ignore[union-attr]
             case "text":
                 return self._tokenizer.encode(prompt.text)
             case "chat":
@@ -62,11 +63,11 @@ class Intake:
             case _:
                 raise RequestError("INVALID_ARGUMENT", "prompt: got none, want text, token_ids or chat")
 
-    def ids(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Token ids, if all of them are in the vocabulary."""
+    def ids(self, field: str, ids: Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a request's `field`, if all of them are in the vocabulary."""
         wrong = next((i for i in ids if not 0 <= i < self._facts.vocabulary), None)
         if wrong is not None:
-            raise RequestError("INVALID_ARGUMENT", f"token_ids: got {wrong}, want 0..{self._facts.vocabulary - 1}")
+            raise RequestError("INVALID_ARGUMENT", f"{field}: got {wrong}, want 0..{self._facts.vocabulary - 1}")
         return tuple(ids)
 
     def request(
@@ -98,13 +99,14 @@ class Intake:
             top_k=asked.top_k if asked.HasField("top_k") else 0,
             top_p=asked.top_p if asked.HasField("top_p") else 1.0,
             seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
-            stop_token_ids=tuple(dict.fromkeys((*asked.stop_token_ids, *ends))),
+            stop_token_ids=tuple(dict.fromkeys((*self.ids("stop_token_ids", asked.stop_token_ids), *ends))),
             ignore_eos=asked.ignore_eos,
         )
         timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
         slo = Slo(asked.slo.ttft_s or self._config.ttft_s, asked.slo.gap_s or self._config.gap_s)
-        if slo.ttft_s < 0 or slo.gap_s < 0:
-            raise RequestError("INVALID_ARGUMENT", f"slo: got {slo}, want no negative time")
+        for field, goal_s in (("ttft_s", slo.ttft_s), ("gap_s", slo.gap_s)):
+            if not 0 <= goal_s < math.inf:
+                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
         name = asked.request_id or f"req-{secrets.token_hex(8)}"
         return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(asked.hints)), stops
 

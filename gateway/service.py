@@ -6,8 +6,10 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
@@ -27,6 +29,11 @@ from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCo
 log = logging.getLogger("baton.gateway")
 
 SERVICE = "baton.v1.InferenceService"
+LARGE_NBYTES = 16_384
+"""A request from this size on takes milliseconds to tokenize."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -108,14 +115,15 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         counter = self._next = self._next + 1
+        arrived_at = self._driver.now()
         try:
-            asked, stops = self._intake.request(request, context.time_remaining())
+            asked, stops = await self._aside(request, self._intake.request, request, context.time_remaining())
             if asked.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {asked.id!r} is live")
         except RequestError as error:
             self._requests.labels("rejected", error.code).inc()
             await rpc.refuse(context, error)
-        client = _Client(Flight(TextStream(self._tokenizer, stops)), asked, self._driver.now())
+        client = _Client(Flight(TextStream(self._tokenizer, stops)), asked, arrived_at)
         self._clients[counter], self._names[asked.id] = client, counter
         flight = client.flight
         try:
@@ -172,7 +180,9 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.TokenizeResponse:
         try:
             self._intake.model(request.model)
-            return inference_pb2.TokenizeResponse(token_ids=self._intake.tokens(request.WhichOneof("prompt"), request))
+            kind = request.WhichOneof("prompt")
+            ids = await self._aside(request, self._intake.tokens, kind, request)
+            return inference_pb2.TokenizeResponse(token_ids=ids)
         except RequestError as error:
             await rpc.refuse(context, error)
 
@@ -181,10 +191,16 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         try:
             self._intake.model(request.model)
-            self._intake.ids(request.token_ids)
+            self._intake.ids("token_ids", request.token_ids)
         except RequestError as error:
             await rpc.refuse(context, error)
         return inference_pb2.DetokenizeResponse(text=self._tokenizer.decode(tuple(request.token_ids)))
+
+    async def _aside(self, request: Message, read: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """What `read` makes of a request; a large one is read on a thread, or every stream here would stand still."""
+        if request.ByteSize() < LARGE_NBYTES:
+            return read(*arguments, **named)
+        return await asyncio.to_thread(read, *arguments, **named)
 
     def _perform(self, command: RouterCommand) -> None:
         match command:

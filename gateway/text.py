@@ -58,7 +58,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """The ids of `text`; with `special`, also those that the model wants around a prompt (bos ...)."""
         try:
-            return tuple(self._inner.encode(text, add_special_tokens=special).ids)
+            return tuple(self._inner.encode_batch_fast([text], add_special_tokens=special)[0].ids)
         except (TypeError, UnicodeEncodeError) as error:  # lone surrogates: JSON can carry them, UTF-8 cannot
             raise RequestError("INVALID_ARGUMENT", f"text: got what is not Unicode text: {error}") from error
 

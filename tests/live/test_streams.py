@@ -61,8 +61,7 @@ def test_a_slow_reader_gets_waiting_tokens_merged(live, reference):
             stream = lazy.responses(slow.request, reply)
             reply.take(await anext(stream))
             other = await client.generate(quick.request)
-            while live.phases():
-                await asyncio.sleep(0.05)
+            await asyncio.to_thread(until, lambda: not live.phases(), "both were generated")
             async for response in stream:
                 reply.take(response)
             return reply, other

@@ -597,9 +597,11 @@ def live(deployment: str, seed: int, faults: float) -> None:
 
     def trouble() -> None:
         living = [each for each in world.processes.values() if each.alive]
+        if len(living) < 2:
+            return
         if dice.random() < 0.3:
             world.kill(dice.choice(living))
-        elif len(living) > 1:
+        else:
             one, two = dice.sample(living, 2)
             world.break_link(one.me, two.me)
 
