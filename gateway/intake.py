@@ -54,14 +54,22 @@ class Intake:
             case "token_ids":
                 return self.ids("token_ids", prompt.token_ids.ids)  # type: ignore[union-attr]
             case "text":
-                return self._tokenizer.encode(prompt.text)
+                return self._encode(prompt.text)
             case "chat":
                 if self._chat is None:
                     raise RequestError("FAILED_PRECONDITION", f"chat: {self._facts.name} has no chat template")
                 messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
-                return self._tokenizer.encode(self._chat.render(messages), special=False)
+                return self._encode(self._chat.render(messages), special=False)
             case _:
                 raise RequestError("INVALID_ARGUMENT", "prompt: got none, want text, token_ids or chat")
+
+    def _encode(self, text: str, special: bool = True) -> tuple[int, ...]:
+        """The ids of a text, unless it is so long that not even counting them is worth the time and memory."""
+        least, context = self._tokenizer.least_tokens(text), self._facts.context
+        if least >= context:
+            want = f"want at most {context - 1}, as the context holds {context}"
+            raise RequestError("INVALID_ARGUMENT", f"prompt: got at least {least} tokens, {want}")
+        return self._tokenizer.encode(text, special)
 
     def ids(self, field: str, ids: Sequence[int]) -> tuple[int, ...]:
         """Token ids of a request's `field`, if all of them are in the vocabulary."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import grpc
-from google.protobuf.message import Message
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
@@ -196,7 +195,13 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
             await rpc.refuse(context, error)
         return inference_pb2.DetokenizeResponse(text=self._tokenizer.decode(tuple(request.token_ids)))
 
-    async def _aside(self, request: Message, read: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    async def _aside(
+        self,
+        request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
+        read: Callable[P, T],
+        *arguments: P.args,
+        **named: P.kwargs,
+    ) -> T:
         """What `read` makes of a request; a large one is read on a thread, or every stream here would stand still."""
         if request.ByteSize() < LARGE_NBYTES:
             return read(*arguments, **named)

@@ -46,7 +46,8 @@ class Tokenizer:
         self.vocabulary: int = self._inner.get_vocab_size()
         added = self._inner.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(token for token, what in added.items() if what.special)
-        steps = decoder_steps(json.loads(self._inner.to_str()).get("decoder"))
+        whole = json.loads(self._inner.to_str())
+        steps = decoder_steps(whole.get("decoder"))
         kinds = [str(step["type"]) for step in steps]
         self.byte_level = kinds == ["ByteLevel"]
         self.byte_fallback = "ByteFallback" in kinds
@@ -54,6 +55,20 @@ class Tokenizer:
             wanted = f"ByteLevel alone, or steps of {', '.join(sorted(LOCAL_STEPS))} with at most one Strip after Fuse"
             raise ModelError(f"{path}: decoder: got {' + '.join(kinds)}, wanted {wanted}")
         self._bytes: dict[int, bytes] = {}
+        self._longest = self._longest_piece(whole, added.values())
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, told without tokenizing; 0 if that cannot be told."""
+        return len(text) // self._longest if self._longest else 0
+
+    def _longest_piece(self, whole: dict[str, Any], added: Iterable[Any]) -> int:
+        """Most characters in one token, 0 if a token may stand for any number of them."""
+        split, vocabulary = json.dumps(whole.get("pre_tokenizer")), self._inner.get_vocab()
+        drops = whole.get("normalizer") is not None or "Removed" in split or "Whitespace" in split
+        drops = drops or any(what.lstrip or what.rstrip for what in added)
+        if drops or not self.byte_level or not ALPHABET.keys() <= vocabulary.keys():
+            return 0
+        return max(map(len, vocabulary))
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """The ids of `text`; with `special`, also those that the model wants around a prompt (bos ...)."""

@@ -51,13 +51,16 @@ class Parse(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> grpc.RpcMethodHandler | None:
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler
-        parse, many, one = handler.request_deserializer, handler.unary_stream, handler.unary_unary
+        parse = handler.request_deserializer
+        # The stubs describe the synchronous server's handlers; ours are coroutines and asynchronous generators.
+        many: Any = handler.unary_stream
+        one: Any = handler.unary_unary
 
         async def parsed(payload: bytes, context: grpc.aio.ServicerContext) -> Any:
             try:

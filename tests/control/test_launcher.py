@@ -15,7 +15,7 @@ from core.worker import Role
     [(2, (1, 1), 0, 1), (2, (2, 1), 0, 1), (16, (2, 2), 0, 4), (16, (2, 2), 3, 3)],
 )
 def test_engines_share_the_cores(monkeypatch, cores, workers, asked, threads):
-    monkeypatch.setattr(launcher.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     config = DeploymentConfig(model="m", prefill=workers[0], decode=workers[1], threads=asked)
     assert launcher.engine_threads(config) == threads
 
@@ -36,12 +36,12 @@ def test_zeromq_is_never_chosen_silently(monkeypatch):
     monkeypatch.setattr(nixl, "available", lambda: None)
     assert launcher.pick_transport("auto") == ("nixl", "")
     monkeypatch.setattr(nixl, "available", lambda: "no wheel")
-    monkeypatch.setattr(launcher.platform, "system", lambda: "Linux")
+    monkeypatch.setattr("platform.system", lambda: "Linux")
     for wanted in ("auto", "nixl"):
         with pytest.raises(SetupError, match="no wheel") as refused:
             launcher.pick_transport(wanted)
         assert refused.value.exit_code == 7
-    monkeypatch.setattr(launcher.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
     assert launcher.pick_transport("auto") == ("zeromq", "no wheel")
 
 
