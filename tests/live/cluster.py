@@ -243,7 +243,7 @@ class Live:
         """Start killed processes again and wait until all serve."""
         for name in names:
             self.deployment.restart(name)
-        self._note()
+            self._note()
         self.wait_ready()
 
     def wait_empty(self, within_s: float = LATE_S) -> float:
