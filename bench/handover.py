@@ -1,7 +1,7 @@
 """What a hand-over costs: the gap between a request's first and second token, beyond one decode step.
 
-One prefill and one decode worker, a core each; eight requests decode all the while, then probe requests join one after the
-other. The gap is taken at the client. It is held against max(two decode steps, 5 ms) plus the time that the bytes take
+One prefill and one decode worker, a core each; eight requests decode all the while, and probe requests join one after
+the other. The gap is taken at the client and held against max(two decode steps, 5 ms) plus the time that the bytes take
 at the lane's measured speed; the fixed part, last Ready sent to Taken heard (digest check and both messages included),
 against 3 ms plus the same. The digest of the source runs before Ready and is part of the gap.
 """

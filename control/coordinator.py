@@ -10,7 +10,6 @@ import grpc
 
 from core.config import CoordinatorConfig
 from core.errors import RemoteError
-from core.worker import Identity
 from protos.baton.v1 import registry_pb2, registry_pb2_grpc
 from runtime import rpc, wire
 from runtime.driver import Driver
@@ -91,15 +90,22 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
     async def Heartbeat(
         self, request: registry_pb2.HeartbeatRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.HeartbeatResponse:
-        lanes = tuple(wire.lane_from(lane) for lane in request.lanes)
-        if isinstance(self._ask(Renewed(Identity.parse(request.identity), request.ready, lanes)), Unknown):
+        try:
+            lanes = tuple(wire.lane_from(lane) for lane in request.lanes)
+            identity = wire.identity(request.identity)
+        except RemoteError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        if isinstance(self._ask(Renewed(identity, request.ready, lanes)), Unknown):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.identity} is not registered")
         return registry_pb2.HeartbeatResponse()
 
     async def Deregister(
         self, request: registry_pb2.DeregisterRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.DeregisterResponse:
-        self._driver.post("membership", Left(Identity.parse(request.identity)))
+        try:
+            self._driver.post("membership", Left(wire.identity(request.identity)))
+        except RemoteError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return registry_pb2.DeregisterResponse()
 
     async def Watch(

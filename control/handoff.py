@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import assert_never
 
-from core.errors import LocalError
 from core.kv import page_runs
 from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken, ToPeer
 from core.request import Stage
@@ -17,6 +17,8 @@ from transfer import sink as taking
 from transfer import source as giving
 from transfer.thread import Digested, DigestFailed, Pulled, TransferThread
 from transfer.transport import ReadFailed, ReadFenced
+
+log = logging.getLogger("baton.handoff")
 
 SOURCE, SINK = "source", "sink"
 
@@ -72,8 +74,9 @@ class HandOffShell:
             case Digested(job_id, digests):
                 self._driver.post(SOURCE, giving.Digested(*self._jobs.pop(job_id), digests))
             case DigestFailed(job_id, reason):
-                del self._jobs[job_id]
-                raise LocalError(f"digest job {job_id}: {reason}")
+                key, _ = self._jobs.pop(job_id)
+                log.error("digest of %s: %s", key, reason)
+                self._driver.post(SOURCE, giving.Withdraw(key, f"digest: {reason}"))
             case Pulled(read_id, nbytes, seconds, digests):
                 self.pulled_nbytes += nbytes
                 self._driver.post(SINK, taking.Pulled(read_id, seconds, digests))

@@ -24,6 +24,8 @@ from runtime import log as logs
 START_S = 120.0
 """A process that does not listen within this time has failed."""
 STOP_S = 8.0
+LOOPBACK = "127.0.0.1"
+"""Workers trust each other with their whole arenas, and nothing authenticates them yet: they stay on this machine."""
 
 
 @dataclass(slots=True)
@@ -89,23 +91,38 @@ def pick_transport(wanted: str) -> tuple[str, str]:
 class Log:
     """The log file of all processes, one JSON object a line; nothing is kept without a path."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, say: Callable[[str], None] = lambda line: None) -> None:
+        self._say = say
+        self._failed = False
         self._file: IO[str] | None = path.open("a") if path else None
         self._lock = threading.Lock()
 
     def write(self, line: str) -> None:
         """Append one line; lines after `close` are dropped."""
         with self._lock:
-            if self._file is not None:
+            if self._file is None:
+                return
+            try:
                 self._file.write(line + "\n")
                 self._file.flush()
+            except OSError as error:
+                self._fail(error)
 
     def close(self) -> None:
         """Close the file."""
         with self._lock:
             if self._file is not None:
-                self._file.close()
+                try:
+                    self._file.close()
+                except OSError as error:
+                    self._fail(error)
                 self._file = None
+
+    def _fail(self, error: OSError) -> None:
+        """Say it once; children must go on being read, or their next log line would stop them."""
+        if not self._failed:
+            self._failed = True
+            self._say(f"log: cannot be written: {error.strerror}; lines are lost from here on")
 
 
 class Deployment:
@@ -126,7 +143,7 @@ class Deployment:
         self._served_name = served_name
         self._say = say
         self._env = dict(env or {})
-        self._log = Log(log_path)
+        self._log = Log(log_path, say)
         self.transport, self.transport_reason = pick_transport(config.transport)
         self.running: dict[str, Running] = {}
 
@@ -153,7 +170,7 @@ class Deployment:
 
     def start(self) -> None:
         """Start everything and wait until each process listens; raises SetupError with the child's own sentence."""
-        self._spawn(CoordinatorConfig(listen=f"{self.config.host}:0"))
+        self._spawn(CoordinatorConfig(listen=f"{LOOPBACK}:0"))
         self._await_words(["coordinator"])
         configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
         for config in configs:
@@ -206,13 +223,14 @@ class Deployment:
 
     def _gateways(self) -> list[GatewayConfig]:
         c = self.config
+        host = f"[{c.host}]" if ":" in c.host else c.host
         return [
             GatewayConfig(
                 name=f"gateway-{i}",
                 coordinator=self.coordinator,
                 model=str(self._model),
                 served_name=self._served_name,
-                listen=f"{c.host}:{c.port + i if c.port else 0}",
+                listen=f"{host}:{c.port + i if c.port else 0}",
                 timeout_s=c.timeout_s,
                 max_queue_s=c.max_queue_s,
                 ttft_s=c.ttft_s,
@@ -236,7 +254,7 @@ class Deployment:
                     coordinator=self.coordinator,
                     model=str(self._model),
                     served_name=self._served_name,
-                    listen=f"{c.host}:0",
+                    listen=f"{LOOPBACK}:0",
                     kv_memory=nbytes(c.kv_memory),
                     page_tokens=c.page_tokens,
                     dtype=c.dtype,

@@ -64,8 +64,9 @@ class Gateways:
         member = stream.peer.member
         if member.role is not Role.GATEWAY:
             raise RemoteError(f"role: got {member.role} on a gateway's stream")
-        self._streams[member.identity] = stream
+        self._streams.pop(member.identity, None)
         self._driver.post("gateways", Connected(member.identity))
+        self._streams[member.identity] = stream
 
     def heard(self, stream: Stream, frame: Frame) -> None:
         assert stream.peer is not None
@@ -85,6 +86,10 @@ class Gateways:
 
     def _perform(self, command: Lost) -> None:
         log.info("gateway %s is lost: %s", command.identity, command.reason)
+        stream = self._streams.pop(command.identity, None)
+        if stream is not None:
+            # Its requests are cancelled: it must hear so, and place them again, instead of waiting for tokens.
+            stream.close(f"you are lost to us: {command.reason}")
         self._lost(command.identity)
 
 
@@ -107,16 +112,25 @@ class Peers:
         self._heard = heard
         self._lost = lost
         self._streams: dict[Identity, Stream] = {}
+        self._wanted: dict[Identity, Member] = {}
         self._dials = Dials(self._dial)
         driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
 
     def members_changed(self, members: tuple[Member, ...]) -> None:
-        """The coordinator's list changed."""
-        self._dials.want({m.identity: m for m in members if self._pair(m) and self._me.identity < m.identity})
+        """The coordinator's list changed. A peer that the list lost is kept while its stream stands."""
+        wanted = {m.identity: m for m in members if self._pair(m) and self._me.identity < m.identity}
+        kept = {who: member for who, member in self._wanted.items() if who in self._streams}
+        self._wanted = {**kept, **wanted}
+        self._dials.want(self._wanted)
 
     def has(self, peer: Identity) -> bool:
         """True while a stream to the peer stands."""
         return peer in self._streams
+
+    def greeting(self, peer: Identity) -> Greeting | None:
+        """What the peer said first, None if no stream to it stands."""
+        stream = self._streams.get(peer)
+        return stream.peer if stream is not None else None
 
     def send(self, peer: Identity, message: ToPeer) -> bool:
         """Send a message; False if there is no stream to the peer."""

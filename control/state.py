@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from core.errors import SetupError
 
@@ -49,7 +51,7 @@ def read(where: Path) -> State:
         raise SetupError(
             f"no deployment is running here ({path} is missing); start one with `baton up`", exit_code=3
         ) from None
-    if not alive(state.pid):
+    if not taken(where):
         raise SetupError(f"the deployment of {path} has ended; start one with `baton up`", exit_code=3)
     return state
 
@@ -60,12 +62,24 @@ def remove(where: Path) -> None:
         (where / "deployment.json").unlink()
 
 
-def alive(pid: int) -> bool:
-    """True while a process of that number runs."""
+def lock(where: Path) -> IO[str]:
+    """Hold the directory for one deployment; the lock goes with the file or the process, whichever ends first."""
+    held = (where / "deployment.lock").open("w")
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.close()
+        raise SetupError(f"a deployment is running already in {where}; `baton down` ends it") from None
+    return held
+
+
+def taken(where: Path) -> bool:
+    """True while a deployment holds the directory; a process number alone could be anybody's by now."""
+    try:
+        with (where / "deployment.lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    except PermissionError:
+    except OSError:
         return True
-    return True
+    return False

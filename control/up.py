@@ -45,21 +45,26 @@ def say(line: str) -> None:
 
 def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, argv: list[str]) -> int:
     """Start the deployment and stay with it until SIGINT, SIGTERM or `baton down`; exit code 0 then."""
-    try:
-        running = state.read(where)
-    except SetupError:
-        pass
-    else:
-        raise SetupError(f"a deployment is running already (pid {running.pid}); `baton down` ends it")
+    if state.taken(where):
+        raise SetupError(f"a deployment is running already in {where}; `baton down` ends it")
     model = resolve_model(config.model, config.download)
     name = config.served_name or model_name(config.model)
     where.mkdir(parents=True, exist_ok=True)
     log = where / "baton.log"
     if detach:
-        return _detached(where, argv, log, as_json=as_json)
+        return _detached(where, argv, as_json=as_json)
     stop: list[int] = []
+
+    def interrupted(number: int, frame: object) -> None:
+        """While starting, as Ctrl-C always does; once ready, an ordered end."""
+        stop.append(number)
+        if not ready:
+            raise KeyboardInterrupt
+
+    ready = False
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: stop.append(got))
+        signal.signal(number, interrupted)
+    held = state.lock(where)
     deployment = Deployment(config, model, name, log_path=log, say=say)
     if deployment.transport_reason:
         say(f"KV goes over {deployment.transport}, not UCX: {deployment.transport_reason}")
@@ -67,6 +72,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
         wait_ready(deployment)
         word = state.State(os.getpid(), deployment.coordinator, deployment.gateways, name, str(log))
         state.write(where, word)
+        ready = True
         try:
             say(f"ready: {name} on {', '.join(deployment.gateways)}; log in {log}")
             if as_json:
@@ -92,6 +98,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
         finally:
             state.remove(where)
     say("all processes have ended")
+    held.close()
     return 0
 
 
@@ -100,7 +107,7 @@ def down(where: Path, timeout_s: float = 30.0) -> int:
     running = state.read(where)
     os.kill(running.pid, signal.SIGTERM)
     until = time.monotonic() + timeout_s
-    while state.alive(running.pid):
+    while state.taken(where):
         if time.monotonic() > until:
             raise SetupError(f"pid {running.pid} did not end within {timeout_s:g} s", exit_code=1)
         time.sleep(0.05)
@@ -108,34 +115,24 @@ def down(where: Path, timeout_s: float = 30.0) -> int:
     return 0
 
 
-def _detached(where: Path, argv: list[str], log: Path, *, as_json: bool) -> int:
+def _detached(where: Path, argv: list[str], *, as_json: bool) -> int:
     """Run the same command behind, and return when it is ready or has failed."""
     words = [word for word in argv if word != "--detach"]
-    with log.open("a") as out:
+    said = where / "up.log"
+    with said.open("w") as out:
         child = subprocess.Popen(
-            [sys.executable, "-m", "control.cli", *words],
+            [sys.executable, "-m", "control.cli", *words, "-o", "json"],
             stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=out,
             text=True,
             start_new_session=True,
         )
-    assert child.stderr is not None
-    for line in child.stderr:
-        say(line.rstrip())
-        if line.startswith("ready: "):
-            if as_json:
-                running = state.read(where)
-                print(
-                    json.dumps(
-                        {
-                            "gateways": running.gateways,
-                            "coordinator": running.coordinator,
-                            "served_name": running.served_name,
-                            "pid": running.pid,
-                        }
-                    ),
-                    flush=True,
-                )
-            return 0
-    return child.wait()
+    # It prints one JSON document when it is ready; what it says to people goes to a file, so nobody has to stay.
+    with child.stdout as answers:  # type: ignore[union-attr]
+        word = answers.readline()
+    code = 0 if word.strip() else child.wait()
+    say(said.read_text().rstrip())
+    if as_json and word:
+        print(word.rstrip(), flush=True)
+    return code

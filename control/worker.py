@@ -38,6 +38,8 @@ from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
 log = logging.getLogger("baton.worker")
 
 SERVICE = "baton.v1.WorkerService"
+RETRY_S = 2.0
+"""A lane that could not be measured is tried again after this time."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
@@ -163,9 +165,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if hasattr(self, "_registry"):
             await self._registry.leave()
-            await self._peers.close(reason)
+            # Gateways first: they place our requests elsewhere before a peer's loss makes them fail here.
             self._gateways.close(reason)
             await asyncio.sleep(0.05)
+            await self._peers.close(reason)
             self._driver.close()
             await self._server.stop(0.2)
             await self._loop.run_in_executor(None, self._transfer.close)
@@ -267,6 +270,17 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._transfer.connect(peer, greeting.transport_metadata)
         self._transfer.probe(peer, PageRun(0, count), PageRun(0, count))
 
+    def _retry(self, peer: str) -> None:
+        """Try a lane again in a while, as long as its peer is there."""
+
+        def again() -> None:
+            greeting = self._peers.greeting(Identity.parse(peer))
+            if greeting is not None:
+                self._transfer.disconnect(peer)
+                self._connect(greeting)
+
+        self._loop.call_later(RETRY_S, again)
+
     def _peer_heard(self, peer: Identity, message: ToPeer | Lane) -> None:
         if isinstance(message, Lane):
             self._readers[peer] = message
@@ -300,10 +314,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
             case lanes.ConnectFailed(peer, reason):
                 log.error("lane from %s: %s", peer, reason)
+                self._retry(peer)
             case lanes.ProbeFailed(peer, reason, doubtful, read_id):
                 log.error("lane from %s: %s", peer, reason)
                 if doubtful is not None:
                     self._transfer.fence((read_id,))
+                self._retry(peer)
             case lanes.Closed(error):
                 if error:
                     self._bug(LocalError(f"transfer thread: {error}"))

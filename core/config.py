@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
@@ -130,7 +131,7 @@ class DeploymentConfig:
     port: int = 50051
     """Port of the first gateway; 0: any free one."""
     host: str = "127.0.0.1"
-    """Address to listen on."""
+    """Address that the gateways listen on; coordinator and workers stay on loopback."""
     kv_memory: str = "256M"
     """KV cache of each worker, in bytes or with K, M, G."""
     page_tokens: int = 64
@@ -177,8 +178,15 @@ class DeploymentConfig:
         for field in ("gateways", "page_tokens", "chunk_tokens", "max_rows", "max_steps"):
             if getattr(self, field) < 1:
                 raise bad(field, "at least 1")
-        if not 0 <= self.port <= 65535:
-            raise bad("port", "in 0..65535")
+        if not 0 <= self.port <= 65535 or (self.port and self.port + self.gateways - 1 > 65535):
+            raise bad("port", "in 0..65535, with room for all gateways behind it")
+        if self.threads < 0:
+            raise bad("threads", "at least 0")
+        for field in ("max_queue_s", "ttft_s", "gap_s"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise bad(field, "a finite time of at least 0")
+        if not 0 < self.timeout_s < math.inf:
+            raise bad("timeout_s", "a finite time above 0")
         if self.transport not in ("auto", "nixl", "zeromq"):
             raise bad("transport", "auto, nixl or zeromq")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):

@@ -69,7 +69,9 @@ class Intake:
         if least >= context:
             want = f"want at most {context - 1}, as the context holds {context}"
             raise RequestError("INVALID_ARGUMENT", f"prompt: got at least {least} tokens, {want}")
-        return self._tokenizer.encode(text, special)
+        ids = self._tokenizer.encode(text, special)
+        # A tokenizer may know added tokens for which the model has no embedding.
+        return self.ids("prompt", ids)
 
     def ids(self, field: str, ids: Sequence[int]) -> tuple[int, ...]:
         """Token ids of a request's `field`, if all of them are in the vocabulary."""
@@ -78,10 +80,19 @@ class Intake:
             raise RequestError("INVALID_ARGUMENT", f"{field}: got {wrong}, want 0..{self._facts.vocabulary - 1}")
         return tuple(ids)
 
+    def text_ids(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Token ids to be turned into text: not more than a context holds."""
+        if len(ids) > self._facts.context:
+            raise RequestError("INVALID_ARGUMENT", f"token_ids: got {len(ids)}, want at most {self._facts.context}")
+        return self.ids("token_ids", ids)
+
     def request(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None
+        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, decode_tokens: int
     ) -> tuple[Request, tuple[str, ...]]:
-        """The request and its stop strings."""
+        """The request and its stop strings; without `max_tokens` it may fill the context or the largest decode worker.
+
+        `remaining_s` is the call's deadline, `decode_tokens` what one decode worker holds (0: not known).
+        """
         self.model(asked.model)
         prompt = self.tokens(asked.WhichOneof("prompt"), asked)
         context = self._facts.context
@@ -101,8 +112,9 @@ class Intake:
             )
         stops = self._stops(asked.stop)
         ends = () if asked.ignore_eos else self._facts.eos
+        implied = max(1, min(room, decode_tokens - len(prompt))) if decode_tokens else room
         sampling = Sampling(
-            max_tokens=asked.max_tokens if asked.HasField("max_tokens") else room,
+            max_tokens=asked.max_tokens if asked.HasField("max_tokens") else implied,
             temperature=asked.temperature if asked.HasField("temperature") else 0.0,
             top_k=asked.top_k if asked.HasField("top_k") else 0,
             top_p=asked.top_p if asked.HasField("top_p") else 1.0,

@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
-from core.request import Request, Stage
+from core.request import Phase, Request, Stage
 from core.worker import Greeting, Identity, Member, Role
 from gateway.flights import Batch, Flight
 from gateway.intake import Intake, ModelFacts
@@ -28,6 +28,8 @@ from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCo
 log = logging.getLogger("baton.gateway")
 
 SERVICE = "baton.v1.InferenceService"
+UNREAD_S = 30.0
+"""A client that has not read the end of its request after this time is hung up on."""
 LARGE_NBYTES = 16_384
 """A request from this size on takes milliseconds to tokenize."""
 
@@ -40,6 +42,8 @@ class _Client:
     flight: Flight
     request: Request
     arrived_at: float
+    task: asyncio.Task[Any]
+    """Serves the call."""
     last_token_at: float | None = None
 
 
@@ -116,13 +120,17 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         counter = self._next = self._next + 1
         arrived_at = self._driver.now()
         try:
-            asked, stops = await self._aside(request, self._intake.request, request, context.time_remaining())
+            asked, stops = await self._aside(
+                request, self._intake.request, request, context.time_remaining(), self._sessions.decode_tokens()
+            )
             if asked.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {asked.id!r} is live")
         except RequestError as error:
             self._requests.labels("rejected", error.code).inc()
             await rpc.refuse(context, error)
-        client = _Client(Flight(TextStream(self._tokenizer, stops)), asked, arrived_at)
+        task = asyncio.current_task()
+        assert task is not None
+        client = _Client(Flight(TextStream(self._tokenizer, stops)), asked, arrived_at, task)
         self._clients[counter], self._names[asked.id] = client, counter
         flight = client.flight
         try:
@@ -190,10 +198,10 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         try:
             self._intake.model(request.model)
-            self._intake.ids("token_ids", request.token_ids)
+            ids = self._intake.text_ids(request.token_ids)
         except RequestError as error:
             await rpc.refuse(context, error)
-        return inference_pb2.DetokenizeResponse(text=self._tokenizer.decode(tuple(request.token_ids)))
+        return inference_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids))
 
     async def _aside(
         self,
@@ -219,19 +227,32 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
                         self._driver.post("router", ClientGone(counter, "stop string"))
             case End():
                 client = self._clients.get(command.counter)
-                self._requests.labels(command.phase, command.code).inc()
-                if client is not None:
+                if client is None:
+                    self._requests.labels(command.phase, command.code).inc()
+                else:
                     self._e2e.observe(self._driver.now() - client.arrived_at)
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
                     client.flight.end(command)
+                    # A stop string ends a request by our own cancel, which is a success to its client.
+                    stopped = client.flight.outcome is not None and client.flight.outcome.stop_string is not None
+                    phase, code = (Phase.DONE, "OK") if stopped else (command.phase, command.code)
+                    self._requests.labels(phase, code).inc()
+                    asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
                     log.info(
                         "%s: %s after %d tokens",
-                        command.phase,
+                        phase,
                         command.reason,
                         client.flight.completion_tokens,
                         extra={"request": client.request.id},
                     )
+
+    def _give_up(self, counter: int) -> None:
+        """A request that ended long ago and is still not read: its client hangs, and is hung up on."""
+        client = self._clients.get(counter)
+        if client is not None:
+            log.info("hung up on a client that does not read", extra={"request": client.request.id})
+            client.task.cancel()
 
     def _observe(self, client: _Client, tokens: int) -> None:
         now = self._driver.now()

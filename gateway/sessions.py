@@ -47,6 +47,10 @@ class Sessions:
         for identity in list(self._streams):
             self._settle(identity)
 
+    def decode_tokens(self) -> int:
+        """Most tokens of KV that one ready decode worker holds, 0 without any."""
+        return max((m.kv_tokens for m in self._up.values() if m.role.decodes and m.ready), default=0)
+
     def tell(self, worker: Identity, message: ToWorker) -> None:
         """Send a message if the worker is there; if not, the router is about to hear that it is lost."""
         stream = self._streams.get(worker)
@@ -99,15 +103,15 @@ class Sessions:
             await channel.close()
 
     def _settle(self, identity: Identity) -> None:
-        """Tell the router if a worker's use changed: its stream stands and the registry says that it is ready."""
+        """Tell the router what changed: a worker is up while its stream stands, ready or not."""
         member = self._members.get(identity) or self._up.get(identity)
-        usable = identity in self._streams and member is not None and member.ready
-        if usable and member is not None and self._up.get(identity) != member:
+        if identity not in self._streams:
+            if self._up.pop(identity, None) is not None:
+                self._driver.post("router", WorkerDown(identity))
+                self._changed()
+        elif member is not None and self._up.get(identity) != member:
             self._up[identity] = member
             self._driver.post("router", WorkerUp(member))
-            self._changed()
-        elif not usable and self._up.pop(identity, None) is not None:
-            self._driver.post("router", WorkerDown(identity))
             self._changed()
 
     def _perform(self, command: Lost) -> None:

@@ -18,6 +18,9 @@ from core.machine import Machine
 
 log = logging.getLogger("baton.driver")
 
+STALL_S = 0.5
+"""A timer that is this late means that the whole process was stopped."""
+
 
 @dataclass(slots=True)
 class _Seat:
@@ -38,6 +41,7 @@ class Driver:
         self._queue: deque[tuple[str, Any]] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
         self._on_bug = on_bug
         self._check = check
         self.turns = 0
@@ -100,13 +104,19 @@ class Driver:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        # All of them: machines that share a ledger may be woken by what another freed.
         deadlines = [when for seat in self._seats.values() if (when := seat.machine.deadline()) is not None]
         if deadlines:
-            self._timer = self._loop.call_at(min(deadlines), self._ring)
+            self._due = max(min(deadlines), self.now())
+            self._timer = self._loop.call_at(self._due, self._ring)
 
-    def _ring(self) -> None:
+    def _ring(self, patient: bool = True) -> None:
         self._timer = None
         now = self.now()
+        if patient and now - self._due > STALL_S:
+            # We were stopped, not the others: what they said meanwhile is heard before anybody is judged silent.
+            self._timer = self._loop.call_later(STALL_S / 2, self._ring, False)
+            return
         for name, seat in self._seats.items():
             when = seat.machine.deadline()
             if when is not None and when <= now:

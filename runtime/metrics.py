@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from threading import Thread
 from wsgiref.simple_server import WSGIServer
@@ -36,17 +37,27 @@ SECONDS = (
 )
 """Bucket bounds in seconds, after the OpenTelemetry GenAI conventions with a longer tail."""
 
+SCRAPE_S = 5.0
+"""A scrape fails if the loop does not answer within this time."""
+
 Gauges = Iterable[tuple[str, str, dict[str, str], float]]
 """(name without prefix, help, labels, value)."""
 
 
 class _Scraped(Collector):
+    """Reads gauges on the loop's thread, which alone touches policies and ledger; scrapes come on another."""
+
     def __init__(self, read: Callable[[], Gauges]) -> None:
         self._read = read
+        self._loop = asyncio.get_running_loop()
+
+    async def _snapshot(self) -> list[tuple[str, str, dict[str, str], float]]:
+        return list(self._read())
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, GaugeMetricFamily] = {}
-        for name, text, labels, value in self._read():
+        gauges = asyncio.run_coroutine_threadsafe(self._snapshot(), self._loop).result(SCRAPE_S)
+        for name, text, labels, value in gauges:
             family = families.get(name)
             if family is None:
                 family = families[name] = GaugeMetricFamily(f"baton_{name}", text, labels=list(labels))

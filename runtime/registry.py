@@ -93,4 +93,6 @@ class Registry:
                     self._changed(tuple(wire.member_from(member) for member in response.members))
             except (grpc.aio.AioRpcError, RemoteError) as error:
                 log.info("watch ended: %s", error)
+            except Exception:
+                log.exception("a change of membership was not taken")
             await asyncio.sleep(0.2)

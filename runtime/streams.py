@@ -28,6 +28,8 @@ SILENCE_S = 3.5
 """Three missed heartbeats and a little: a peer this silent is lost."""
 MESSAGE_FRAMES = 512
 """Most frames in one gRPC message."""
+MESSAGE_NBYTES = 2**20
+"""A message is closed when it has grown to this; one frame may be larger."""
 QUEUE_FRAMES = 200_000
 """A peer that lets this many frames wait is not reading: its stream is ended."""
 
@@ -115,8 +117,16 @@ class Stream:
                     except TimeoutError:
                         self._queue.append(Frame(heartbeat=worker_pb2.Heartbeat()))
                     continue
-                batch = [self._queue.popleft() for _ in range(min(len(self._queue), MESSAGE_FRAMES))]
-                await self._write(batch)
+                await self._write(self._batch())
+
+    def _batch(self) -> list[Frame]:
+        """What waits, as much as one message should carry."""
+        batch: list[Frame] = []
+        nbytes = 0
+        while self._queue and len(batch) < MESSAGE_FRAMES and nbytes < MESSAGE_NBYTES:
+            batch.append(self._queue.popleft())
+            nbytes += batch[-1].ByteSize()
+        return batch
 
     async def _reading(self, incoming: AsyncIterator[Iterable[Frame]], ears: Ears) -> bool:
         """True if the peer said goodbye."""
@@ -142,6 +152,9 @@ class Stream:
             await asyncio.sleep(0.2)
         except (grpc.RpcError, asyncio.InvalidStateError):
             pass
+        except Exception:
+            # A fault of ours in what a frame led to: this stream ends, which its peer takes as a loss; no other does.
+            log.exception("ending the stream of %s", self._name())
         return False
 
     def _name(self) -> str:
@@ -216,5 +229,8 @@ class Dials:
 
     async def _keep(self, member: Member) -> None:
         while True:
-            await self._live(member)
+            try:
+                await self._live(member)
+            except Exception:
+                log.exception("the stream to %s failed", member.identity)
             await asyncio.sleep(REDIAL_S)

@@ -44,7 +44,7 @@ def greeting(frame: Frame) -> Greeting:
         raise RemoteError(f"first frame: got {frame.WhichOneof('body')}, want hello")
     body = frame.hello
     member = Member(
-        identity=_identity(body.identity),
+        identity=identity(body.identity),
         role=_role(body.role),
         address="",
         metrics_address="",
@@ -75,7 +75,7 @@ def lane_frame(lane: Lane) -> Frame:
 
 def lane_from(body: worker_pb2.LaneMeasured | registry_pb2.Lane) -> Lane:
     """The inverse of `lane_frame` and of the registry's lanes."""
-    return Lane(_identity(body.source), body.transport, body.gbytes_per_s, body.latency_us)
+    return Lane(identity(body.source), body.transport, body.gbytes_per_s, body.latency_us)
 
 
 def registry_lane(lane: Lane) -> registry_pb2.Lane:
@@ -109,7 +109,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
 def member_from(body: registry_pb2.Member) -> Member:
     """The inverse of `registry_member`."""
     return Member(
-        identity=_identity(body.identity),
+        identity=identity(body.identity),
         role=_role(body.role),
         address=body.address,
         metrics_address=body.metrics_address,
@@ -264,7 +264,7 @@ class Reader:
         if not piece.HasField("request"):
             return None
         del self._pieces[ticket.key]
-        second = _identity(piece.second) if piece.second else None
+        second = identity(piece.second) if piece.second else None
         return m.Prompt(ticket, _request(piece.request, tuple(tokens)), second)
 
 
@@ -289,10 +289,11 @@ def _ticket(ticket: Ticket) -> worker_pb2.Ticket:
 
 
 def _ticket_from(body: worker_pb2.Ticket) -> Ticket:
-    return Ticket(_identity(body.minter), body.counter, body.attempt, _identity(body.source), _identity(body.sink))
+    return Ticket(identity(body.minter), body.counter, body.attempt, identity(body.source), identity(body.sink))
 
 
-def _identity(text: str) -> Identity:
+def identity(text: str) -> Identity:
+    """A process's identity as it is written on the wire; RemoteError if it is not one."""
     try:
         return Identity.parse(text)
     except LocalError as error:

@@ -278,6 +278,7 @@ class DecodePolicy:
         return min((row.deadline for row in self._rows.values() if not row.cancelled), default=None)
 
     def check(self) -> None:
+        self._ledger.check()
         assert self._running or not self._cut
         assert set(self._batch) <= self._rows.keys(), "a running row was freed"
         for key, row in self._rows.items():

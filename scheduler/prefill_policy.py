@@ -218,7 +218,7 @@ class PrefillPolicy:
         return counts
 
     def predicted_wait_s(self, tokens: int = 0) -> float:
-        """Time until the queue and `tokens` more are computed, from the measured speed; 0 before there is one."""
+        """Time until the queue and `tokens` more are computed, at the speed of full steps; 0 before there was one."""
         left = sum(job.prompt_tokens - job.done for job in self._jobs.values() if job.first_token is None)
         return (left + tokens) / self._tokens_per_s if self._tokens_per_s else 0.0
 
@@ -266,6 +266,7 @@ class PrefillPolicy:
         return min((self._until(job) for job in self._jobs.values() if job.cancelled is None), default=None)
 
     def check(self) -> None:
+        self._ledger.check()
         running = {span.key for span in self._running}
         for key, job in self._jobs.items():
             assert key == job.ticket.key
@@ -357,8 +358,10 @@ class PrefillPolicy:
         if not self._running or event.run_id != self._run_id:
             raise LocalError(f"chunk done: got run {event.run_id}, want {self._run_id}")
         spans, self._running = self._running, ()
-        if now > self._run_started:
-            speed = sum(span.stop - span.start for span in spans) / (now - self._run_started)
+        tokens = sum(span.stop - span.start for span in spans)
+        # A small step is mostly fixed cost: its speed says nothing about a queue, whose steps are full.
+        if now > self._run_started and 2 * tokens >= self._config.chunk_tokens:
+            speed = tokens / (now - self._run_started)
             self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed if self._tokens_per_s else speed
         firsts = {first.key: first for first in event.firsts}
         commands: list[PrefillCommand] = []

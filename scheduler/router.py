@@ -8,6 +8,7 @@ tokens so far, when a worker that it needs is lost.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 
 from core.errors import LocalError
 from core.messages import (
@@ -46,7 +47,7 @@ class ClientGone:
 
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
-    """A worker can be used: its session stands and it is ready. Comes again when its facts change."""
+    """A worker's session stands; new requests go there while the member is `ready`. Comes again when that changes."""
 
     member: Member
 
@@ -148,6 +149,8 @@ class Router:
         self._config = config
         self._workers: dict[Identity, Member] = {}
         self._flights: dict[int, _Flight] = {}
+        self._alarms: list[tuple[float, int]] = []
+        """A heap of when each flight may need a look; stale entries are dropped when they come up."""
         self.ignored = 0
         """Messages about old attempts or ended requests."""
 
@@ -163,7 +166,7 @@ class Router:
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
-        roles = [member.role for member in self._workers.values()]
+        roles = [member.role for member in self._ready()]
         lacking = [
             name
             for name, there in (
@@ -194,9 +197,16 @@ class Router:
                 return self._heard(event, now)
 
     def deadline(self) -> float | None:
-        return min((self._until(flight) for flight in self._flights.values()), default=None)
+        while self._alarms:
+            when, counter = self._alarms[0]
+            flight = self._flights.get(counter)
+            if flight is not None and self._until(flight) <= when:
+                return when
+            heappop(self._alarms)  # ended, or its offer was answered: a later alarm of it is further down
+        return None
 
     def check(self) -> None:
+        assert self.deadline() == min((self._until(flight) for flight in self._flights.values()), default=None)
         for counter, flight in self._flights.items():
             assert counter == flight.counter
             assert not flight.phase.ended
@@ -209,10 +219,11 @@ class Router:
 
     def _arrived(self, flight: _Flight, now: float) -> list[RouterCommand]:
         self._flights[flight.counter] = flight
+        heappush(self._alarms, (flight.deadline, flight.counter))
         if missing := self.missing():
             return self._end(flight, Phase.REJECTED, missing, "UNAVAILABLE", now)
         prompt = len(flight.request.prompt)
-        room = max(member.kv_tokens for member in self._workers.values() if member.role.prefills)
+        room = max(member.kv_tokens for member in self._ready() if member.role.prefills)
         if prompt > room:
             why = f"prompt: got {prompt} tokens, no worker holds more than {room}"
             return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
@@ -236,6 +247,7 @@ class Router:
         flight.ticket = Ticket(self._me, flight.counter, flight.attempt, source, best[0])
         flight.second = best[1] if len(best) > 1 else None
         flight.phase, flight.offered_at = Phase.OFFERED, now
+        heappush(self._alarms, (self._until(flight), flight.counter))
         slo = flight.request.slo.ttft_s
         wait_s = max(0.0, flight.arrived_at + (slo or self._config.max_queue_s) - now)
         request = self._rest(flight, now)
@@ -244,12 +256,16 @@ class Router:
 
     def _sources(self, flight: _Flight) -> list[Identity]:
         """Prefill workers that were not tried yet, best first."""
-        prefills = (member.identity for member in self._workers.values() if member.role.prefills)
+        prefills = (member.identity for member in self._ready() if member.role.prefills)
         untried = [identity for identity in prefills if identity not in flight.tried]
         return sorted(untried, key=lambda identity: (self._load(identity, sink=False), identity))
 
     def _decoders(self) -> list[Member]:
-        return [member for member in self._workers.values() if member.role.decodes]
+        return [member for member in self._ready() if member.role.decodes]
+
+    def _ready(self) -> list[Member]:
+        """Workers that take new requests; one that is not ready goes on with those it has."""
+        return [member for member in self._workers.values() if member.ready]
 
     def _sinks(self, flight: _Flight, source: Identity) -> list[Identity]:
         """Decode workers with room for it, best first; a mixed worker keeps its own."""
@@ -334,7 +350,9 @@ class Router:
                 return self._end(flight, Phase.DONE, reason, "OK", now, stop_token_id=stop_token_id)
             case Failed(_, code, why):
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
-                    return self._lost_attempt(flight, why, now)
+                    # A prefill worker that cannot hand over, or is about to end, would only fail it again.
+                    blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
+                    return self._lost_attempt(flight, why, now, blamed)
                 return self._end(flight, Phase.FAILED, why, code, now)
 
     def _tokens(self, flight: _Flight, message: Tokens, now: float) -> list[RouterCommand]:
@@ -380,13 +398,17 @@ class Router:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
         return commands
 
-    def _lost_attempt(self, flight: _Flight, why: str, now: float) -> list[RouterCommand]:
+    def _lost_attempt(
+        self, flight: _Flight, why: str, now: float, blamed: Identity | None = None
+    ) -> list[RouterCommand]:
+        """Place it again, elsewhere than at the `blamed` prefill worker if there is another."""
         if len(flight.tokens) == flight.request.sampling.max_tokens:
             return [*self._recall(flight, why), *self._end(flight, Phase.DONE, "length", "OK", now)]
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return self._end(flight, Phase.FAILED, why, "UNAVAILABLE", now)
-        flight.tried.clear()
+        others = any(member.role.prefills and member.identity != blamed for member in self._ready())
+        flight.tried = {blamed} if blamed is not None and others else set()
         flight.refusals.clear()
         return [*self._recall(flight, why), *self._again(flight, now)]
 

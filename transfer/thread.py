@@ -295,7 +295,7 @@ class TransferThread:
             self._checks[read_id] = check
             self._read(read_id, peer, source, target, None)
 
-        self._calls.put(turn)
+        self._call(turn)
 
     def abandon(self, read_id: int) -> None:
         """`Transport.abandon`."""

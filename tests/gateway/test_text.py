@@ -111,6 +111,15 @@ def test_a_special_token_between_pieces_leaves_the_space() -> None:
     assert pieces(tokenizer, ids) == ["the", "", " fox", ""]
 
 
+@given(text=st.text(st.sampled_from("aedoTh wbx.  \n世ö日本語Ġ" + "".join(CORPUS)), max_size=300))
+def test_a_text_has_at_least_as_many_tokens_as_are_told_beforehand(text: str) -> None:
+    for kind in MADE:
+        tokenizer = load(kind)
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, special=False))
+    assert load("byte level").least_tokens("x" * 1000) > 20
+    assert load("byte fallback").least_tokens("x" * 1000) == 0
+
+
 def test_encode_adds_what_the_model_wants_around_a_prompt() -> None:
     tokenizer = load("byte level")
     bos = tokenizer.token_id("<|bos|>")

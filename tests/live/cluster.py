@@ -37,6 +37,10 @@ MODEL = "tiny"
 """The name that every deployment serves its model by."""
 SECRET = "xyzzy plugh"
 """Begins the text prompts here: no log may ever show it."""
+LEASE_S = 3.0
+"""Workers wait this long for a gateway to come back."""
+MARGIN_S = 3.0
+"""And are done this much later, on a busy machine."""
 LATE_S = 20.0
 """Nothing that a test waits for takes this long on a busy machine."""
 

@@ -79,6 +79,29 @@ def test_100_clients_that_leave_at_random_times_leave_nothing_behind(live, refer
     CASES[5].check(asyncio.run(next_one()), reference)
 
 
+@pytest.mark.parametrize("how", ["drop", "abort"])
+def test_what_a_client_left_is_not_computed(live, how):
+    """One of these requests fills the arena; all of them would take ten times the wait."""
+    live.torn = True
+
+    async def run():
+        async with Client(live.gateway) as client:
+            calls, reads = [], []
+            for number in range(10):
+                request = case(40, 3500, number, forever=True, request_id=f"{how}-long-{number}").request
+                calls.append(client.stub.Generate(request, timeout=60.0))
+            reads = [asyncio.create_task(call.read()) for call in calls]
+            await asyncio.wait(reads)
+            if how == "abort":
+                names = [inference_pb2.AbortRequest(request_id=f"{how}-long-{number}") for number in range(10)]
+                assert all([(await client.stub.Abort(name)).aborted for name in names])
+            for call in calls:
+                call.cancel()
+
+    asyncio.run(run())
+    live.wait_empty(2.0)
+
+
 def test_an_abort_says_what_was_generated_and_knows_no_stranger(live, reference):
     each = case(40, 2000, 1, forever=True, request_id="long")
 

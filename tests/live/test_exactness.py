@@ -83,11 +83,14 @@ def test_every_logit_is_bit_equal_to_one_process(exact, how, cases):
         assert reply.hashes == reference.hashes(each.prompt, each.sampling)
 
 
-def test_both_prefill_workers_computed(exact):
+def test_both_prefill_workers_compute_and_nothing_is_computed_twice(exact):
     live, _ = exact
+    before = {name: live.metric(name, "baton_prefill_tokens") for name in ("prefill-0", "prefill-1")}
+    asyncio.run(one_by_one(live, CROWD[:8]))
+    after = {name: live.metric(name, "baton_prefill_tokens") - count for name, count in before.items()}
+    assert sum(after.values()) == sum(len(each.prompt) for each in CROWD[:8])
     asyncio.run(at_once(live, CROWD[:8]))
-    for name in ("prefill-0", "prefill-1"):
-        assert live.metric(name, "baton_prefill_tokens") > 0
+    assert all(live.metric(name, "baton_prefill_tokens") > before[name] + count for name, count in after.items())
 
 
 def test_fast_mode_stays_within_its_error(fast):

@@ -189,7 +189,7 @@ def test_a_call_past_its_deadline_is_ended_and_freed(live):
     assert reply.tokens
 
 
-def test_a_chat_without_a_template_and_tokenize_without_a_prompt_are_refused(live):
+def test_tokenize_without_a_prompt_is_refused(live):
     with grpc.insecure_channel(live.gateway) as channel:
         call = channel.unary_unary(
             "/baton.v1.InferenceService/Tokenize",

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from core.sampling import Sampling
-from protos.baton.v1 import inference_pb2
+from protos.baton.v1 import common_pb2, inference_pb2
 from tests.live.asks import ENDS, case, prompt
 from tests.live.cluster import SECRET, Client, Reply, ask, together, until
 from tests.live.conftest import TEMPLATE
@@ -135,6 +135,31 @@ def test_a_stop_token_ends_the_tokens_and_is_not_among_them(live, reference):
     assert reply.last.completion_tokens == at
 
 
+def test_a_stop_token_that_comes_first_leaves_nothing(live, reference):
+    each = case(40, 50, 5, forever=True)
+    first = reference.tokens(each.prompt, each.sampling)[0]
+
+    async def run():
+        async with Client(live.gateway) as client:
+            return await client.generate(ask(each.prompt, 50, stop_token_ids=[first]))
+
+    reply = asyncio.run(run())
+    assert (reply.tokens, reply.text) == ([], "")
+    assert (reply.last.finish_reason, reply.last.completion_tokens, reply.last.stop_token_id) == ("stop", 0, first)
+
+
+def test_hints_and_goals_change_no_token(live, reference):
+    each = case(45, 20, 6)
+    hints = common_pb2.Hints(priority=3, session="s", tenant="t", group="g", program_step=2, tool="grep")
+    request = ask(each.prompt, 20, hints=hints, slo=common_pb2.Slo(ttft_s=30.0, gap_s=5.0))
+
+    async def run():
+        async with Client(live.gateway) as client:
+            return await client.generate(request)
+
+    each.check(asyncio.run(run()), reference)
+
+
 def test_ignore_eos_goes_on_past_the_end_token(live, reference):
     ending = next(each for each in (case(25, 80, n) for n in range(50)) if finishes(each, reference) == "stop")
     on = case(25, 80, next(n for n in range(50) if prompt(25, n) == ending.prompt), forever=True)
@@ -217,15 +242,17 @@ def test_a_live_request_id_is_taken_and_a_past_one_is_free(live, reference):
 
 
 def test_the_last_message_tells_where_the_time_went(live):
+    """Long enough that the prefill worker's part of it has come."""
+
     async def run():
         async with Client(live.gateway) as client:
-            return await client.generate(ask(prompt(200, 9), 30, ignore_eos=True))
+            return await client.generate(ask(prompt(200, 9), 500, ignore_eos=True))
 
     stages = {stage.name: stage for stage in asyncio.run(run()).last.stages}
     assert {"queued", "offered", "batch_wait", "prefill", "reserve_wait", "pull", "join_wait", "decode"} <= {*stages}
     assert stages["prefill"].detail["tokens"] == "200"
     assert stages["prefill"].detail["chunks"] == "4"
-    assert stages["decode"].detail["steps"] == "29"
+    assert stages["decode"].detail["steps"] == "499"
     assert int(stages["pull"].detail["nbytes"]) > 0
     assert stages["pull"].detail["transport"].startswith(("ucx", "zeromq"))
     assert all(0 <= stage.seconds <= stages["total"].seconds for stage in stages.values())

@@ -288,9 +288,9 @@ def test_a_failed_attempt_is_tried_again(code):
     machine = router()
     key = prefilling(machine)
     commands = machine.on(Failed(key, code, "oh"), 1.0)
-    again = ticket(1, attempt=2)
+    again = ticket(1, attempt=2, source=P2)
     assert commands[:-1] == [ToOne(who, Cancel(key, "oh")) for who in (P1, D1, D2)]
-    assert commands[-1] == ToOne(P1, Offer(again, 6, 8, 29.0))
+    assert commands[-1] == ToOne(P2, Offer(again, 6, 8, 29.0))
 
 
 def test_a_failure_of_the_request_itself_is_not_tried_again():
@@ -303,7 +303,7 @@ def test_a_failure_of_the_request_itself_is_not_tried_again():
 def test_attempts_are_bounded():
     machine = router(max_attempts=2)
     machine.on(Failed(prefilling(machine), "UNAVAILABLE", "one"), 0.0)
-    again = ticket(1, attempt=2)
+    again = ticket(1, attempt=2, source=P2)
     machine.on(Accept(again), 0.0)
     end = only_end(machine.on(Failed(again, "UNAVAILABLE", "two"), 0.0))
     assert (end.code, end.reason, end.attempts) == ("UNAVAILABLE", "2 attempts, the last: two", 2)
@@ -601,3 +601,14 @@ class Deployment(RuleBasedStateMachine):
 @efforts
 def test_every_request_ends_once_with_the_right_tokens_whatever_fails(effort):
     run_state_machine_as_test(Deployment, settings=effort)
+
+
+def test_a_worker_that_is_not_ready_goes_on_with_what_it_has_and_gets_nothing_new():
+    machine = router()
+    key = decoding(machine)
+    for up in UP:
+        machine.on(WorkerUp(replace(up, ready=up.role is Role.PREFILL)), 0.0)
+    assert machine.missing() == "no decode worker is ready"
+    assert machine.on(Tokens(key, 2, (102,)), 1.0) == [Deliver(1, (102,), ())]
+    assert only_end(machine.on(Arrived(2, ask()), 1.0)).code == "UNAVAILABLE"
+    assert machine.on(Finished(key, "length", 3), 1.0)[0].phase is Phase.DONE
