@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -144,6 +145,14 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         assert len(document["token_ids"]) == 5
         assert document["end"]["finish_reason"] == "length"
 
+        lost = next(pid for pid in _children(word["pid"]) if '"prefill-1"' in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(lost, signal.SIGKILL)
+        again = baton("generate", "--chat", "What does textwrap.dedent do?", state=tmp_path)
+        assert again.returncode == 0, again.stderr
+        time.sleep(0.5)  # the launcher has said that prefill-1 ended, to nobody
+        again = baton("generate", "--chat", "What does textwrap.dedent do?", state=tmp_path)
+        assert again.returncode == 0, again.stderr
+
         wrong = baton("generate", "--model", "other", "hello", state=tmp_path)
         assert wrong.returncode == 1
         assert "NOT_FOUND" in wrong.stderr
@@ -159,8 +168,6 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
 
 @pytest.mark.live
 def test_an_interrupted_demo_leaves_no_process(tmp_path: Path):
-    import signal
-
     demo = subprocess.Popen(
         [sys.executable, "-u", "-m", "control.demo"],
         cwd=ROOT,

@@ -149,6 +149,50 @@ def test_requests_in_every_phase_survive_the_loss_of_a_worker_of_each_kind(pairs
     pairs.wait_empty()
 
 
+def test_the_loss_of_every_prefill_worker_leaves_running_streams_alone(pairs, reference):
+    each = STREAMS[0]
+
+    async def run():
+        async with Client(pairs.gateway) as client:
+            reply = Reply()
+            stream = client.responses(each.request, reply)
+            while len(reply.tokens) < 20:
+                reply.take(await anext(stream))
+            for name in ("prefill-0", "prefill-1"):
+                pairs.kill(name, signal.SIGKILL)
+            await asyncio.to_thread(until, lambda: pairs.health(pairs.gateway) == "NOT_SERVING", "it takes nothing new")
+            async for response in stream:
+                reply.take(response)
+            return reply
+
+    reply = asyncio.run(run())
+    exact(each, reply, reference)
+    assert reply.last.attempts == 1
+    assert generate(pairs, each.request).code == "UNAVAILABLE"
+    pairs.wait_empty()
+
+
+def test_a_decode_worker_that_stood_still_does_not_leave_its_streams_hanging(pairs, reference):
+    each = STREAMS[1]
+
+    async def run():
+        async with Client(pairs.gateway) as client:
+            reply = Reply()
+            stream = client.responses(each.request, reply)
+            while len(reply.tokens) < 20:
+                reply.take(await anext(stream))
+            pairs.kill("decode-0", signal.SIGSTOP)  # of two idle workers, the first by name is taken
+            await asyncio.sleep(4.5)
+            pairs.kill("decode-0", signal.SIGCONT)
+            async for response in stream:
+                reply.take(response)
+            return reply
+
+    exact(each, asyncio.run(run()), reference)
+    pairs.wait_empty()
+    pairs.restart()
+
+
 def test_without_a_decode_worker_a_gateway_says_so_at_once(pairs, reference):
     each = STREAMS[0]
     for name in DECODES:
