@@ -27,6 +27,9 @@ from core.messages import (
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.worker import Identity, Member
 
+REPORT_S = 0.25
+"""A request whose tokens are all here waits no longer than this for the stages of its prefill."""
+
 
 # Events (beside the messages from workers).
 @dataclass(frozen=True, slots=True)
@@ -130,6 +133,11 @@ class _Flight:
     """Tokens delivered before this attempt began; its own count starts there."""
     cached_tokens: int = 0
     stages: list[Stage] = field(default_factory=list)
+    handed: bool = False
+    """The prefill worker has reported its stages for this attempt."""
+    finished: Finished | None = None
+    """All tokens are here; only the prefill worker's report may still be on its way."""
+    finished_at: float = 0.0
 
     @property
     def deadline(self) -> float:
@@ -214,6 +222,8 @@ class Router:
             assert flight.base <= len(flight.tokens) <= flight.request.sampling.max_tokens
 
     def _until(self, flight: _Flight) -> float:
+        if flight.finished is not None:
+            return min(flight.finished_at + REPORT_S, flight.deadline)
         offer = flight.offered_at + self._config.offer_s if flight.phase is Phase.OFFERED else flight.deadline
         return min(offer, flight.deadline)
 
@@ -320,6 +330,8 @@ class Router:
             return self._ignore()
         if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not isinstance(message, Handed):
             return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
+        if flight.finished is not None and not isinstance(message, Handed):
+            return self._ignore()
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
@@ -341,13 +353,21 @@ class Router:
                 return self._tokens(flight, message, now)
             case Handed(_, stages):
                 flight.stages += stages
+                flight.handed = True
+                if flight.finished is not None:
+                    return self._finish(flight, now)
                 return self._moved(flight, message.ticket, now)
-            case Finished(_, reason, completion, stop_token_id, stages):
+            case Finished(_, _, completion, _, stages):
                 flight.stages += stages
                 if flight.base + completion != len(flight.tokens):
                     why = f"{flight.base + completion} tokens were generated, {len(flight.tokens)} came"
                     return self._lost_attempt(flight, why, now)
-                return self._end(flight, Phase.DONE, reason, "OK", now, stop_token_id=stop_token_id)
+                flight.finished, flight.finished_at = message, now
+                if flight.handed or flight.phase is not Phase.DECODING:
+                    return self._finish(flight, now)
+                # Two streams: the prefill worker's report may come after the decode worker's last word.
+                heappush(self._alarms, (self._until(flight), flight.counter))
+                return []
             case Failed(_, code, why):
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
@@ -372,6 +392,11 @@ class Router:
             return [deliver, *self._moved(flight, message.ticket, now)]
         return [deliver]
 
+    def _finish(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        assert flight.finished is not None
+        end = flight.finished
+        return self._end(flight, Phase.DONE, end.reason, "OK", now, stop_token_id=end.stop_token_id)
+
     def _moved(self, flight: _Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
         """The sink has the KV; it may be the second choice, and it may have died since."""
         if flight.phase is not Phase.HANDING_OFF:
@@ -390,6 +415,10 @@ class Router:
         for flight in list(self._flights.values()):
             ticket = flight.ticket
             if ticket is None:
+                continue
+            if flight.finished is not None:
+                if identity == ticket.source:
+                    commands += self._finish(flight, now)
                 continue
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
             at_source = needs_source and ticket.source == identity
@@ -414,13 +443,15 @@ class Router:
 
     def _again(self, flight: _Flight, now: float) -> list[RouterCommand]:
         self._enter(flight, Phase.QUEUED)
-        flight.ticket = None
+        flight.ticket, flight.handed = None, False
         return self._offer(flight, now)
 
     def _overdue(self, now: float) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
         for flight in [flight for flight in self._flights.values() if self._until(flight) <= now]:
-            if flight.deadline <= now:
+            if flight.finished is not None:
+                commands += self._finish(flight, now)
+            elif flight.deadline <= now:
                 why = f"not done within {flight.request.timeout_s:g} s, {len(flight.tokens)} tokens were sent"
                 commands += self._end(flight, Phase.FAILED, why, "DEADLINE_EXCEEDED", now)
             else:

@@ -611,4 +611,29 @@ def test_a_worker_that_is_not_ready_goes_on_with_what_it_has_and_gets_nothing_ne
     assert machine.missing() == "no decode worker is ready"
     assert machine.on(Tokens(key, 2, (102,)), 1.0) == [Deliver(1, (102,), ())]
     assert only_end(machine.on(Arrived(2, ask()), 1.0)).code == "UNAVAILABLE"
+    assert machine.on(Handed(key, ()), 1.0) == []
     assert machine.on(Finished(key, "length", 3), 1.0)[0].phase is Phase.DONE
+
+
+def test_an_end_waits_a_moment_for_the_stages_of_the_prefill():
+    """The two workers' last words come on two streams, in any order."""
+    machine, stage, last = router(), Stage("prefill", "prefill-1", 0.1), Stage("decode", "decode-1", 0.2)
+    key = decoding(machine)
+    assert machine.on(Finished(key, "length", 2, None, (last,)), 1.0) == []
+    assert machine.deadline() == 1.25
+    machine.check()
+    assert machine.on(Tokens(key, 2, (102,)), 1.1) == []
+    end = only_end(machine.on(Handed(key, (stage,)), 1.1))
+    assert (end.phase, end.reason) == (Phase.DONE, "length")
+    assert last in end.stages
+    assert stage in end.stages
+
+
+@pytest.mark.parametrize("event", [None, WorkerDown(P1)])
+def test_an_end_whose_prefill_worker_says_nothing_comes_without_its_stages(event):
+    machine = router()
+    key = decoding(machine)
+    machine.on(Finished(key, "stop", 2, 5), 1.0)
+    assert machine.on(WorkerDown(D1), 1.0) == []
+    end = only_end(machine.on(event, 1.25))
+    assert (end.phase, end.stop_token_id) == (Phase.DONE, 5)
