@@ -268,14 +268,10 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
-def test_a_ready_environment_takes_no_time(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    took = []
+def test_a_ready_environment_is_left_alone(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     for arguments in ([], ["--extra", "test"], ["--extra", "test", "--extra", "ucx"]):
-        begin = time.monotonic()
         done = run(*arguments)
-        took.append(time.monotonic() - begin)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert min(took) < 0.5
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), "nothing is resolved, so nothing is said"
 
 
 def test_an_unknown_extra_is_refused(run: Callable[..., subprocess.CompletedProcess[str]]) -> None:

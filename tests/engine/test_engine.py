@@ -200,18 +200,24 @@ def test_a_long_prompt_prefills_in_chunks_and_does_not_slow_its_neighbours(tmp_p
     one = TorchEngine(folder, kv_memory=64 * 2**20, page_tokens=64, native=native)
     long = [2 + place * 7919 % 120 for place in range(32000)]
     one.open("long", long, range(501), Sampling(50), len(long))
-    started = time.monotonic()
     out = []
     for start in range(0, len(long), 2048):
         out += one.step([Row("long", start, min(start + 2048, len(long)))])
-    assert time.monotonic() - started < 20
     at = {"long": out[0].position}
     for number in range(31):
         name = f"short{number}"
         one.open(name, PROMPT, [502 + 2 * number, 503 + 2 * number], Sampling(50), len(PROMPT))
         at[name] = one.step([Row(name, 0, 40)])[0].position
-    started = time.monotonic()
-    for _ in range(5):
-        for sample in one.step([Row(name, place, place + 1) for name, place in at.items()]):
-            at[sample.sequence] = sample.position
-    assert (time.monotonic() - started) / 5 < 0.25
+
+    def seconds(names: list[str]) -> float:
+        """The best of some steps of these rows."""
+        taken = []
+        for _ in range(5):
+            started = time.perf_counter()
+            for sample in one.step([Row(name, at[name], at[name] + 1) for name in names]):
+                at[sample.sequence] = sample.position
+            taken.append(time.perf_counter() - started)
+        return min(taken)
+
+    # Padded to its longest row, the mixed batch would cost 32 times the long row; a ratio within one run is no timing.
+    assert seconds(list(at)) < 8 * (seconds(["long"]) + seconds([name for name in at if name != "long"]))

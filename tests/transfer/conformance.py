@@ -350,10 +350,10 @@ class Deaths(Conformance):
         during = sink.read(busy.owner, [PageRun(0, 16)], [PageRun(4, 16)])
         ends = {end.read_id: end for end in quiet(sink, 0.1)}
         busy.send(signal.SIGKILL)
-        while len(ends) < 2 and time.monotonic() - started < 3:
+        while len(ends) < 2 and time.monotonic() - started < 20:
             ends.update({end.read_id: end for end in sink.transport.poll()})
             time.sleep(0.0005)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 15, "a death is noticed long before any deadline"
         assert failed(ends[before]).in_doubt is False
         if self.kind == "zeromq" or self.child_env:  # over CMA all was read while the peer was stopped
             assert failed(ends[during]).in_doubt is False
@@ -383,7 +383,7 @@ class Deaths(Conformance):
         else:
             sink.read("child#01", [PageRun(0, 1)], [PageRun(0, 1)])
             assert failed(drive(sink)[0]).in_doubt is False
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 15, "a death is noticed long before any deadline"
 
     @pytest.mark.parametrize("fenced", [True, False])
     def test_an_abandoned_read_never_lands_behind_a_fence(self, workers, children, fenced):
