@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +26,12 @@ from scheduler.decode_policy import (
     Leave,
     Ran,
     Run,
+    RunFailed,
     Tell,
 )
 from transfer.sink import Decided, Drop
+
+log = logging.getLogger("baton.decode")
 
 SEAT = "decode"
 
@@ -89,7 +93,15 @@ class DecodeShell:
                 assert_never(command)
 
     def _run(self, command: Run) -> None:
-        """On the engine's thread: steps until the order is used up, a sequence ends, or a cut came."""
+        """On the engine's thread."""
+        try:
+            self._steps(command)
+        except Exception as error:
+            log.exception("a step of %s failed", ", ".join(command.rows))
+            self._driver.post_threadsafe(SEAT, RunFailed(command.run_id, str(error)))
+
+    def _steps(self, command: Run) -> None:
+        """Steps until the order is used up, a sequence ends, or a cut came."""
         for join in command.joining:
             self._join(join)
         for grow in command.growing:

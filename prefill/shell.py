@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import assert_never
 
 from core.messages import Message, Tokens
-from core.request import Ticket
+from core.request import Request, Ticket
 from core.worker import Identity
 from engine.api import Engine, Row, Sampled
 from runtime.driver import Driver
@@ -17,6 +18,7 @@ from scheduler.prefill_policy import (
     AskForSink,
     Begin,
     ChunkDone,
+    ChunkFailed,
     EndSequence,
     First,
     PrefillCommand,
@@ -27,6 +29,8 @@ from scheduler.prefill_policy import (
     holder,
 )
 from transfer.source import AskSink, Sealed, Withdraw
+
+log = logging.getLogger("baton.prefill")
 
 SEAT = "prefill"
 
@@ -60,7 +64,7 @@ class PrefillShell:
                 name = holder(ticket.key)
                 self._tickets[ticket.key] = ticket
                 prompt = len(request.prompt)
-                self._thread.do(lambda: self._engine.open(name, request.prompt, pages, request.sampling, prompt))
+                self._thread.do(lambda: self._open(name, request, pages, prompt))
             case RunChunk():
                 self._thread.do(lambda: self._run(command))
             case EndSequence(key):
@@ -78,8 +82,20 @@ class PrefillShell:
     def _run(self, command: RunChunk) -> None:
         """On the engine's thread."""
         rows = [Row(holder(span.key), span.start, span.stop) for span in command.spans]
-        sampled = self._engine.step(rows)
-        self._loop.call_soon_threadsafe(self._done, command, sampled)
+        try:
+            sampled = self._engine.step(rows)
+        except Exception as error:
+            log.exception("a step of %s failed", ", ".join(span.key for span in command.spans))
+            self._driver.post_threadsafe(SEAT, ChunkFailed(command.run_id, str(error)))
+        else:
+            self._loop.call_soon_threadsafe(self._done, command, sampled)
+
+    def _open(self, name: str, request: Request, pages: tuple[int, ...], prompt: int) -> None:
+        """On the engine's thread; what cannot be opened fails the step that needs it."""
+        try:
+            self._engine.open(name, request.prompt, pages, request.sampling, prompt)
+        except Exception:
+            log.exception("%s cannot be opened", name)
 
     def _done(self, command: RunChunk, sampled: list[Sampled]) -> None:
         """First tokens go to their clients before anything else is decided."""

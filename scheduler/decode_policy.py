@@ -81,6 +81,14 @@ class Ran:
     ended: tuple[Ended, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class RunFailed:
+    """A `Run` ended in an exception of the engine; nothing is known of which row caused it."""
+
+    run_id: int
+    reason: str
+
+
 # Commands.
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -150,7 +158,7 @@ class Tell:
     message: Finished | Failed
 
 
-DecodeEvent = Asked | KvArrived | Withdrawn | CancelDecode | GatewayGone | Ran
+DecodeEvent = Asked | KvArrived | Withdrawn | CancelDecode | GatewayGone | Ran | RunFailed
 DecodeCommand = Answer | Run | Cut | Leave | DropHandOff | Tell
 
 
@@ -268,6 +276,8 @@ class DecodePolicy:
                 commands += self._cancel_where(lambda row: row.ticket.minter == identity, "its gateway was lost")
             case Ran():
                 commands += self._ran(event, now)
+            case RunFailed(run_id, reason):
+                commands += self._run_failed(run_id, reason)
         return commands + self._admit() + self._plan(now)
 
     def deadline(self) -> float | None:
@@ -358,6 +368,19 @@ class DecodePolicy:
                 commands.append(Tell(Finished(row.ticket, end.reason, end.generated, end.stop_token_id, stages)))
             if key in ended or row.cancelled:
                 commands += self._end(row)
+        return commands
+
+    def _run_failed(self, run_id: int, reason: str) -> list[DecodeCommand]:
+        """All rows are placed again by their gateways, which bound how often; the worker goes on."""
+        if not self._running or run_id != self._run_id:
+            raise LocalError(f"run failed: got run {run_id}, want {self._run_id}")
+        self._running = self._cut = False
+        commands: list[DecodeCommand] = []
+        for key in self._batch:
+            row = self._rows[key]
+            if not row.cancelled:
+                commands.append(Tell(Failed(row.ticket, "ABORTED", f"the engine failed: {reason}")))
+            commands += self._end(row)
         return commands
 
     def _cancel_where(self, which: Callable[[_Row], bool], reason: str) -> list[DecodeCommand]:

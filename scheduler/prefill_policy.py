@@ -29,6 +29,14 @@ class ChunkDone:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkFailed:
+    """A `RunChunk` ended in an exception of the engine; nothing is known of which sequence caused it."""
+
+    run_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class First:
     """The first token of a sequence; `finish` if it is also its last."""
 
@@ -132,7 +140,7 @@ class EndSequence:
     key: str
 
 
-PrefillEvent = Offer | Prompt | Cancel | ChunkDone | Granted | HandOffOver | GatewayGone
+PrefillEvent = Offer | Prompt | Cancel | ChunkDone | ChunkFailed | Granted | HandOffOver | GatewayGone
 PrefillCommand = Answer | Begin | RunChunk | AskForSink | SealPages | WithdrawHandOff | EndSequence
 
 
@@ -256,6 +264,8 @@ class PrefillPolicy:
                 commands += self._hand_off_over(event, now)
             case ChunkDone():
                 commands += self._chunk_done(event, now)
+            case ChunkFailed(run_id, reason):
+                commands += self._chunk_failed(run_id, reason)
         return commands + self._plan(now)
 
     def deadline(self) -> float | None:
@@ -384,6 +394,21 @@ class PrefillPolicy:
                 commands += self._cancel(job, "finished with its first token")
             elif job.grant is not Grant.NOT_ASKED:
                 commands.append(self._seal(job))
+        return commands
+
+    def _chunk_failed(self, run_id: int, reason: str) -> list[PrefillCommand]:
+        """All of the step are placed again by their gateways, which bound how often; the worker goes on."""
+        if not self._running or run_id != self._run_id:
+            raise LocalError(f"chunk failed: got run {run_id}, want {self._run_id if self._running else 'none'}")
+        spans, self._running = self._running, ()
+        commands: list[PrefillCommand] = []
+        for span in spans:
+            job = self._jobs[span.key]
+            if job.cancelled is None:
+                commands.append(Answer(Failed(job.ticket, "ABORTED", f"the engine failed: {reason}")))
+                commands += self._cancel(job, reason)
+            else:
+                commands += self._end_if_free(job)
         return commands
 
     def _seal(self, job: _Job) -> SealPages:
