@@ -11,6 +11,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ class Reply:
     def fail(self, error: grpc.aio.AioRpcError) -> None:
         """Add the status that the call ended with."""
         self.code, self.details = error.code().name, error.details() or ""
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        status = rpc_status.from_call(error)
         for detail in status.details if status else ():
             wait = error_details_pb2.RetryInfo()
             if detail.Unpack(wait):
@@ -199,7 +200,7 @@ class Live:
         """What grpc.health.v1 says of a process."""
         with grpc.insecure_channel(address) as channel:
             request = health_pb2.HealthCheckRequest(service=service)
-            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=LATE_S)  # type: ignore[attr-defined]
+            response = health_pb2_grpc.HealthStub(channel).Check(request, timeout=LATE_S)
         return health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
 
     def metrics(self, name: str) -> Samples:
@@ -245,9 +246,9 @@ class Live:
 
     def restart(self, *names: str) -> None:
         """Start killed processes again and wait until all serve."""
-        for name in names:
-            self.deployment.restart(name)
-            self._note()
+        with ThreadPoolExecutor(max(1, len(names))) as together:
+            list(together.map(self.deployment.restart, names))
+        self._note()
         self.wait_ready()
 
     def wait_empty(self, within_s: float = LATE_S) -> float:
