@@ -133,6 +133,8 @@ class _Flight:
     """Tokens delivered before this attempt began; its own count starts there."""
     cached_tokens: int = 0
     stages: list[Stage] = field(default_factory=list)
+    broken: set[Identity] = field(default_factory=set)
+    """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
     handed: bool = False
     """The prefill worker has reported its stages for this attempt."""
     finished: Finished | None = None
@@ -405,7 +407,7 @@ class Router:
         if flight.ticket is not None and flight.ticket.sink != ticket.sink:
             flight.second = flight.ticket.sink
         flight.ticket = ticket
-        if ticket.sink in self._workers:
+        if ticket.sink in self._workers and ticket.sink not in flight.broken:
             return []
         return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
 
@@ -420,6 +422,7 @@ class Router:
                 if identity == ticket.source:
                     commands += self._finish(flight, now)
                 continue
+            flight.broken.add(identity)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
             at_source = needs_source and ticket.source == identity
             at_sink = flight.phase is Phase.DECODING and ticket.sink == identity
@@ -444,6 +447,7 @@ class Router:
     def _again(self, flight: _Flight, now: float) -> list[RouterCommand]:
         self._enter(flight, Phase.QUEUED)
         flight.ticket, flight.handed = None, False
+        flight.broken.clear()
         return self._offer(flight, now)
 
     def _overdue(self, now: float) -> list[RouterCommand]:

@@ -637,3 +637,15 @@ def test_an_end_whose_prefill_worker_says_nothing_comes_without_its_stages(event
     assert machine.on(WorkerDown(D1), 1.0) == []
     end = only_end(machine.on(event, 1.25))
     assert (end.phase, end.stop_token_id) == (Phase.DONE, 5)
+
+
+def test_a_sink_that_came_back_during_the_hand_over_has_dropped_it():
+    """Both sides of a broken stream start anew, so its KV there is gone although the worker is there again."""
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 1.0)
+    assert machine.on(WorkerDown(D1), 1.0) == []
+    machine.on(WorkerUp(worker(D1, Role.DECODE)), 1.0)
+    commands = machine.on(Handed(key, ()), 1.0)
+    assert isinstance(commands[-1].message, Offer)
+    assert commands[-1].message.ticket.attempt == 2
