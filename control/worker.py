@@ -172,6 +172,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._driver.close()
             await self._server.stop(0.2)
             await self._loop.run_in_executor(None, self._transfer.close)
+            await self._loop.run_in_executor(None, self._engine_thread.close)
         self._metrics.close()
 
     def member(self) -> Member:

@@ -102,15 +102,6 @@ PHASE_NEXT: dict[Phase, tuple[Phase, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """Token counts of one request."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a request's waterfall: seconds measured on one process's clock."""
 
