@@ -242,11 +242,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 if self._prefill is None:
                     raise RemoteError(f"{gateway} offers a prompt to a {self._config.role} worker")
                 self._driver.post("prefill", message)
-            case Cancel(ticket, reason):
+            case Cancel():
                 if self._prefill is not None:
                     self._driver.post("prefill", message)
                 if self._decode is not None:
-                    self._driver.post("decode", decode_policy.CancelDecode(ticket, reason))
+                    self._driver.post("decode", message)
             case _:
                 raise RemoteError(f"{gateway} sent {type(message).__name__}")
 

@@ -59,6 +59,8 @@ class Cancel:
 
     ticket: Ticket
     reason: str
+    report: bool = False
+    """Answer with the stages so far: `Handed` from a prefill worker, `Finished` from a decode worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,8 @@ class Handed:
 
     ticket: Ticket
     stages: tuple[Stage, ...]
+    cancelled: bool = False
+    """The sink need not have the KV: the gateway wanted no more, and the stages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Finished:
 
     ticket: Ticket
     reason: str
-    """"stop" or "length"."""
+    """"stop" or "length"; "cancelled" if the gateway wanted no more, and the stages."""
     completion_tokens: int
     stop_token_id: int | None = None
     stages: tuple[Stage, ...] = ()
@@ -99,6 +103,7 @@ class Failed:
     code: str
     """Name of a gRPC status."""
     message: str
+    stages: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ class Phase(StrEnum):
 _ENDS = (Phase.CANCELLED, Phase.FAILED)
 PHASE_NEXT: dict[Phase, tuple[Phase, ...]] = {
     Phase.QUEUED: (Phase.OFFERED, Phase.REJECTED, *_ENDS),
-    Phase.OFFERED: (Phase.PREFILLING, Phase.QUEUED, *_ENDS),
+    Phase.OFFERED: (Phase.PREFILLING, Phase.QUEUED, Phase.DONE, *_ENDS),
     Phase.PREFILLING: (Phase.HANDING_OFF, Phase.DONE, Phase.QUEUED, *_ENDS),
     Phase.HANDING_OFF: (Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS),
     Phase.DECODING: (Phase.DONE, Phase.QUEUED, *_ENDS),

@@ -12,7 +12,7 @@ import grpc
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
-from core.request import Phase, Request, Stage
+from core.request import Request, Stage
 from core.worker import Greeting, Identity, Member, Role
 from gateway.flights import Batch, Flight
 from gateway.intake import Intake, ModelFacts
@@ -23,7 +23,7 @@ from runtime import rpc, wire
 from runtime.driver import Driver
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
-from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCommand, RouterConfig, ToOne
+from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCommand, RouterConfig, Satisfied, ToOne
 
 log = logging.getLogger("baton.gateway")
 
@@ -224,7 +224,7 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
                 if client is not None:
                     self._observe(client, len(tokens))
                     if client.flight.deliver(tokens, hashes):
-                        self._driver.post("router", ClientGone(counter, "stop string"))
+                        self._driver.post("router", Satisfied(counter))
             case End():
                 client = self._clients.get(command.counter)
                 if client is None:
@@ -234,14 +234,11 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
                     client.flight.end(command)
-                    # A stop string ends a request by our own cancel, which is a success to its client.
-                    stopped = client.flight.outcome is not None and client.flight.outcome.stop_string is not None
-                    phase, code = (Phase.DONE, "OK") if stopped else (command.phase, command.code)
-                    self._requests.labels(phase, code).inc()
+                    self._requests.labels(command.phase, command.code).inc()
                     asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
                     log.info(
                         "%s: %s after %d tokens",
-                        phase,
+                        command.phase,
                         command.reason,
                         client.flight.completion_tokens,
                         extra={"request": client.request.id},

@@ -146,13 +146,16 @@ def frames(message: m.Message) -> list[Frame]:
             pieces[-1].request.CopyFrom(_meta(request))
             pieces[-1].second = str(second) if second else ""
             return [Frame(prompt=piece) for piece in pieces]
-        case m.Cancel(_, reason):
-            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason))]
+        case m.Cancel(_, reason, report):
+            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report))]
         case m.Tokens(_, index, tokens, hashes):
             body = worker_pb2.Tokens(ticket=ticket, index=index, tokens=tokens, logits_hashes=hashes)
             return [Frame(tokens=body)]
-        case m.Handed(_, stages):
-            return [Frame(handed=worker_pb2.Handed(ticket=ticket, stages=[stage_proto(stage) for stage in stages]))]
+        case m.Handed(_, stages, cancelled):
+            handed = worker_pb2.Handed(
+                ticket=ticket, stages=[stage_proto(stage) for stage in stages], cancelled=cancelled
+            )
+            return [Frame(handed=handed)]
         case m.Finished(_, reason, completion_tokens, stop_token_id, stages):
             finished = worker_pb2.Finished(
                 ticket=ticket,
@@ -162,8 +165,9 @@ def frames(message: m.Message) -> list[Frame]:
                 stages=[stage_proto(stage) for stage in stages],
             )
             return [Frame(finished=finished)]
-        case m.Failed(_, code, why):
-            return [Frame(failed=worker_pb2.Failed(ticket=ticket, code=code, message=why))]
+        case m.Failed(_, code, why, stages):
+            told = [stage_proto(stage) for stage in stages]
+            return [Frame(failed=worker_pb2.Failed(ticket=ticket, code=code, message=why, stages=told))]
         case m.Reserve(_, request):
             return [Frame(reserve=worker_pb2.Reserve(ticket=ticket, request=_meta(request), prompt=request.prompt))]
         case m.Grant():
@@ -214,14 +218,15 @@ class Reader:
             case "cancel":
                 ticket = _ticket_from(frame.cancel.ticket)
                 self._pieces.pop(ticket.key, None)
-                return m.Cancel(ticket, frame.cancel.reason)
+                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report)
             case "tokens":
                 tokens = frame.tokens
                 return m.Tokens(
                     _ticket_from(tokens.ticket), tokens.index, tuple(tokens.tokens), tuple(tokens.logits_hashes)
                 )
             case "handed":
-                return m.Handed(_ticket_from(frame.handed.ticket), _stages_from(frame.handed.stages))
+                handed = frame.handed
+                return m.Handed(_ticket_from(handed.ticket), _stages_from(handed.stages), handed.cancelled)
             case "finished":
                 finished = frame.finished
                 return m.Finished(
@@ -232,7 +237,9 @@ class Reader:
                     _stages_from(finished.stages),
                 )
             case "failed":
-                return m.Failed(_ticket_from(frame.failed.ticket), frame.failed.code, frame.failed.message)
+                failed = frame.failed
+                stages = _stages_from(failed.stages)
+                return m.Failed(_ticket_from(failed.ticket), failed.code, failed.message, stages)
             case "reserve":
                 reserve = frame.reserve
                 return m.Reserve(_ticket_from(reserve.ticket), _request(reserve.request, tuple(reserve.prompt)))

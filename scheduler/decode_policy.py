@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Failed, Finished
+from core.messages import Cancel, Failed, Finished
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
@@ -45,14 +45,6 @@ class Withdrawn:
     ticket: Ticket
     reason: str
     recompute: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class CancelDecode:
-    """The gateway wants no more of it."""
-
-    ticket: Ticket
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +150,7 @@ class Tell:
     message: Finished | Failed
 
 
-DecodeEvent = Asked | KvArrived | Withdrawn | CancelDecode | GatewayGone | Ran | RunFailed
+DecodeEvent = Asked | KvArrived | Withdrawn | Cancel | GatewayGone | Ran | RunFailed
 DecodeCommand = Answer | Run | Cut | Leave | DropHandOff | Tell
 
 
@@ -183,6 +175,8 @@ class _Row:
     first_hash: int = 0
     generated: int = 1
     cancelled: bool = False
+    report: bool = False
+    """Its gateway waits for the stages."""
     arrived_at: float = 0.0
     joined_at: float = 0.0
     steps: int = 0
@@ -270,14 +264,14 @@ class DecodePolicy:
                     if recompute and not row.cancelled:
                         commands.append(Tell(Failed(ticket, "DATA_LOSS", reason)))
                     commands += self._end(row)
-            case CancelDecode(ticket, reason):
-                commands += self._cancel_where(lambda row: row.ticket.key == ticket.key, reason)
+            case Cancel(ticket, reason, report):
+                commands += self._cancelled(ticket.key, reason, report, now)
             case GatewayGone(identity):
                 commands += self._cancel_where(lambda row: row.ticket.minter == identity, "its gateway was lost")
             case Ran():
                 commands += self._ran(event, now)
             case RunFailed(run_id, reason):
-                commands += self._run_failed(run_id, reason)
+                commands += self._run_failed(run_id, reason, now)
         return commands + self._admit() + self._plan(now)
 
     def deadline(self) -> float | None:
@@ -364,13 +358,15 @@ class DecodePolicy:
             row.steps += event.steps
             if key in ended and not row.cancelled:
                 end = ended[key]
-                stages = (*row.stages, *self._stages(row, now))
+                stages = self._stages(row, now)
                 commands.append(Tell(Finished(row.ticket, end.reason, end.generated, end.stop_token_id, stages)))
+            elif row.report:
+                commands.append(self._report(row, now))
             if key in ended or row.cancelled:
                 commands += self._end(row)
         return commands
 
-    def _run_failed(self, run_id: int, reason: str) -> list[DecodeCommand]:
+    def _run_failed(self, run_id: int, reason: str, now: float) -> list[DecodeCommand]:
         """All rows are placed again by their gateways, which bound how often; the worker goes on."""
         if not self._running or run_id != self._run_id:
             raise LocalError(f"run failed: got run {run_id}, want {self._run_id}")
@@ -379,9 +375,20 @@ class DecodePolicy:
         for key in self._batch:
             row = self._rows[key]
             if not row.cancelled:
-                commands.append(Tell(Failed(row.ticket, "ABORTED", f"the engine failed: {reason}")))
+                why = f"the engine failed: {reason}"
+                commands.append(Tell(Failed(row.ticket, "ABORTED", why, self._stages(row, now))))
             commands += self._end(row)
         return commands
+
+    def _cancelled(self, key: str, reason: str, report: bool, now: float) -> list[DecodeCommand]:
+        """A running row reports when its step is over, one that waits to join at once."""
+        commands: list[DecodeCommand] = []
+        row = self._rows.get(key)
+        if row is not None and report and not row.cancelled:
+            row.report = row.state is State.RUNNING
+            if row.state is State.JOINING:
+                commands.append(Tell(Finished(row.ticket, "cancelled", row.generated, None, tuple(row.stages))))
+        return commands + self._cancel_where(lambda row: row.ticket.key == key, reason)
 
     def _cancel_where(self, which: Callable[[_Row], bool], reason: str) -> list[DecodeCommand]:
         rows = [row for row in self._rows.values() if which(row)]
@@ -414,8 +421,12 @@ class DecodePolicy:
         self._ledger.release(key)
         return [Leave(key)] if running else []
 
+    def _report(self, row: _Row, now: float) -> DecodeCommand:
+        return Tell(Finished(row.ticket, "cancelled", row.generated, None, self._stages(row, now)))
+
     def _stages(self, row: _Row, now: float) -> tuple[Stage, ...]:
         return (
+            *row.stages,
             Stage("join_wait", self._me.name, row.joined_at - row.arrived_at),
             Stage("decode", self._me.name, now - row.joined_at, {"steps": str(row.steps)}),
         )

@@ -250,7 +250,10 @@ class PrefillPolicy:
                 # The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent
                 # later, would wait for memory there that is promised to those behind it here.
                 self._jobs[ticket.key] = self._jobs.pop(ticket.key)
-            case Cancel(ticket, reason):
+            case Cancel(ticket, reason, report):
+                job = self._jobs.get(ticket.key)
+                if report and job is not None and job.state is State.HANDING_OFF and job.cancelled is None:
+                    commands.append(Answer(Handed(job.ticket, self._stages(job, now), cancelled=True)))
                 commands += self._cancel_where(lambda job: job.ticket.key == ticket.key, reason)
             case GatewayGone(identity):
                 commands += self._cancel_where(lambda job: job.ticket.minter == identity, "its gateway was lost")
@@ -433,8 +436,9 @@ class PrefillPolicy:
             if job.done:
                 commands.append(self._seal(job))
             return commands
-        commands = [Answer(Failed(job.ticket, "UNAVAILABLE", f"no decode worker took it: {event.reason}"))]
-        return commands + self._cancel(job, event.reason)
+        why = f"no decode worker took it: {event.reason}"
+        stages = self._stages(job, now) if job.state is State.HANDING_OFF else ()
+        return [Answer(Failed(job.ticket, "UNAVAILABLE", why, stages)), *self._cancel(job, event.reason)]
 
     def _cancel_where(self, which: Callable[[_Job], bool], reason: str) -> list[PrefillCommand]:
         jobs = [job for job in self._jobs.values() if which(job)]

@@ -42,10 +42,17 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class ClientGone:
-    """Nobody wants the rest of it: the client left, aborted, was too slow or has its stop string."""
+    """Nobody wants the rest of it: the client left, aborted or was too slow."""
 
     counter: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Satisfied:
+    """The client has its stop string: the rest is not wanted, the stages of what was done are."""
+
+    counter: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,7 @@ class End:
     attempts: int = 1
 
 
-RouterEvent = Arrived | ClientGone | WorkerUp | WorkerDown | ToGateway
+RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
 RouterCommand = ToOne | Deliver | End
 
 
@@ -138,7 +145,9 @@ class _Flight:
     handed: bool = False
     """The prefill worker has reported its stages for this attempt."""
     finished: Finished | None = None
-    """All tokens are here; only the prefill worker's report may still be on its way."""
+    """All tokens are here; only reports of stages may still be on their way."""
+    owing: dict[type[ToGateway], Identity] = field(default_factory=dict)
+    """Reports that are awaited, and from whom."""
     finished_at: float = 0.0
 
     @property
@@ -198,6 +207,9 @@ class Router:
             case ClientGone(counter, reason):
                 flight = self._flights.get(counter)
                 return self._end(flight, Phase.CANCELLED, reason, "CANCELLED", now) if flight else []
+            case Satisfied(counter):
+                flight = self._flights.get(counter)
+                return self._satisfied(flight, now) if flight and flight.finished is None else []
             case WorkerUp(member):
                 self._workers[member.identity] = member
                 return []
@@ -332,8 +344,8 @@ class Router:
             return self._ignore()
         if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not isinstance(message, Handed):
             return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
-        if flight.finished is not None and not isinstance(message, Handed):
-            return self._ignore()
+        if flight.finished is not None:
+            return self._reported(flight, message, now)
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
@@ -356,21 +368,17 @@ class Router:
             case Handed(_, stages):
                 flight.stages += stages
                 flight.handed = True
-                if flight.finished is not None:
-                    return self._finish(flight, now)
                 return self._moved(flight, message.ticket, now)
             case Finished(_, _, completion, _, stages):
                 flight.stages += stages
                 if flight.base + completion != len(flight.tokens):
                     why = f"{flight.base + completion} tokens were generated, {len(flight.tokens)} came"
                     return self._lost_attempt(flight, why, now)
-                flight.finished, flight.finished_at = message, now
-                if flight.handed or flight.phase is not Phase.DECODING:
-                    return self._finish(flight, now)
                 # Two streams: the prefill worker's report may come after the decode worker's last word.
-                heappush(self._alarms, (self._until(flight), flight.counter))
-                return []
-            case Failed(_, code, why):
+                late = flight.phase is Phase.DECODING and not flight.handed
+                return self._wait(flight, message, {Handed: flight.ticket.source} if late else {}, now)
+            case Failed(_, code, why, stages):
+                flight.stages += stages
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
@@ -393,6 +401,41 @@ class Router:
         if len(flight.tokens) > flight.base + 1:
             return [deliver, *self._moved(flight, message.ticket, now)]
         return [deliver]
+
+    def _satisfied(self, flight: _Flight, now: float) -> list[RouterCommand]:
+        """Recall what is left of it, and wait a little for the stages of what was done."""
+        recall = self._recall(flight, "stop string", report=True)
+        if flight.ticket is None or flight.phase not in (Phase.HANDING_OFF, Phase.DECODING):
+            return [*recall, *self._end(flight, Phase.DONE, "stop", "OK", now)]
+        owing: dict[type[ToGateway], Identity] = {} if flight.handed else {Handed: flight.ticket.source}
+        if flight.phase is Phase.DECODING:
+            owing[Finished] = flight.ticket.sink
+        elif len(flight.tokens) == flight.request.sampling.max_tokens:
+            owing = {Finished: flight.ticket.source}  # under way already: nothing is handed over
+        finished = Finished(flight.ticket, "stop", len(flight.tokens) - flight.base)
+        return [*recall, *self._wait(flight, finished, owing, now)]
+
+    def _wait(
+        self, flight: _Flight, finished: Finished, owing: dict[type[ToGateway], Identity], now: float
+    ) -> list[RouterCommand]:
+        """All tokens are here; end it when the reports that can still come have."""
+        gone = flight.broken | {who for who in owing.values() if who not in self._workers}
+        flight.finished, flight.finished_at = finished, now
+        flight.owing = {kind: who for kind, who in owing.items() if who not in gone}
+        if not flight.owing:
+            return self._finish(flight, now)
+        heappush(self._alarms, (self._until(flight), flight.counter))
+        return []
+
+    def _reported(self, flight: _Flight, message: ToGateway, now: float) -> list[RouterCommand]:
+        """A worker that failed before it was recalled has nothing to add, either."""
+        kind = type(message)
+        if isinstance(message, Failed):
+            kind = Finished if flight.phase is Phase.DECODING else Handed
+        if not isinstance(message, Handed | Finished | Failed) or flight.owing.pop(kind, None) is None:
+            return self._ignore()
+        flight.stages += message.stages
+        return [] if flight.owing else self._finish(flight, now)
 
     def _finish(self, flight: _Flight, now: float) -> list[RouterCommand]:
         assert flight.finished is not None
@@ -419,8 +462,8 @@ class Router:
             if ticket is None:
                 continue
             if flight.finished is not None:
-                if identity == ticket.source:
-                    commands += self._finish(flight, now)
+                flight.owing = {kind: who for kind, who in flight.owing.items() if who != identity}
+                commands += [] if flight.owing else self._finish(flight, now)
                 continue
             flight.broken.add(identity)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
@@ -462,7 +505,7 @@ class Router:
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
 
-    def _recall(self, flight: _Flight, reason: str) -> list[RouterCommand]:
+    def _recall(self, flight: _Flight, reason: str, *, report: bool = False) -> list[RouterCommand]:
         """Cancel at every worker that may hold something for this attempt."""
         ticket = flight.ticket
         if ticket is None:
@@ -470,7 +513,7 @@ class Router:
         where = [ticket.source]
         if flight.phase is not Phase.OFFERED:
             where += [who for who in (ticket.sink, flight.second) if who is not None and who not in where]
-        return [ToOne(who, Cancel(ticket, reason)) for who in where if who in self._workers]
+        return [ToOne(who, Cancel(ticket, reason, report)) for who in where if who in self._workers]
 
     def _end(
         self,

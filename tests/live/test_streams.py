@@ -116,6 +116,9 @@ def test_a_stop_string_ends_the_text_wherever_tokens_begin(live, reference, toke
     assert (reply.last.finish_reason, reply.last.stop_string) == ("stop", stop)
     assert reply.tokens == made[:count]
     assert reply.last.completion_tokens == count
+    stages = {stage.name: stage for stage in reply.last.stages}
+    assert {"queued", "prefill", "pull", "decode", "total"} <= stages.keys()
+    assert int(stages["decode"].detail["steps"]) >= count - 1
     live.wait_empty(2.0)
 
 

@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from core.errors import LocalError
-from core.messages import Failed, Finished
+from core.messages import Cancel, Failed, Finished
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
 from scheduler.decode_policy import (
     Answer,
     Asked,
-    CancelDecode,
     Cut,
     DecodeConfig,
     DecodePolicy,
@@ -163,8 +162,8 @@ def test_a_cancel_while_waiting_ends_with_the_hand_over():
     machine = policy(pages=4)
     running(machine, 1)
     machine.on(Asked(ticket(2), ask()), 0.0)
-    assert machine.on(CancelDecode(ticket(2), "left"), 0.0) == [DropHandOff(ticket(2).key, "left")]
-    assert machine.on(CancelDecode(ticket(2), "left"), 0.0) == []
+    assert machine.on(Cancel(ticket(2), "left"), 0.0) == [DropHandOff(ticket(2).key, "left")]
+    assert machine.on(Cancel(ticket(2), "left"), 0.0) == []
     machine.on(Ran(1, 7, (Ended(KEY, "length", 8),)), 1.0)
     assert ledger(machine).promised == 0, "promised to nobody"
     assert machine.on(Withdrawn(ticket(2), "left"), 1.0) == []
@@ -174,7 +173,7 @@ def test_a_cancel_while_waiting_ends_with_the_hand_over():
 def test_a_cancel_while_the_kv_is_on_its_way_ends_with_the_hand_over():
     machine = policy()
     machine.on(Asked(ticket(), ask()), 0.0)
-    assert machine.on(CancelDecode(ticket(), "left"), 0.0) == [DropHandOff(KEY, "left")]
+    assert machine.on(Cancel(ticket(), "left"), 0.0) == [DropHandOff(KEY, "left")]
     ledger(machine).release(KEY)
     assert machine.on(Withdrawn(ticket(), "left", recompute=True), 0.0) == []
     assert machine.queue() == dict.fromkeys(State, 0)
@@ -183,7 +182,7 @@ def test_a_cancel_while_the_kv_is_on_its_way_ends_with_the_hand_over():
 def test_kv_that_arrives_after_its_cancel_is_freed():
     machine = policy()
     machine.on(Asked(ticket(), ask()), 0.0)
-    machine.on(CancelDecode(ticket(), "left"), 0.0)
+    machine.on(Cancel(ticket(), "left"), 0.0)
     assert arrive(machine) == []
     assert ledger(machine).available == 20
 
@@ -193,14 +192,14 @@ def test_a_cancel_before_the_join_frees_at_once():
     running(machine, 1)
     machine.on(Asked(ticket(2), ask()), 0.0)
     arrive(machine, 2)
-    assert machine.on(CancelDecode(ticket(2), "left"), 0.0) == []
+    assert machine.on(Cancel(ticket(2), "left"), 0.0) == []
     assert ledger(machine).holders() == (KEY,)
 
 
 def test_a_cancel_of_a_running_row_frees_at_the_step_end():
     machine = policy()
     running(machine, 1)
-    assert machine.on(CancelDecode(ticket(), "left"), 0.5) == [Cut(1)]
+    assert machine.on(Cancel(ticket(), "left"), 0.5) == [Cut(1)]
     assert ledger(machine).available == 16
     assert machine.on(Ran(1, 1), 1.0) == [Leave(KEY)]
     assert ledger(machine).available == 20
@@ -209,8 +208,34 @@ def test_a_cancel_of_a_running_row_frees_at_the_step_end():
 def test_a_row_that_ends_after_its_cancel_is_not_told():
     machine = policy()
     running(machine, 1)
-    machine.on(CancelDecode(ticket(), "left"), 0.5)
+    machine.on(Cancel(ticket(), "left"), 0.5)
     assert machine.on(Ran(1, 1, (Ended(KEY, "stop", 1, 2),)), 1.0) == [Leave(KEY)]
+
+
+def test_a_running_row_reports_its_stages_when_its_step_is_over():
+    machine = policy()
+    running(machine, 1)
+    assert machine.on(Cancel(ticket(), "stop string", report=True), 0.5) == [Cut(1)]
+    told, left = machine.on(Ran(1, 3), 1.0)
+    assert left == Leave(KEY)
+    assert (told.message.reason, told.message.completion_tokens) == ("cancelled", 4)
+    assert told.message.stages[-1] == Stage("decode", "decode-1", 1.0, {"steps": "3"})
+
+
+def test_a_row_that_waits_to_join_reports_at_once():
+    machine = policy(max_rows=1)
+    running(machine, 1)
+    machine.on(Asked(ticket(2), ask()), 0.0)
+    arrive(machine, 2)
+    (told,) = machine.on(Cancel(ticket(2), "stop string", report=True), 0.0)
+    assert told.message.reason == "cancelled"
+    assert ledger(machine).holders() == (KEY,)
+
+
+def test_nothing_is_reported_of_a_row_whose_kv_is_elsewhere():
+    machine = policy()
+    machine.on(Asked(ticket(), ask()), 0.0)
+    assert machine.on(Cancel(ticket(), "stop string", report=True), 0.0) == [DropHandOff(KEY, "stop string")]
 
 
 def test_a_gateway_takes_its_requests_along():
@@ -254,7 +279,7 @@ def test_a_hand_over_that_went_elsewhere_is_not_told():
 def test_strangers_are_ignored_and_counted():
     machine = policy()
     running(machine)
-    assert machine.on(CancelDecode(ticket(9), "x"), 0.0) == []
+    assert machine.on(Cancel(ticket(9), "x"), 0.0) == []
     assert machine.on(GatewayGone(OTHER_GATEWAY), 0.0) == []
     assert machine.on(Withdrawn(ticket(9), "x"), 0.0) == []
     assert machine.ignored == 3
@@ -293,6 +318,8 @@ class Row:
     """asked, promised, arriving, withdrawing, over."""
     deadline: float = 0.0
     unwanted: bool = False
+    reports: bool = False
+    """Its gateway wants its stages."""
     elsewhere: bool = False
     """Refused or withdrawn: its end is told by the prefill worker."""
     told: int = 0
@@ -391,8 +418,8 @@ class DecodeWorker(RuleBasedStateMachine):
                 row.told += 1
                 assert row.told == 1, "told twice"
                 if isinstance(message, Finished):
-                    assert message.completion_tokens == row.generated
-                    assert message.reason == row.finish
+                    assert message.completion_tokens == max(row.generated, 1)
+                    assert message.reason == ("cancelled" if row.reports else row.finish)
 
     def withdraw(self, row: Row, recompute: bool) -> None:
         """As the sink: pages of an unfinished read stay in doubt, the rest is free."""
@@ -473,8 +500,10 @@ class DecodeWorker(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         row = data.draw(st.sampled_from(list(self.rows.values())))
+        report = data.draw(st.booleans())
+        row.reports = row.reports or (report and not row.unwanted)
         row.unwanted = True
-        self.give(CancelDecode(row.ticket, "left"))
+        self.give(Cancel(row.ticket, "left", report))
 
     @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
     def gateway_dies(self, who):
@@ -575,7 +604,7 @@ def play(visits: list[Visit], max_steps: int) -> list[tuple[int, str]]:
     for visit, key in zip(visits, tickets, strict=True):
         later(visit.at, Asked(key, ask(visit.prompt, visit.max_tokens, timeout_s=1000.0)))
         if visit.leaves is not None:
-            later(visit.at + visit.leaves, CancelDecode(key, "left"))
+            later(visit.at + visit.leaves, Cancel(key, "left"))
     for now in range(200):
         run = order["run"]
         if run is not None:  # step ends come first

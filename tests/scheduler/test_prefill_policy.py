@@ -294,6 +294,17 @@ def test_a_cancel_frees_nothing_before_engine_and_source_are_done():
     assert ledger(machine).available == 40
 
 
+def test_a_stop_string_in_the_first_token_gets_the_stages_so_far():
+    machine = policy()
+    queued(machine)
+    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    told, withdrawn = machine.on(Cancel(ticket(), "stop string", report=True), 1.5)
+    assert withdrawn == WithdrawHandOff(KEY, "stop string")
+    assert told.message.cancelled
+    assert [(stage.name, stage.seconds) for stage in told.message.stages] == [("batch_wait", 0.0), ("prefill", 1.0)]
+    assert machine.on(HandOffOver(KEY, taken=True), 1.5) == [EndSequence(KEY)]
+
+
 def test_a_request_that_was_taken_while_its_cancel_was_under_way_is_not_answered():
     machine = policy()
     queued(machine)
@@ -377,6 +388,8 @@ class Job:
     begun: bool = False
     computed: int = 0
     closed: bool = False
+    reports: bool = False
+    """Its gateway wants its stages."""
     handed: Ticket | None = None
     """The hand-off that ended last."""
 
@@ -476,8 +489,8 @@ class PrefillWorker(RuleBasedStateMachine):
             case Accept() | Reject():
                 assert not job.answer
                 job.answer = type(message).__name__
-            case Handed(ticket):
-                assert ticket == job.handed
+            case Handed(ticket, _, cancelled):
+                assert job.reports if cancelled else ticket == job.handed
                 job.ends += 1
             case Failed() | Finished():
                 job.ends += 1
@@ -512,9 +525,11 @@ class PrefillWorker(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         job = data.draw(st.sampled_from(list(self.jobs.values())))
+        report = data.draw(st.booleans())
+        job.reports = job.reports or (report and not job.unwanted)
         if job.answer == "Accept":
             job.unwanted = True
-        self.give(Cancel(job.ticket, "left"))
+        self.give(Cancel(job.ticket, "left", report))
 
     @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
     def gateway_dies(self, who):

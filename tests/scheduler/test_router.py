@@ -30,6 +30,7 @@ from scheduler.router import (
     End,
     Router,
     RouterConfig,
+    Satisfied,
     ToOne,
     WorkerDown,
     WorkerUp,
@@ -433,6 +434,7 @@ class Deployment(RuleBasedStateMachine):
                     client.end = command
                     if command.phase is Phase.REJECTED:
                         assert not client.got, "a request whose tokens were sent was not rejected but failed"
+                    assert command.reason != "cancelled"
                     if command.phase is Phase.DONE and command.reason == "length":
                         assert len(client.got) == client.request.sampling.max_tokens
 
@@ -449,7 +451,11 @@ class Deployment(RuleBasedStateMachine):
                 assert request.prompt == (*client.request.prompt, *client.got)
                 assert request.sampling.max_tokens == client.request.sampling.max_tokens - len(client.got)
                 self.placements.append(Placement(ticket, request, second, who))
-            case Cancel(ticket):
+            case Cancel(ticket, _, report):
+                for place in self.placements:
+                    if report and (place.ticket.key, place.at) == (ticket.key, who):
+                        part = Finished(ticket, "cancelled", 1) if place.decodes else Handed(ticket, (), cancelled=True)
+                        self.tell(who, part)
                 self.offers = [o for o in self.offers if (o.ticket.key, o.ticket.source) != (ticket.key, who)]
                 self.placements = [p for p in self.placements if (p.ticket.key, p.at) != (ticket.key, who)]
 
@@ -473,6 +479,12 @@ class Deployment(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave(self, data):
         self.give(ClientGone(data.draw(st.sampled_from(sorted(self.clients))), "left"))
+
+    @precondition(lambda self: any(client.got and client.end is None for client in self.clients.values()))
+    @rule(data=st.data())
+    def satisfy(self, data):
+        having = [counter for counter, client in self.clients.items() if client.got and client.end is None]
+        self.give(Satisfied(data.draw(st.sampled_from(having))))
 
     @precondition(lambda self: any(self.streams.values()))
     @rule(data=st.data(), how_many=st.integers(1, 4))
@@ -649,3 +661,63 @@ def test_a_sink_that_came_back_during_the_hand_over_has_dropped_it():
     commands = machine.on(Handed(key, ()), 1.0)
     assert isinstance(commands[-1].message, Offer)
     assert commands[-1].message.ticket.attempt == 2
+
+
+def stage(name: str) -> Stage:
+    return Stage(name, "somebody", 0.1)
+
+
+def test_a_stop_string_recalls_the_rest_and_waits_for_the_stages_of_both_workers():
+    machine = router()
+    key = decoding(machine)
+    assert machine.on(Satisfied(1), 1.0) == [ToOne(who, Cancel(key, "stop string", True)) for who in (P1, D1, D2)]
+    machine.check()
+    assert machine.deadline() == 1.25
+    assert machine.on(Tokens(key, 2, (102,)), 1.1) == [], "more than it wanted"
+    assert machine.on(Finished(key, "cancelled", 3, None, (stage("decode"),)), 1.1) == []
+    assert machine.on(Satisfied(1), 1.1) == []
+    end = only_end(machine.on(Handed(key, (stage("prefill"),)), 1.1))
+    assert (end.phase, end.reason, end.code) == (Phase.DONE, "stop", "OK")
+    assert [each.name for each in end.stages] == ["queued", "offered", "decode", "prefill"]
+
+
+def test_a_stop_string_waits_only_for_those_who_have_something_to_say():
+    machine = router()
+    key = decoding(machine)
+    machine.on(Handed(key, ()), 1.0)
+    machine.on(Satisfied(1), 1.0)
+    assert only_end(machine.on(Finished(key, "length", 8), 1.1)).reason == "stop", "it crossed the cancel"
+
+
+def test_a_stop_string_in_the_first_token_waits_for_the_prefill_worker():
+    machine = router()
+    key = prefilling(machine)
+    machine.on(Tokens(key, 0, (100,)), 0.0)
+    assert machine.on(Satisfied(1), 0.0) == [ToOne(who, Cancel(key, "stop string", True)) for who in (P1, D1, D2)]
+    assert only_end(machine.on(Handed(key, (stage("prefill"),), cancelled=True), 0.1)).stages[-1] == stage("prefill")
+
+
+@pytest.mark.parametrize("lost", [P1, D1])
+def test_a_stop_string_does_not_wait_for_a_lost_worker(lost):
+    machine = router()
+    key = decoding(machine)
+    machine.on(Satisfied(1), 1.0)
+    assert machine.on(WorkerDown(lost), 1.1) == []
+    last = Handed(key, ()) if lost == D1 else Finished(key, "cancelled", 2)
+    assert only_end(machine.on(last, 1.2)).phase is Phase.DONE
+
+
+def test_a_stop_string_waits_a_moment_at_most():
+    machine = router()
+    decoding(machine)
+    machine.on(Satisfied(1), 1.0)
+    assert only_end(machine.on(None, 1.25)).reason == "stop"
+
+
+def test_a_stop_string_while_the_rest_is_placed_anew_ends_it_at_once():
+    machine = router()
+    key = decoding(machine)
+    machine.on(WorkerDown(D1), 1.0)
+    end = only_end(machine.on(Satisfied(1), 1.0))
+    assert (end.phase, end.reason) == (Phase.DONE, "stop")
+    assert machine.on(Accept(replace(key, attempt=2, sink=D2)), 1.1) == []

@@ -146,6 +146,8 @@ class Gateway(Process):
         self.seat("router", self.router, self.perform)
         self.requests: dict[int, Request] = {}
         self.got: dict[int, list[int]] = {}
+        self.stops: dict[int, int] = {}
+        """Tokens after which a client has its stop string."""
         self.ends: dict[int, front.End] = {}
 
     def ask(self, request: Request) -> int:
@@ -163,11 +165,25 @@ class Gateway(Process):
                 self.got[counter] += tokens
                 said, _ = text(self.requests[counter])
                 assert self.got[counter] == said[: len(self.got[counter])], "a wrong token"
+                if self.stopped(counter):
+                    self.post("router", front.Satisfied(counter))
             case front.End(counter):
                 assert counter not in self.ends
                 self.ends[counter] = command
-                if command.phase is Phase.DONE:
+                if command.phase is Phase.DONE and self.stopped(counter):
+                    self.stages_of_all(counter, command)
+                elif command.phase is Phase.DONE:
                     assert (self.got[counter], command.reason) == text(self.requests[counter])
+
+    def stopped(self, counter: int) -> bool:
+        return len(self.got[counter]) >= self.stops.get(counter, 1000)
+
+    def stages_of_all(self, counter: int, end: front.End) -> None:
+        """Whoever worked on a request that a stop string ended has said for how long."""
+        stages = {stage.name for stage in end.stages}
+        if not self.world.faults:
+            assert "prefill" in stages
+            assert len(self.got[counter]) == 1 or "decode" in stages
 
     def heard(self, peer: Identity, message: Message) -> None:
         self.post("router", message)
@@ -437,11 +453,11 @@ class Worker(Process):
         match message:
             case Offer() | Prompt():
                 self.post("prefill", message)
-            case Cancel(ticket, reason):
+            case Cancel():
                 if self.role.prefills:
                     self.post("prefill", message)
                 if self.role.decodes:
-                    self.post("decode", decode.CancelDecode(ticket, reason))
+                    self.post("decode", message)
             case Reserve() | Ready():
                 self.post("sink", message)
             case Grant() | Refuse() | Taken():
@@ -592,6 +608,8 @@ def live(deployment: str, seed: int, faults: float) -> None:
         gateway = dice.choice(gateways)
         counter = gateway.ask(Request("r", prompt, sampling, timeout_s=500.0))
         if dice.random() < 0.15:
+            gateway.stops[counter] = dice.randint(1, 6)
+        elif dice.random() < 0.15:
             leave = front.ClientGone(counter, "left")
             gateway.later(dice.uniform(0.0, 0.5), lambda: gateway.post("router", leave))
 

@@ -200,12 +200,14 @@ class RequestMeta(_message.Message):
     def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("ticket", "reason")
+    __slots__ = ("ticket", "reason", "report")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+    report: bool
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ticket", "index", "tokens", "logits_hashes")
@@ -234,22 +236,26 @@ class Finished(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("ticket", "code", "message")
+    __slots__ = ("ticket", "code", "message", "stages")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     code: str
     message: str
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
 
 class Handed(_message.Message):
-    __slots__ = ("ticket", "stages")
+    __slots__ = ("ticket", "stages", "cancelled")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+    cancelled: bool
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., cancelled: _Optional[bool] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("ticket", "request", "prompt")
