@@ -116,8 +116,8 @@ def make(config: ProcessConfig, me: Identity, bug: Callable[[BaseException], Non
 def _gateway(config: GatewayConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:
     from engine.config import ModelConfig, fingerprint
     from gateway.chat import ChatTemplate
+    from gateway.gateway import Gateway
     from gateway.intake import Intake, ModelFacts
-    from gateway.service import Gateway
     from gateway.text import Tokenizer
 
     model = ModelConfig.read(config.model)

@@ -1,194 +1,74 @@
-"""The front door: baton.v1.InferenceService in front of the router."""
+"""Our own front door: baton.v1.InferenceService."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import grpc
 
-from core.config import GatewayConfig
-from core.errors import RequestError, SetupError
-from core.request import Request, Stage
-from core.worker import Greeting, Identity, Member, Role
-from gateway.flights import Batch, Flight
-from gateway.intake import Intake, ModelFacts
-from gateway.sessions import Sessions
-from gateway.text import TextStream, Tokenizer
+from core.errors import RequestError
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
-from runtime import rpc, wire
-from runtime.driver import Driver
-from runtime.metrics import Gauges, Metrics
-from runtime.registry import Registry
-from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCommand, RouterConfig, Satisfied, ToOne
+from runtime import rpc
 
-log = logging.getLogger("baton.gateway")
+if TYPE_CHECKING:
+    from gateway.gateway import Gateway
 
 SERVICE = "baton.v1.InferenceService"
-UNREAD_S = 30.0
-"""A client that has not read the end of its request after this time is hung up on."""
-LARGE_NBYTES = 16_384
-"""A request from this size on takes milliseconds to tokenize."""
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 
-@dataclass(slots=True)
-class _Client:
-    flight: Flight
-    request: Request
-    arrived_at: float
-    task: asyncio.Task[Any]
-    """Serves the call."""
-    last_token_at: float | None = None
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """See protos/baton/v1/inference.proto."""
 
-
-class Gateway(inference_pb2_grpc.InferenceServiceServicer):
-    """One gateway process's inside. `bug` is called when it should end because of a fault of our own."""
-
-    def __init__(
-        self,
-        config: GatewayConfig,
-        me: Identity,
-        build: str,
-        facts: ModelFacts,
-        tokenizer: Tokenizer,
-        intake: Intake,
-        chat_template: str,
-        bug: Callable[[BaseException], None],
-    ) -> None:
-        self._config = config
-        self._facts = facts
-        self._tokenizer = tokenizer
-        self._intake = intake
-        self._chat_template = chat_template
-        self._bug = bug
-        self._tasks: list[asyncio.Task[None]] = []
-        self._clients: dict[int, _Client] = {}
-        self._names: dict[str, int] = {}
-        self._next = 0
-        self._healthy = False
-        self._server = rpc.Server(config.listen, [SERVICE])
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server.grpc)
-        self._metrics = Metrics(self._gauges)
-        self._ttft = self._metrics.histogram("request_ttft_seconds", "Arrival to first token, at the gateway.")
-        self._gap = self._metrics.histogram("inter_token_latency_seconds", "Gaps between tokens, at the gateway.")
-        self._e2e = self._metrics.histogram("request_e2e_seconds", "Arrival to end, at the gateway.")
-        self._stage = self._metrics.histogram("stage_latency_seconds", "Stages of requests.", ("stage",))
-        self._requests = self._metrics.counter("requests", "Requests by how they ended.", ("outcome", "code"))
-        self.address = self._server.address
-        self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
-        self._me = Member(
-            identity=me,
-            role=Role.GATEWAY,
-            address=self.address,
-            metrics_address=self.metrics_address,
-            build=build,
-            model=facts.name,
-            fingerprint=facts.fingerprint,
-            context=facts.context,
-        )
-        self._driver = Driver(bug, check=config.check)
-        self._router = Router(me, RouterConfig(max_queue_s=config.max_queue_s))
-        self._driver.seat("router", self._router, self._perform)
-        self._sessions = Sessions(Greeting(self._me), self._driver, self._changed)
-        self._registry = Registry(config.coordinator, self._member, self._sessions.members_changed)
-
-    async def start(self) -> None:
-        """Serve; healthy once a prefill and a decode worker can be used."""
-        await self._server.start()
-        self._tasks.append(asyncio.create_task(self._registered()))
-
-    async def stop(self, reason: str) -> None:
-        """Refuse new calls, say goodbye to the workers and end."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._registry.leave()
-        await self._server.stop(0.2)
-        await self._sessions.close(reason)
-        self._driver.close()
-        self._metrics.close()
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        counter = self._next = self._next + 1
-        arrived_at = self._driver.now()
         try:
-            asked, stops = await self._aside(
-                request, self._intake.request, request, context.time_remaining(), self._sessions.decode_tokens()
-            )
-            if asked.id in self._names:
-                raise RequestError("ALREADY_EXISTS", f"request_id: {asked.id!r} is live")
+            async with aclosing(self._gateway.generate(request, context.time_remaining())) as responses:
+                async for response in responses:
+                    yield response
         except RequestError as error:
-            self._requests.labels("rejected", error.code).inc()
             await rpc.refuse(context, error)
-        task = asyncio.current_task()
-        assert task is not None
-        client = _Client(Flight(TextStream(self._tokenizer, stops)), asked, arrived_at, task)
-        self._clients[counter], self._names[asked.id] = client, counter
-        flight = client.flight
-        try:
-            self._driver.post("router", Arrived(counter, asked))
-            while not (batch := await flight.next()).last:
-                yield inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens)
-            assert flight.outcome is not None
-            end = flight.outcome.end
-            if flight.outcome.served:
-                yield self._last(client, batch)
-            else:
-                assert end is not None
-                if batch.tokens:
-                    yield inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens)
-                await rpc.refuse(context, RequestError(end.code, end.reason, retry_s=end.retry_s))
-        finally:
-            self._driver.post("router", ClientGone(counter, "the client left"))
-            del self._clients[counter]
-            del self._names[asked.id]
 
     async def Abort(
         self, request: inference_pb2.AbortRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.AbortResponse:
-        counter = self._names.get(request.request_id)
-        if counter is None:
-            return inference_pb2.AbortResponse(aborted=False)
-        self._clients[counter].flight.aborted = True
-        self._driver.post("router", ClientGone(counter, "aborted"))
-        return inference_pb2.AbortResponse(aborted=True)
+        return inference_pb2.AbortResponse(aborted=self._gateway.abort(request.request_id))
 
     async def GetModelInfo(
         self, request: inference_pb2.GetModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.GetModelInfoResponse:
         try:
-            self._intake.model(request.model)
+            self._gateway.intake.model(request.model)
         except RequestError as error:
             await rpc.refuse(context, error)
+        facts = self._gateway.facts
         return inference_pb2.GetModelInfoResponse(
-            model=self._facts.name,
-            fingerprint=self._facts.fingerprint,
-            context_tokens=self._facts.context,
-            vocabulary=self._facts.vocabulary,
-            eos_token_ids=self._facts.eos,
-            chat_template=self._chat_template,
+            model=facts.name,
+            fingerprint=facts.fingerprint,
+            context_tokens=facts.context,
+            vocabulary=facts.vocabulary,
+            eos_token_ids=facts.eos,
+            chat_template=self._gateway.chat_template,
         )
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.ListModelsResponse:
-        return inference_pb2.ListModelsResponse(models=[self._facts.name])
+        return inference_pb2.ListModelsResponse(models=[self._gateway.facts.name])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.TokenizeResponse:
+        intake = self._gateway.intake
         try:
-            self._intake.model(request.model)
+            intake.model(request.model)
             kind = request.WhichOneof("prompt")
-            ids = await self._aside(request, self._intake.tokens, kind, request)
+            ids = await self._gateway.aside(request, intake.tokens, kind, request)
             return inference_pb2.TokenizeResponse(token_ids=ids)
         except RequestError as error:
             await rpc.refuse(context, error)
@@ -196,127 +76,10 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> inference_pb2.DetokenizeResponse:
+        intake = self._gateway.intake
         try:
-            self._intake.model(request.model)
-            ids = self._intake.text_ids(request.token_ids)
+            intake.model(request.model)
+            ids = intake.text_ids(request.token_ids)
         except RequestError as error:
             await rpc.refuse(context, error)
-        return inference_pb2.DetokenizeResponse(text=self._tokenizer.decode(ids))
-
-    async def _aside(
-        self,
-        request: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
-        read: Callable[P, T],
-        *arguments: P.args,
-        **named: P.kwargs,
-    ) -> T:
-        """What `read` makes of a request; a large one is read on a thread, or every stream here would stand still."""
-        if request.ByteSize() < LARGE_NBYTES:
-            return read(*arguments, **named)
-        return await asyncio.to_thread(read, *arguments, **named)
-
-    def _perform(self, command: RouterCommand) -> None:
-        match command:
-            case ToOne(worker, message):
-                self._sessions.tell(worker, message)
-            case Deliver(counter, tokens, hashes):
-                client = self._clients.get(counter)
-                if client is not None:
-                    self._observe(client, len(tokens))
-                    if client.flight.deliver(tokens, hashes):
-                        self._driver.post("router", Satisfied(counter))
-            case End():
-                client = self._clients.get(command.counter)
-                if client is None:
-                    self._requests.labels(command.phase, command.code).inc()
-                else:
-                    self._e2e.observe(self._driver.now() - client.arrived_at)
-                    for stage in command.stages:
-                        self._stage.labels(stage.name).observe(stage.seconds)
-                    client.flight.end(command)
-                    self._requests.labels(command.phase, command.code).inc()
-                    asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
-                    log.info(
-                        "%s: %s after %d tokens",
-                        command.phase,
-                        command.reason,
-                        client.flight.completion_tokens,
-                        extra={"request": client.request.id},
-                    )
-
-    def _give_up(self, counter: int) -> None:
-        """A request that ended long ago and is still not read: its client hangs, and is hung up on."""
-        client = self._clients.get(counter)
-        if client is not None:
-            log.info("hung up on a client that does not read", extra={"request": client.request.id})
-            client.task.cancel()
-
-    def _observe(self, client: _Client, tokens: int) -> None:
-        now = self._driver.now()
-        if client.last_token_at is None:
-            self._ttft.observe(now - client.arrived_at)
-        else:
-            self._gap.observe((now - client.last_token_at) / tokens)
-        client.last_token_at = now
-
-    def _last(self, client: _Client, batch: Batch) -> inference_pb2.GenerateResponse:
-        outcome = client.flight.outcome
-        assert outcome is not None
-        assert outcome.end is not None
-        end, request = outcome.end, client.request
-        total = Stage("total", self._me.identity.name, self._driver.now() - client.arrived_at)
-        last = inference_pb2.End(
-            finish_reason=outcome.reason,
-            prompt_tokens=len(request.prompt),
-            cached_tokens=end.cached_tokens,
-            completion_tokens=outcome.completion_tokens,
-            stages=[wire.stage_proto(stage) for stage in (*end.stages, total)],
-            attempts=end.attempts,
-            request_id=request.id,
-            seed=request.sampling.seed,
-            logits_hashes=client.flight.hashes if any(client.flight.hashes) else (),
-        )
-        if outcome.stop_string is not None:
-            last.stop_string = outcome.stop_string
-        elif end.stop_token_id is not None:
-            last.stop_token_id = end.stop_token_id
-        return inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens, end=last)
-
-    async def _registered(self) -> None:
-        try:
-            await self._registry.run()
-        except SetupError as error:
-            self._bug(error)
-
-    def _member(self) -> Member:
-        return Member(
-            identity=self._me.identity,
-            role=self._me.role,
-            address=self.address,
-            metrics_address=self.metrics_address,
-            build=self._me.build,
-            model=self._me.model,
-            fingerprint=self._me.fingerprint,
-            context=self._me.context,
-            ready=self._router.missing() is None,
-        )
-
-    def _changed(self) -> None:
-        self._registry.renew()
-        ready = self._router.missing() is None
-        if ready != self._healthy:
-            self._healthy = ready
-            log.info("ready" if ready else "not ready: %s", *([] if ready else [self._router.missing()]))
-            self._health_task = asyncio.create_task(self._server.healthy(ready))
-
-    def _gauges(self) -> Gauges:
-        for phase, count in self._router.phases().items():
-            yield "requests_live", "Live requests by phase.", {"phase": phase}, float(count)
-        for worker in self._sessions.members:
-            yield (
-                "worker_ready",
-                "Workers that the gateway knows.",
-                {"worker": worker.identity.name},
-                float(worker.ready),
-            )
-        yield "ignored_messages", "Late or unknown messages.", {"machine": "router"}, float(self._router.ignored)
+        return inference_pb2.DetokenizeResponse(text=self._gateway.tokenizer.decode(ids))

@@ -20,6 +20,8 @@ from core.worker import Identity
 
 DOUBT_SHARE = 0.05
 """Share of the arena that may be in doubt before the agents holding those reads are destroyed."""
+DOUBT_S = 0.5
+"""A ticket waits this long for memory before the pages in doubt are fenced, however few: whole reads take far less."""
 
 
 # Events from this worker (the messages Reserve, Ready and Release come from the source).
@@ -208,7 +210,9 @@ class Sink:
         match event:
             case None:
                 late = [taking for taking in self._taking.values() if taking.deadline <= now]
-                return [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
+                commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
+                short = self._short_since()
+                return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
             case Reserve(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
@@ -244,7 +248,10 @@ class Sink:
                 return []
 
     def deadline(self) -> float | None:
-        return min((taking.deadline for taking in self._taking.values()), default=None)
+        due = [taking.deadline for taking in self._taking.values()]
+        if (short := self._short_since()) is not None:
+            due.append(short + DOUBT_S)
+        return min(due, default=None)
 
     def check(self) -> None:
         for key, taking in self._taking.items():
@@ -381,6 +388,12 @@ class Sink:
         self._fencing.discard(read_id)
         if holder is not None and holder not in self._doubt.values():
             self._ledger.release(holder)
+
+    def _short_since(self) -> float | None:
+        """When the first that still waits for memory asked for it, if pages are in doubt that nobody fences yet."""
+        if self._doubt.keys() == self._fencing:
+            return None
+        return min((taking.asked_at for taking in self._taking.values() if taking.state is State.ASKED), default=None)
 
     def _fence_if_crowded(self) -> list[SinkCommand]:
         if self._ledger.counts()[Owner.IN_DOUBT] <= DOUBT_SHARE * self._ledger.total:

@@ -312,6 +312,28 @@ def test_too_many_pages_in_doubt_are_fenced():
     assert book(machine).available == 40
 
 
+def test_few_pages_in_doubt_are_fenced_when_somebody_waits_for_memory():
+    machine = sink(80)
+    first = pulling(machine)
+    machine.on(Reserve(ticket(2), ask()), 1.0)
+    assert machine.on(Release(first, "left"), 1.2) == [Gone(first, "left")]
+    assert machine.deadline() == 1.5
+    assert machine.on(None, 1.5) == [Fence((1,))]
+    assert machine.deadline() == 1.0 + ask().timeout_s, "fenced once"
+    machine.on(Fenced((1,)), 1.6)
+    assert book(machine).available == 80
+
+
+def test_nobody_is_disturbed_for_pages_in_doubt_that_nobody_waits_for():
+    machine = sink(80)
+    first = pulling(machine)
+    second = pulling(machine, 2)
+    machine.on(Release(first, "left"), 1.0)
+    assert machine.deadline() == ask().timeout_s
+    machine.on(Release(second, "left"), 1.0)
+    assert machine.deadline() is None
+
+
 def test_pages_of_two_reads_wait_for_both():
     machine = sink()
     key = pulling(machine)
