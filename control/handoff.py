@@ -121,8 +121,8 @@ class HandOffShell:
                 self._transfer.pull(read_id, str(source), runs, page_runs(pages), first_page, tokens)
             case taking.Fence(read_ids):
                 self._transfer.fence(read_ids)
-            case taking.Arrived(ticket, request, first_token, pull, first_hash):
-                arrived = KvArrived(ticket, request, first_token, self._stages(ticket.source, pull), first_hash)
+            case taking.Arrived(ticket, request, firsts, pull):
+                arrived = KvArrived(ticket, request, firsts, self._stages(ticket.source, pull))
                 self._driver.post("decode", arrived)
             case taking.Gone(ticket, reason, recompute):
                 self._driver.post("decode", Withdrawn(ticket, reason, recompute))

@@ -52,6 +52,11 @@ class KvShape:
         """Bytes of KV that one token takes over all layers."""
         return self.page_nbytes // self.page_tokens
 
+    def pages_for_branches(self, prompt: int, max_tokens: int, n: int) -> int:
+        """Pages of `n` continuations of one prompt: they share its pages and copy the one that is only partly full."""
+        whole = self.pages_for(prompt + max_tokens)
+        return whole if n == 1 else self.pages_for(prompt) + n * (whole - prompt // self.page_tokens)
+
     def pages_for(self, tokens: int) -> int:
         """Pages needed for `tokens` tokens."""
         return -(-tokens // self.page_tokens)

@@ -61,16 +61,19 @@ class Cancel:
     reason: str
     report: bool = False
     """Answer with the stages so far: `Handed` from a prefill worker, `Finished` from a decode worker."""
+    branch: int | None = None
+    """Only this continuation, at a decode worker; the others go on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Generated tokens; `index` counts from the request's first generated token."""
+    """Generated tokens; `index` counts from the continuation's first generated token."""
 
     ticket: Ticket
     index: int
     tokens: tuple[int, ...]
     logits_hashes: tuple[int, ...] = ()
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All tokens were sent."""
+    """All tokens of a continuation were sent. The last one's carries the stages."""
 
     ticket: Ticket
     reason: str
@@ -93,6 +96,7 @@ class Finished:
     completion_tokens: int
     stop_token_id: int | None = None
     stages: tuple[Stage, ...] = ()
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,17 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class First:
+    """A continuation's first token, as the prefill worker chose it."""
+
+    token: int
+    logits_hash: int = 0
+    """Of the logits that gave it, if the engine hashes them."""
+    branch: int = 0
+    """Which of the request's `n` continuations."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""
 
@@ -138,10 +153,8 @@ class Ready:
     runs: tuple[PageRun, ...]
     digests: tuple[int, ...]
     """One 64-bit digest a page."""
-    first_token: int | None = None
-    """Set in the last announcement: the prompt is complete and this is the token it gave."""
-    first_hash: int = 0
-    """Hash of the logits that gave it, if the engine hashes them."""
+    firsts: tuple[First, ...] = ()
+    """Set in the last announcement: the prompt is complete, and these continuations of it go on."""
 
 
 @dataclass(frozen=True, slots=True)

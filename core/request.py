@@ -65,6 +65,8 @@ class Request:
     """The whole request must end within this time of its arrival."""
     slo: Slo = field(default=Slo())
     hints: Hints = field(default=Hints())
+    generated: int = 0
+    """The last this many tokens of `prompt` are output of earlier attempts; penalties count them as such."""
 
 
 class Phase(StrEnum):

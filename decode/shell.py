@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from core.messages import Message, Tokens
+from core.messages import First, Message, Tokens
 from core.request import Ticket
 from core.worker import Identity
 from engine.api import Engine, Row, Sampled
@@ -40,8 +40,7 @@ SEAT = "decode"
 class _Row:
     ticket: Ticket
     prompt_tokens: int
-    first_token: int
-    first_hash: int
+    first: First
     first_sent: bool = False
 
 
@@ -76,8 +75,7 @@ class DecodeShell:
                 self._driver.post("sink", Decided(key, granted, reason))
             case Run():
                 for join in command.joining:
-                    row = _Row(join.ticket, len(join.request.prompt), join.first_token, join.first_hash)
-                    self._rows[join.ticket.key] = row
+                    self._rows[join.key] = _Row(join.ticket, len(join.request.prompt), join.first)
                 self._cut.clear()
                 self._thread.do(lambda: self._run(command))
             case Cut():
@@ -123,10 +121,12 @@ class DecodeShell:
         self._loop.call_soon_threadsafe(self._ran, command, steps, sampled)
 
     def _join(self, join: Join) -> None:
-        key, request = join.ticket.key, join.request
-        tokens = (*request.prompt, join.first_token)
-        self._positions[key] = len(request.prompt)
-        self._engine.open(key, tokens, join.pages, request.sampling, len(request.prompt))
+        request = join.request
+        if join.copied is not None:
+            self._engine.copy(*join.copied)
+        tokens = (*request.prompt, join.first.token)
+        self._positions[join.key] = len(request.prompt)
+        self._engine.open(join.key, tokens, join.pages, request.sampling, len(request.prompt))
 
     def _leave(self, key: str) -> None:
         self._positions.pop(key, None)
@@ -143,9 +143,9 @@ class DecodeShell:
             tokens, hashes = ((), ()) if each.finish == "stop" else ((each.token,), (each.logits_hash,))
             if not row.first_sent:
                 row.first_sent = True
-                index, tokens, hashes = index - 1, (row.first_token, *tokens), (row.first_hash, *hashes)
+                index, tokens, hashes = index - 1, (row.first.token, *tokens), (row.first.logits_hash, *hashes)
             if tokens:
-                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes))
+                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.first.branch))
 
     def _ran(self, command: Run, steps: int, sampled: list[Sampled]) -> None:
         ended = []

@@ -34,6 +34,8 @@ class Sampled:
     """"stop" (a stop token, not part of the text), "length" (`max_tokens` or the context is full) or None."""
     logits_hash: int = 0
     """64-bit hash of the fp32 logits' bytes if the engine was built with `hash_logits`, else 0."""
+    branch: int = 0
+    """Which continuation, of a sequence whose sampling asks for `n` of them and whose prompt this step completed."""
 
 
 class Engine(Protocol):
@@ -58,6 +60,10 @@ class Engine(Protocol):
 
     def extend(self, sequence: str, pages: Sequence[int]) -> None:
         """Append pages to a sequence's page table."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Write the bytes of one page into another."""
         ...
 
     def step(self, rows: Sequence[Row]) -> list[Sampled]:

@@ -126,6 +126,10 @@ class TorchEngine:
         known = self._known(sequence)
         known.pages = np.concatenate([known.pages, self._table(sequence, pages)])
 
+    def copy(self, source: int, target: int) -> None:
+        """See `engine.api`."""
+        self._arena.pages[target] = self._arena.pages[source]
+
     def close(self, sequence: str) -> None:
         """Forget a sequence; unknown names are ignored."""
         self._sequences.pop(sequence, None)

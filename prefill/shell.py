@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
-from core.messages import Message, Tokens
+from core.messages import First, Message, Tokens
 from core.request import Request, Ticket
 from core.worker import Identity
 from engine.api import Engine, Row, Sampled
@@ -16,11 +16,11 @@ from runtime.jobs import JobThread
 from scheduler.prefill_policy import (
     Answer,
     AskForSink,
+    Began,
     Begin,
     ChunkDone,
     ChunkFailed,
     EndSequence,
-    First,
     PrefillCommand,
     PrefillPolicy,
     RunChunk,
@@ -72,8 +72,8 @@ class PrefillShell:
                 self._thread.do(lambda: self._engine.close(holder(key)))
             case AskForSink(ticket, request, deadline):
                 self._driver.post("source", AskSink(ticket, request, deadline))
-            case SealPages(key, pages, tokens, first_token, first_hash):
-                self._driver.post("source", Sealed(key, pages, tokens, first_token, first_hash))
+            case SealPages(key, pages, tokens, firsts):
+                self._driver.post("source", Sealed(key, pages, tokens, firsts))
             case WithdrawHandOff(key, reason):
                 self._driver.post("source", Withdraw(key, reason))
             case _:
@@ -101,11 +101,12 @@ class PrefillShell:
         """First tokens go to their clients before anything else is decided."""
         keys = {holder(span.key): span.key for span in command.spans}
         self.computed_tokens += sum(span.stop - span.start for span in command.spans)
-        firsts = []
+        begun = []
         for each in sampled:
             key = keys[each.sequence]
-            firsts.append(First(key, each.token, each.finish, each.logits_hash))
+            first = First(each.token, each.logits_hash, each.branch)
+            begun.append(Began(key, first, each.finish))
             if each.finish != "stop":
                 ticket = self._tickets[key]
-                self._tell(ticket.minter, Tokens(ticket, 0, (each.token,), (each.logits_hash,)))
-        self._driver.post(SEAT, ChunkDone(command.run_id, tuple(firsts)))
+                self._tell(ticket.minter, Tokens(ticket, 0, (first.token,), (first.logits_hash,), first.branch))
+        self._driver.post(SEAT, ChunkDone(command.run_id, tuple(begun)))

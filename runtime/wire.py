@@ -146,23 +146,24 @@ def frames(message: m.Message) -> list[Frame]:
             pieces[-1].request.CopyFrom(_meta(request))
             pieces[-1].second = str(second) if second else ""
             return [Frame(prompt=piece) for piece in pieces]
-        case m.Cancel(_, reason, report):
-            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report))]
-        case m.Tokens(_, index, tokens, hashes):
-            body = worker_pb2.Tokens(ticket=ticket, index=index, tokens=tokens, logits_hashes=hashes)
+        case m.Cancel(_, reason, report, branch):
+            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch))]
+        case m.Tokens(_, index, tokens, hashes, branch):
+            body = worker_pb2.Tokens(ticket=ticket, index=index, tokens=tokens, logits_hashes=hashes, branch=branch)
             return [Frame(tokens=body)]
         case m.Handed(_, stages, cancelled):
             handed = worker_pb2.Handed(
                 ticket=ticket, stages=[stage_proto(stage) for stage in stages], cancelled=cancelled
             )
             return [Frame(handed=handed)]
-        case m.Finished(_, reason, completion_tokens, stop_token_id, stages):
+        case m.Finished(_, reason, completion_tokens, stop_token_id, stages, branch):
             finished = worker_pb2.Finished(
                 ticket=ticket,
                 reason=reason,
                 completion_tokens=completion_tokens,
                 stop_token_id=stop_token_id,
                 stages=[stage_proto(stage) for stage in stages],
+                branch=branch,
             )
             return [Frame(finished=finished)]
         case m.Failed(_, code, why, stages):
@@ -174,14 +175,13 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(grant=worker_pb2.Grant(ticket=ticket))]
         case m.Refuse(_, reason):
             return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
-        case m.Ready(_, first_page, runs, digests, first_token, first_hash):
+        case m.Ready(_, first_page, runs, digests, firsts):
             ready = worker_pb2.Ready(
                 ticket=ticket,
                 first_page=first_page,
                 runs=[worker_pb2.PageRun(start=run.start, count=run.count) for run in runs],
                 digests=digests,
-                first_token=first_token,
-                first_hash=first_hash,
+                firsts=[_first(first) for first in firsts],
             )
             return [Frame(ready=ready)]
         case m.Taken():
@@ -218,11 +218,16 @@ class Reader:
             case "cancel":
                 ticket = _ticket_from(frame.cancel.ticket)
                 self._pieces.pop(ticket.key, None)
-                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report)
+                branch = frame.cancel.branch if frame.cancel.HasField("branch") else None
+                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report, branch)
             case "tokens":
                 tokens = frame.tokens
                 return m.Tokens(
-                    _ticket_from(tokens.ticket), tokens.index, tuple(tokens.tokens), tuple(tokens.logits_hashes)
+                    _ticket_from(tokens.ticket),
+                    tokens.index,
+                    tuple(tokens.tokens),
+                    tuple(tokens.logits_hashes),
+                    tokens.branch,
                 )
             case "handed":
                 handed = frame.handed
@@ -235,6 +240,7 @@ class Reader:
                     finished.completion_tokens,
                     finished.stop_token_id if finished.HasField("stop_token_id") else None,
                     _stages_from(finished.stages),
+                    finished.branch,
                 )
             case "failed":
                 failed = frame.failed
@@ -254,8 +260,7 @@ class Reader:
                     ready.first_page,
                     tuple(PageRun(run.start, run.count) for run in ready.runs),
                     tuple(ready.digests),
-                    ready.first_token if ready.HasField("first_token") else None,
-                    ready.first_hash,
+                    tuple(m.First(first.token, first.logits_hash, first.branch) for first in ready.firsts),
                 )
             case "taken":
                 return m.Taken(_ticket_from(frame.taken.ticket))
@@ -273,6 +278,10 @@ class Reader:
         del self._pieces[ticket.key]
         second = identity(piece.second) if piece.second else None
         return m.Prompt(ticket, _request(piece.request, tuple(tokens)), second)
+
+
+def _first(first: m.First) -> worker_pb2.First:
+    return worker_pb2.First(token=first.token, logits_hash=first.logits_hash, branch=first.branch)
 
 
 def stage_proto(stage: Stage) -> common_pb2.Stage:
@@ -374,6 +383,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
             seed=sampling.seed,
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=sampling.ignore_eos,
+            n=sampling.n,
         ),
         timeout_s=request.timeout_s,
         slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
@@ -383,6 +393,15 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
 
 def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
     s = meta.sampling
-    sampling = Sampling(s.max_tokens, s.temperature, s.top_k, s.top_p, s.seed, tuple(s.stop_token_ids), s.ignore_eos)
+    sampling = Sampling(
+        max_tokens=s.max_tokens,
+        temperature=s.temperature,
+        top_k=s.top_k,
+        top_p=s.top_p,
+        seed=s.seed,
+        stop_token_ids=tuple(s.stop_token_ids),
+        ignore_eos=s.ignore_eos,
+        n=s.n or 1,
+    )
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
     return Request(meta.id, prompt, sampling, meta.timeout_s, slo, _hints_from(meta.hints))

@@ -6,13 +6,12 @@ end. Tokens go to the gateway at every step without passing here (docs/architect
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Cancel, Failed, Finished
+from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
@@ -33,9 +32,9 @@ class KvArrived:
 
     ticket: Ticket
     request: Request
-    first_token: int
+    firsts: tuple[First, ...]
+    """Of the continuations that go on here."""
     stages: tuple[Stage, ...] = ()
-    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +92,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """A sequence new to the engine: its prompt, the first token and its pages."""
+    """A sequence new to the engine: its prompt, its own sampling, its first token and its pages."""
 
+    key: str
     ticket: Ticket
     request: Request
-    first_token: int
+    first: First
     pages: tuple[int, ...]
-    first_hash: int = 0
+    copied: tuple[int, int] | None = None
+    """A page to be copied into another before, because it is shared and will be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +156,7 @@ DecodeCommand = Answer | Run | Cut | Leave | DropHandOff | Tell
 
 
 class State(StrEnum):
-    """Where a request is on a decode worker."""
+    """Where a request is on a decode worker; those that run are counted by sequence."""
 
     WAITING = "waiting"
     """Asked; no memory yet."""
@@ -166,25 +167,41 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class _Row:
+    """One continuation; its key names it at the engine and in the ledger."""
+
+    key: str
+    first: First
+    request: Request
+    shared: tuple[int, ...] = ()
+    """Pages at the head of its table that it shares with its siblings."""
+    running: bool = False
+    cancelled: bool = False
+    generated: int = 1
+    joined_at: float = 0.0
+    steps: int = 0
+
+    @property
+    def remaining(self) -> int:
+        return self.request.sampling.max_tokens - self.generated
+
+
+@dataclass(slots=True)
+class _Guest:
+    """One request: first a claim to memory, then its rows."""
+
     ticket: Ticket
     request: Request
     deadline: float
     asked_at: float
     state: State = State.WAITING
-    first_token: int = 0
-    first_hash: int = 0
-    generated: int = 1
+    """JOINING stands for all of its rows' states."""
     cancelled: bool = False
     report: bool = False
     """Its gateway waits for the stages."""
     arrived_at: float = 0.0
-    joined_at: float = 0.0
-    steps: int = 0
-    stages: list[Stage] = field(default_factory=list)
-
-    @property
-    def remaining(self) -> int:
-        return self.request.sampling.max_tokens - self.generated
+    stages: tuple[Stage, ...] = ()
+    rows: dict[int, _Row] = field(default_factory=dict)
+    """By branch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +217,8 @@ class DecodeConfig:
 class DecodePolicy:
     """The running batch of one decode worker; at most one `Run` is out at a time.
 
-    Admission promises room for the whole prompt and `max_tokens`, in order of asking, so that a row that was
-    admitted always finishes.
+    Admission promises room for the whole prompt and `max_tokens` of every continuation, in order of asking, so that a
+    row that was admitted always finishes. Continuations of one prompt share its full pages.
     """
 
     def __init__(self, me: Identity, shape: KvShape, ledger: Pages, config: DecodeConfig) -> None:
@@ -210,8 +227,8 @@ class DecodePolicy:
         self._ledger = ledger
         self._config = config
         self._capacity = ledger.available
-        self._rows: dict[str, _Row] = {}
-        self._batch: tuple[str, ...] = ()
+        self._guests: dict[str, _Guest] = {}
+        self._batch: dict[str, tuple[_Guest, _Row]] = {}
         self._run_id = 0
         self._running = False
         self._cut = False
@@ -219,55 +236,65 @@ class DecodePolicy:
         """Messages about tickets we do not hold."""
 
     def queue(self) -> dict[State, int]:
-        """Requests in each state."""
+        """Requests that wait, and sequences that join and run."""
         counts = dict.fromkeys(State, 0)
-        for row in self._rows.values():
-            counts[row.state] += 1
+        counts[State.RUNNING] = len(self._batch)
+        for guest in self._guests.values():
+            counts[guest.state] += 1 if not guest.rows else sum(not row.running for row in guest.rows.values())
         return counts
 
     def on(self, event: DecodeEvent | None, now: float) -> list[DecodeCommand]:
         commands: list[DecodeCommand] = []
         match event:
             case None:
-                for late in [row for row in self._rows.values() if row.deadline <= now and not row.cancelled]:
-                    commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
-                    commands += self._cancel(late, "deadline")
+                for late in [guest for guest in self._guests.values() if guest.deadline <= now and not guest.cancelled]:
+                    commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {self._where(late)}")))
+                    commands += self._cancel(late, "deadline", now)
             case Asked(ticket, request):
-                if ticket.key in self._rows:
+                if ticket.key in self._guests:
                     raise LocalError(f"{ticket.key} was asked for twice")
                 need = self._need(request)
                 if ticket.source == self._me:  # its prompt is in this arena twice until it is handed over
                     need += self._shape.pages_for(len(request.prompt))
                 if need > self._capacity:
                     return [Answer(ticket.key, False, f"needs {need} pages, the worker has {self._capacity}")]
-                self._rows[ticket.key] = _Row(ticket, request, now + request.timeout_s, now)
+                self._guests[ticket.key] = _Guest(ticket, request, now + request.timeout_s, now)
             case KvArrived():
-                row = self._rows.get(event.ticket.key)
-                if row is None:
+                guest = self._guests.get(event.ticket.key)
+                if guest is None:
                     self.ignored += 1
                     self._ledger.release(event.ticket.key)
-                elif row.state is not State.PROMISED:
-                    raise LocalError(f"{event.ticket.key}: KV arrived while {row.state}")
+                elif guest.state is not State.PROMISED:
+                    raise LocalError(f"{event.ticket.key}: KV arrived while {self._where(guest)}")
                 else:
-                    row.state, row.arrived_at = State.JOINING, now
-                    row.first_token, row.first_hash = event.first_token, event.first_hash
-                    row.stages += event.stages
-                    if row.cancelled:
-                        commands += self._end(row)
+                    self._arrived(guest, event, now)
+                    if guest.cancelled:
+                        commands += self._end_all(guest, now)
             case Withdrawn(ticket, reason, recompute):
-                row = self._rows.get(ticket.key)
-                if row is None:
+                guest = self._guests.get(ticket.key)
+                if guest is None:
                     self.ignored += 1
-                elif row.state in (State.JOINING, State.RUNNING):
-                    raise LocalError(f"{ticket.key}: withdrawn while {row.state}")
+                elif guest.state is State.JOINING:
+                    raise LocalError(f"{ticket.key}: withdrawn while {self._where(guest)}")
                 else:
-                    if recompute and not row.cancelled:
+                    if recompute and not guest.cancelled:
                         commands.append(Tell(Failed(ticket, "DATA_LOSS", reason)))
-                    commands += self._end(row)
-            case Cancel(ticket, reason, report):
-                commands += self._cancelled(ticket.key, reason, report, now)
+                    self._forget(guest)
+            case Cancel(ticket, reason, report, branch):
+                guest = self._guests.get(ticket.key)
+                if guest is None:
+                    self.ignored += 1
+                elif branch is None:
+                    guest.report = report and not guest.cancelled and guest.state is State.JOINING
+                    commands += self._cancel(guest, reason, now)
+                elif branch in guest.rows:
+                    guest.rows[branch].cancelled = True
+                    commands += self._stop(guest, now)
             case GatewayGone(identity):
-                commands += self._cancel_where(lambda row: row.ticket.minter == identity, "its gateway was lost")
+                mine = [guest for guest in self._guests.values() if guest.ticket.minter == identity]
+                self.ignored += not mine
+                for guest in mine:
+                    commands += self._cancel(guest, "its gateway was lost", now)
             case Ran():
                 commands += self._ran(event, now)
             case RunFailed(run_id, reason):
@@ -279,72 +306,109 @@ class DecodePolicy:
         head = self._head()
         if head is not None and self._need(head.request) <= self._ledger.available:
             return head.asked_at
-        return min((row.deadline for row in self._rows.values() if not row.cancelled), default=None)
+        return min((guest.deadline for guest in self._guests.values() if not guest.cancelled), default=None)
 
     def check(self) -> None:
         self._ledger.check()
         assert self._running or not self._cut
-        assert set(self._batch) <= self._rows.keys(), "a running row was freed"
-        for key, row in self._rows.items():
-            assert key == row.ticket.key
-            assert (row.state is State.RUNNING) == (key in self._batch)
-            if row.state in (State.JOINING, State.RUNNING):
+        for key, (guest, row) in self._batch.items():
+            assert key == row.key
+            assert row.running
+            assert guest.rows[row.first.branch] is row, "a running row was freed"
+            assert self._guests[guest.ticket.key] is guest
+        for key, guest in self._guests.items():
+            assert key == guest.ticket.key
+            assert (guest.state is State.JOINING) == bool(guest.rows)
+            for row in guest.rows.values():
+                assert row.running == (row.key in self._batch)
                 tokens = len(row.request.prompt) + row.generated
-                assert len(self._ledger.pages(key)) >= self._shape.pages_for(tokens - 1), "KV outgrew its pages"
+                held = len(row.shared) + len(self._ledger.pages(row.key))
+                assert held >= self._shape.pages_for(tokens - 1), "KV outgrew its pages"
+
+    def _where(self, guest: _Guest) -> State:
+        running = any(row.running for row in guest.rows.values())
+        return State.RUNNING if running else guest.state
 
     def _need(self, request: Request) -> int:
-        return self._shape.pages_for(len(request.prompt) + request.sampling.max_tokens)
+        return self._shape.pages_for_branches(len(request.prompt), request.sampling.max_tokens, request.sampling.n)
 
-    def _head(self) -> _Row | None:
+    def _head(self) -> _Guest | None:
         """The first in line for memory."""
-        waiting = (row for row in self._rows.values() if row.state is State.WAITING and not row.cancelled)
+        waiting = (g for g in self._guests.values() if g.state is State.WAITING and not g.cancelled)
         return next(waiting, None)
 
     def _admit(self) -> list[DecodeCommand]:
         """Promise memory in order of asking; nobody is overtaken, so nobody starves."""
         commands: list[DecodeCommand] = []
-        while (row := self._head()) is not None:
-            key, need = row.ticket.key, self._need(row.request)
+        while (guest := self._head()) is not None:
+            key, need = guest.ticket.key, self._need(guest.request)
             if need > self._ledger.available:
                 break
             self._ledger.promise(key, need, Owner.PULLING)
-            row.state = State.PROMISED
+            guest.state = State.PROMISED
             commands.append(Answer(key, True))
         return commands
 
+    def _arrived(self, guest: _Guest, event: KvArrived, now: float) -> None:
+        """Rows for what goes on: alone on the prompt's pages, or each with a share of them and a promise of its own."""
+        key, request = guest.ticket.key, guest.request
+        guest.state, guest.arrived_at, guest.stages = State.JOINING, now, event.stages
+        if request.sampling.n == 1:
+            (first,) = event.firsts
+            guest.rows[first.branch] = _Row(key, first, request)
+            return
+        self._ledger.unpromise(key)
+        full = len(request.prompt) // self._shape.page_tokens
+        own = self._shape.pages_for(len(request.prompt) + request.sampling.max_tokens) - full
+        for first in event.firsts:
+            alone = replace(request, sampling=request.sampling.branch(first.branch))
+            row = _Row(f"{key}/{first.branch}", first, alone, self._ledger.pages(key)[:full])
+            guest.rows[first.branch] = row
+            self._ledger.promise(row.key, own, Owner.DECODING)
+            self._ledger.bind(row.key, self._shape.pages_for(len(request.prompt)) - full, Owner.DECODING)
+
     def _plan(self, now: float) -> list[DecodeCommand]:
-        joiners = [row for row in self._rows.values() if row.state is State.JOINING and not row.cancelled]
+        joiners = [
+            (guest, row)
+            for guest in self._guests.values()
+            for row in guest.rows.values()
+            if not (row.running or row.cancelled or guest.cancelled)
+        ]
         room = self._config.max_rows - len(self._batch)
         if self._running:
             if joiners and room and not self._cut:
                 self._cut = True
                 return [Cut(self._run_id)]
             return []
-        joining: list[Join] = []
-        for row in joiners[:room]:
-            row.state, row.joined_at = State.RUNNING, now
-            self._batch += (row.ticket.key,)
+        for guest, row in joiners[:room]:
+            row.running, row.joined_at = True, now
+            self._batch[row.key] = guest, row
         if not self._batch:
             return []
-        steps = min(self._config.max_steps, *(self._rows[key].remaining for key in self._batch))
-        growing: list[Grow] = []
-        for key in self._batch:
-            row = self._rows[key]
-            fresh = self._bind(key, row, steps)
-            if row in joiners:
-                pages = self._ledger.pages(key)
-                joining.append(Join(row.ticket, row.request, row.first_token, pages, row.first_hash))
-            elif fresh:
-                growing.append(Grow(key, fresh))
+        steps = min(self._config.max_steps, *(row.remaining for _, row in self._batch.values()))
+        fresh = {key: self._bind(row, steps) for key, (_, row) in self._batch.items()}
+        joining = tuple(self._join(guest, row) for guest, row in joiners[:room])
+        new = {join.key for join in joining}
+        growing = tuple(Grow(key, pages) for key, pages in fresh.items() if pages and key not in new)
         self._run_id += 1
         self._running = True
-        return [Run(self._run_id, self._batch, tuple(joining), tuple(growing), steps)]
+        return [Run(self._run_id, tuple(self._batch), joining, growing, steps)]
 
-    def _bind(self, key: str, row: _Row, steps: int) -> tuple[int, ...]:
+    def _join(self, guest: _Guest, row: _Row) -> Join:
+        """A row with siblings writes behind the prompt into a copy of the page that the prompt does not fill."""
+        copied = None
+        if row.key != guest.ticket.key and len(row.request.prompt) % self._shape.page_tokens:
+            copied = self._ledger.pages(guest.ticket.key)[-1], self._ledger.pages(row.key)[0]
+        return Join(row.key, guest.ticket, row.request, row.first, self._table(row), copied)
+
+    def _table(self, row: _Row) -> tuple[int, ...]:
+        return (*row.shared, *self._ledger.pages(row.key))
+
+    def _bind(self, row: _Row, steps: int) -> tuple[int, ...]:
         """Pages for `steps` more tokens, out of the row's own promise."""
         tokens = len(row.request.prompt) + row.generated + steps - 1
-        missing = self._shape.pages_for(tokens) - len(self._ledger.pages(key))
-        return self._ledger.bind(key, missing, Owner.DECODING) if missing > 0 else ()
+        missing = self._shape.pages_for(tokens) - len(self._table(row))
+        return self._ledger.bind(row.key, missing, Owner.DECODING) if missing > 0 else ()
 
     def _ran(self, event: Ran, now: float) -> list[DecodeCommand]:
         if not self._running or event.run_id != self._run_id:
@@ -352,18 +416,18 @@ class DecodePolicy:
         self._running = self._cut = False
         commands: list[DecodeCommand] = []
         ended = {each.key: each for each in event.ended}
-        for key in self._batch:
-            row = self._rows[key]
+        for key, (guest, row) in list(self._batch.items()):
             row.generated += event.steps
             row.steps += event.steps
-            if key in ended and not row.cancelled:
+            wanted = not (guest.cancelled or row.cancelled)
+            if key in ended and wanted:
                 end = ended[key]
-                stages = self._stages(row, now)
-                commands.append(Tell(Finished(row.ticket, end.reason, end.generated, end.stop_token_id, stages)))
-            elif row.report:
-                commands.append(self._report(row, now))
-            if key in ended or row.cancelled:
-                commands += self._end(row)
+                stages = self._stages(guest, row, now) if len(guest.rows) == 1 else ()
+                branch = row.first.branch
+                finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch)
+                commands.append(Tell(finished))
+            if key in ended or not wanted:
+                commands += self._end(guest, row, now)
         return commands
 
     def _run_failed(self, run_id: int, reason: str, now: float) -> list[DecodeCommand]:
@@ -372,61 +436,63 @@ class DecodePolicy:
             raise LocalError(f"run failed: got run {run_id}, want {self._run_id}")
         self._running = self._cut = False
         commands: list[DecodeCommand] = []
-        for key in self._batch:
-            row = self._rows[key]
-            if not row.cancelled:
+        for guest in {guest.ticket.key: guest for guest, _ in self._batch.values()}.values():
+            if not guest.cancelled:
+                row = max(guest.rows.values(), key=lambda row: row.steps)
                 why = f"the engine failed: {reason}"
-                commands.append(Tell(Failed(row.ticket, "ABORTED", why, self._stages(row, now))))
-            commands += self._end(row)
+                commands.append(Tell(Failed(guest.ticket, "ABORTED", why, self._stages(guest, row, now))))
+                guest.cancelled = True
+            commands += self._end_all(guest, now)
         return commands
 
-    def _cancelled(self, key: str, reason: str, report: bool, now: float) -> list[DecodeCommand]:
-        """A running row reports when its step is over, one that waits to join at once."""
-        commands: list[DecodeCommand] = []
-        row = self._rows.get(key)
-        if row is not None and report and not row.cancelled:
-            row.report = row.state is State.RUNNING
-            if row.state is State.JOINING:
-                commands.append(Tell(Finished(row.ticket, "cancelled", row.generated, None, tuple(row.stages))))
-        return commands + self._cancel_where(lambda row: row.ticket.key == key, reason)
-
-    def _cancel_where(self, which: Callable[[_Row], bool], reason: str) -> list[DecodeCommand]:
-        rows = [row for row in self._rows.values() if which(row)]
-        if not rows:
-            self.ignored += 1
-        return [command for row in rows for command in self._cancel(row, reason)]
-
-    def _cancel(self, row: _Row, reason: str) -> list[DecodeCommand]:
-        """Ask whatever works on the row to stop; it is freed when that has."""
-        if row.cancelled:
+    def _cancel(self, guest: _Guest, reason: str, now: float) -> list[DecodeCommand]:
+        """Ask whatever works on the request to stop; it is freed when that has."""
+        if guest.cancelled:
             return []
-        row.cancelled = True
-        key = row.ticket.key
-        match row.state:
-            case State.WAITING | State.PROMISED:
-                return [DropHandOff(key, reason)]
-            case State.JOINING:
-                return self._end(row)
-            case State.RUNNING:
-                if self._running and not self._cut:
-                    self._cut = True
-                    return [Cut(self._run_id)]
-                return []
+        guest.cancelled = True
+        if guest.state is not State.JOINING:
+            return [DropHandOff(guest.ticket.key, reason)]
+        return self._stop(guest, now)
 
-    def _end(self, row: _Row) -> list[DecodeCommand]:
-        key = row.ticket.key
-        del self._rows[key]
-        running = key in self._batch
-        self._batch = tuple(other for other in self._batch if other != key)
-        self._ledger.release(key)
-        return [Leave(key)] if running else []
+    def _stop(self, guest: _Guest, now: float) -> list[DecodeCommand]:
+        """End the rows of a guest that are not wanted any more: those that run when their step is over."""
+        commands: list[DecodeCommand] = []
+        for row in list(guest.rows.values()):
+            if not (row.cancelled or guest.cancelled):
+                continue
+            if not row.running:
+                commands += self._end(guest, row, now)
+            elif not self._cut:
+                self._cut = True
+                commands.append(Cut(self._run_id))
+        return commands
 
-    def _report(self, row: _Row, now: float) -> DecodeCommand:
-        return Tell(Finished(row.ticket, "cancelled", row.generated, None, self._stages(row, now)))
+    def _end_all(self, guest: _Guest, now: float) -> list[DecodeCommand]:
+        return [command for row in list(guest.rows.values()) for command in self._end(guest, row, now)]
 
-    def _stages(self, row: _Row, now: float) -> tuple[Stage, ...]:
+    def _end(self, guest: _Guest, row: _Row, now: float) -> list[DecodeCommand]:
+        """Free a row, and with the last one all that is left of its request."""
+        commands: list[DecodeCommand] = []
+        if len(guest.rows) == 1 and guest.report:
+            report = Finished(guest.ticket, "cancelled", row.generated, None, self._stages(guest, row, now))
+            commands.append(Tell(replace(report, branch=row.first.branch)))
+        del guest.rows[row.first.branch]
+        self._ledger.release(row.key)
+        if self._batch.pop(row.key, None) is not None:
+            commands.append(Leave(row.key))
+        if not guest.rows:
+            self._forget(guest)
+        return commands
+
+    def _forget(self, guest: _Guest) -> None:
+        del self._guests[guest.ticket.key]
+        self._ledger.release(guest.ticket.key)
+
+    def _stages(self, guest: _Guest, row: _Row, now: float) -> tuple[Stage, ...]:
+        if not row.running:
+            return guest.stages
         return (
-            *row.stages,
-            Stage("join_wait", self._me.name, row.joined_at - row.arrived_at),
+            *guest.stages,
+            Stage("join_wait", self._me.name, row.joined_at - guest.arrived_at),
             Stage("decode", self._me.name, now - row.joined_at, {"steps": str(row.steps)}),
         )

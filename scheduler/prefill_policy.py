@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
+from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
@@ -22,10 +22,10 @@ from core.worker import Identity
 # Events (beside the messages Offer, Prompt and Cancel).
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
-    """A `RunChunk` is over; `firsts` are the sequences whose prompt is complete, with the token that it gave."""
+    """A `RunChunk` is over; `begun` are all continuations of the sequences whose prompt is complete."""
 
     run_id: int
-    firsts: tuple[First, ...]
+    begun: tuple[Began, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +37,12 @@ class ChunkFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class First:
-    """The first token of a sequence; `finish` if it is also its last."""
+class Began:
+    """A continuation of a sequence has its first token; `finish` if it is also its last."""
 
     key: str
-    token: int
+    first: First
     finish: str | None = None
-    logits_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +120,7 @@ class SealPages:
     key: str
     pages: tuple[int, ...]
     tokens: int
-    first_token: int | None
-    first_hash: int = 0
+    firsts: tuple[First, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +171,8 @@ class _Job:
     grant: Grant = Grant.NOT_ASKED
     begun: bool = False
     done: int = 0
-    first_token: int | None = None
-    first_hash: int = 0
+    firsts: tuple[First, ...] = ()
+    """Of the continuations that go on at the sink."""
     cancelled: str | None = None
     accepted_at: float = 0.0
     started_at: float = 0.0
@@ -227,7 +225,7 @@ class PrefillPolicy:
 
     def predicted_wait_s(self, tokens: int = 0) -> float:
         """Time until the queue and `tokens` more are computed, at the speed of full steps; 0 before there was one."""
-        left = sum(job.prompt_tokens - job.done for job in self._jobs.values() if job.first_token is None)
+        left = sum(job.prompt_tokens - job.done for job in self._jobs.values() if job.state is not State.HANDING_OFF)
         return (left + tokens) / self._tokens_per_s if self._tokens_per_s else 0.0
 
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
@@ -250,6 +248,8 @@ class PrefillPolicy:
                 # The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent
                 # later, would wait for memory there that is promised to those behind it here.
                 self._jobs[ticket.key] = self._jobs.pop(ticket.key)
+            case Cancel(branch=int()):
+                pass  # its prompt is that of the others
             case Cancel(ticket, reason, report):
                 job = self._jobs.get(ticket.key)
                 if report and job is not None and job.state is State.HANDING_OFF and job.cancelled is None:
@@ -287,7 +287,7 @@ class PrefillPolicy:
             assert held == (self._shape.pages_for(job.prompt_tokens) if job.begun else 0)
             assert job.begun == (job.state in (State.RUNNING, State.HANDING_OFF))
             assert job.cancelled is None or key in running or job.grant is not Grant.NOT_ASKED, "a cancelled job stays"
-            assert (job.state is State.HANDING_OFF) == (job.first_token is not None)
+            assert job.state is State.HANDING_OFF or not job.firsts
         assert running <= self._jobs.keys(), "a computed sequence was freed"
 
     def _until(self, job: _Job) -> float:
@@ -376,28 +376,38 @@ class PrefillPolicy:
         if now > self._run_started and 2 * tokens >= self._config.chunk_tokens:
             speed = tokens / (now - self._run_started)
             self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed if self._tokens_per_s else speed
-        firsts = {first.key: first for first in event.firsts}
+        begun: dict[str, list[Began]] = {}
+        for each in event.begun:
+            begun.setdefault(each.key, []).append(each)
         commands: list[PrefillCommand] = []
         for span in spans:
             job = self._jobs[span.key]
             job.done = span.stop
             job.chunks += 1
-            first = firsts.get(span.key)
             if job.cancelled is not None:
                 commands += self._end_if_free(job)
                 continue
-            if first is not None:
-                job.first_token, job.first_hash = first.token, first.logits_hash
-                job.state, job.computed_at = State.HANDING_OFF, now
-                self._ledger.move(holder(span.key), Owner.HANDING_OFF)
-            if first is not None and first.finish is not None:
-                stop = first.token if first.finish == "stop" else None
-                count = 0 if first.finish == "stop" else 1
-                commands.append(Answer(Finished(job.ticket, first.finish, count, stop, self._stages(job, now))))
-                commands += self._cancel(job, "finished with its first token")
+            if span.key in begun:
+                commands += self._began(job, begun[span.key], now)
             elif job.grant is not Grant.NOT_ASKED:
                 commands.append(self._seal(job))
         return commands
+
+    def _began(self, job: _Job, begun: list[Began], now: float) -> list[PrefillCommand]:
+        """The prompt is complete: some continuations may be over with their first token, the others go on."""
+        job.state, job.computed_at = State.HANDING_OFF, now
+        self._ledger.move(holder(job.ticket.key), Owner.HANDING_OFF)
+        job.firsts = tuple(each.first for each in begun if each.finish is None)
+        commands: list[PrefillCommand] = []
+        ended = [each for each in begun if each.finish is not None]
+        for each in ended:
+            token, branch = each.first.token, each.first.branch
+            count, stop = (0, token) if each.finish == "stop" else (1, None)
+            stages = self._stages(job, now) if each is ended[-1] and not job.firsts else ()
+            commands.append(Answer(Finished(job.ticket, each.finish or "", count, stop, stages, branch)))
+        if not job.firsts:
+            return commands + self._cancel(job, "finished with its first token")
+        return [*commands, self._seal(job)] if job.grant is not Grant.NOT_ASKED else commands
 
     def _chunk_failed(self, run_id: int, reason: str) -> list[PrefillCommand]:
         """All of the step are placed again by their gateways, which bound how often; the worker goes on."""
@@ -416,7 +426,7 @@ class PrefillPolicy:
 
     def _seal(self, job: _Job) -> SealPages:
         key = job.ticket.key
-        return SealPages(key, self._ledger.pages(holder(key)), job.done, job.first_token, job.first_hash)
+        return SealPages(key, self._ledger.pages(holder(key)), job.done, job.firsts)
 
     def _hand_off_over(self, event: HandOffOver, now: float) -> list[PrefillCommand]:
         job = self._jobs.get(event.key)

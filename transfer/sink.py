@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
-from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
 from core.request import Request, Ticket
 from core.worker import Identity
@@ -118,9 +118,8 @@ class Arrived:
 
     ticket: Ticket
     request: Request
-    first_token: int
+    firsts: tuple[First, ...]
     pull: Pull
-    first_hash: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +178,7 @@ class _Taking:
     ready_at: float | None = None
     announced_pages: int = 0
     verified_pages: int = 0
-    first_token: int | None = None
-    first_hash: int = 0
+    firsts: tuple[First, ...] = ()
     reads: set[int] = field(default_factory=set)
     read_s: float = 0.0
     runs: int = 0
@@ -283,20 +281,21 @@ class Sink:
         count = sum(run.count for run in ready.runs)
         whole = self._shape.pages_for(len(taking.request.prompt))
         after = ready.first_page + count
-        complete = ready.first_token is not None
+        complete = bool(ready.firsts)
         if (
             ready.first_page != taking.announced_pages
             or len(ready.digests) != count
             or after > whole
             or complete != (after == whole)
-            or taking.first_token is not None
+            or taking.firsts
+            or not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n))
         ):
             reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
             return self._forget(taking, reason, tell=True, recompute=True)
         if taking.ready_at is None:
             taking.ready_at = now
         taking.announced_pages = after
-        taking.first_token, taking.first_hash = ready.first_token, ready.first_hash
+        taking.firsts = ready.firsts
         if not count:
             return self._finish(taking, now)
         pages = self._ledger.bind(ready.ticket.key, count, Owner.PULLING)
@@ -343,7 +342,7 @@ class Sink:
         return self._read(taking, piece)
 
     def _finish(self, taking: _Taking, now: float) -> list[SinkCommand]:
-        if taking.first_token is None or taking.verified_pages < taking.announced_pages:
+        if not taking.firsts or taking.verified_pages < taking.announced_pages:
             return []
         key = taking.ticket.key
         del self._taking[key]
@@ -356,7 +355,7 @@ class Sink:
             now - taking.ready_at,
             taking.granted_at - taking.asked_at,
         )
-        arrived = Arrived(taking.ticket, taking.request, taking.first_token, pull, taking.first_hash)
+        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull)
         return [SendToSource(Taken(taking.ticket)), arrived]
 
     def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
-from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.request import Request, Ticket
 from core.worker import Identity
 
@@ -30,13 +30,12 @@ class AskSink:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """The KV of the first `tokens` prompt tokens is written; `first_token` once the prompt is complete."""
+    """The KV of the first `tokens` prompt tokens is written; `firsts` once the prompt is complete."""
 
     key: str
     pages: tuple[int, ...]
     tokens: int
-    first_token: int | None = None
-    first_hash: int = 0
+    firsts: tuple[First, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,7 @@ class _Giving:
     state: State = State.ASKED
     pages: tuple[int, ...] = ()
     sealed_tokens: int = 0
-    first_token: int | None = None
-    first_hash: int = 0
+    firsts: tuple[First, ...] = ()
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
     announced_pages: int = 0
@@ -140,7 +138,7 @@ class _Giving:
 
     @property
     def complete(self) -> bool:
-        return self.first_token is not None
+        return bool(self.firsts)
 
 
 class Source:
@@ -214,7 +212,7 @@ class Source:
         if event.tokens < giving.sealed_tokens or giving.complete:
             raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
         giving.pages, giving.sealed_tokens = event.pages, event.tokens
-        giving.first_token, giving.first_hash = event.first_token, event.first_hash
+        giving.firsts = event.firsts
         whole = event.tokens // self._shape.page_tokens
         upto = self._shape.pages_for(event.tokens) if giving.complete else whole
         if upto == giving.asked_pages:
@@ -238,8 +236,7 @@ class Source:
             first,
             page_runs(giving.pages[first:upto]),
             tuple(giving.digests[first:upto]),
-            giving.first_token if last else None,
-            giving.first_hash if last else 0,
+            giving.firsts if last else (),
         )
         return [SendToSink(ready)]
 

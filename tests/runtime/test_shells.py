@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from core.messages import Accept, Failed, Finished, Message, Offer, Prompt, Tokens
+from core.messages import Accept, Failed, Finished, First, Message, Offer, Prompt, Tokens
 from core.pages import Owner, Pages
 from core.worker import Identity
 from decode.shell import DecodeShell
@@ -31,6 +31,9 @@ class Fragile:
         self.known[sequence] = (prompt, sampling.max_tokens)
 
     def extend(self, sequence: str, pages: Sequence[int]) -> None:
+        pass
+
+    def copy(self, source: int, target: int) -> None:
         pass
 
     def close(self, sequence: str) -> None:
@@ -126,7 +129,7 @@ def test_a_decode_step_that_fails_hands_its_rows_back():
             driver.post("decode", Asked(key, ask(6, 4)))
             ledger.bind(key.key, 2, Owner.PULLING)
             ledger.move(key.key, Owner.DECODING)
-            driver.post("decode", KvArrived(key, ask(6, 4), 5))
+            driver.post("decode", KvArrived(key, ask(6, 4), (First(5),)))
             await ended.wait()
             ended.clear()
         thread.close()

@@ -13,7 +13,7 @@ from core import messages as m
 from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
-from core.sampling import MAX_SEED, Sampling
+from core.sampling import MAX_N, MAX_SEED, Sampling
 from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
@@ -38,6 +38,7 @@ samplings = st.builds(
     st.integers(0, MAX_SEED),
     tokens,
     st.booleans(),
+    st.integers(1, MAX_N),
 )
 slos = st.builds(Slo, seconds, seconds)
 requests = st.builds(
@@ -66,22 +67,21 @@ members = st.builds(
     lanes=st.lists(lanes, max_size=2).map(tuple),
 )
 
+firsts = st.lists(st.builds(m.First, counts, words, counts), max_size=3).map(tuple)
 MESSAGES: dict[type, st.SearchStrategy] = {
     m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints),
     m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
-    m.Cancel: st.builds(m.Cancel, tickets, text),
+    m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
     m.Reject: st.builds(m.Reject, tickets, text, seconds),
-    m.Tokens: st.builds(m.Tokens, tickets, counts, tokens, st.lists(words, max_size=6).map(tuple)),
-    m.Handed: st.builds(m.Handed, tickets, stages),
-    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages),
-    m.Failed: st.builds(m.Failed, tickets, text, text),
+    m.Tokens: st.builds(m.Tokens, tickets, counts, tokens, st.lists(words, max_size=6).map(tuple), counts),
+    m.Handed: st.builds(m.Handed, tickets, stages, st.booleans()),
+    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts),
+    m.Failed: st.builds(m.Failed, tickets, text, text, stages),
     m.Reserve: st.builds(m.Reserve, tickets, requests),
     m.Grant: st.builds(m.Grant, tickets),
     m.Refuse: st.builds(m.Refuse, tickets, text),
-    m.Ready: st.builds(
-        m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), st.none() | counts, words
-    ),
+    m.Ready: st.builds(m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), firsts),
     m.Taken: st.builds(m.Taken, tickets),
     m.Release: st.builds(m.Release, tickets, text),
 }

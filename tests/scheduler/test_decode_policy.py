@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from core.errors import LocalError
-from core.messages import Cancel, Failed, Finished
+from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
@@ -54,7 +54,7 @@ def arrive(machine: DecodePolicy, counter: int = 1, prompt: int = 6, max_tokens:
     if not ledger(machine).pages(key.key):
         ledger(machine).bind(key.key, SHAPE.pages_for(prompt), Owner.PULLING)
         ledger(machine).move(key.key, Owner.DECODING)
-    commands = machine.on(KvArrived(key, ask(prompt, max_tokens), 100), now)
+    commands = machine.on(KvArrived(key, ask(prompt, max_tokens), (First(100),)), now)
     machine.check()
     return commands
 
@@ -68,7 +68,9 @@ def test_a_request_from_its_question_to_its_end():
     machine, request = policy(), ask(6, 8)
     assert machine.on(Asked(ticket(), request), 0.0) == [Answer(KEY, True)]
     assert (ledger(machine).promised, ledger(machine).available, machine.deadline()) == (4, 16, 100.0)
-    assert arrive(machine, now=1.0) == [Run(1, (KEY,), (Join(ticket(), request, 100, (0, 1, 2, 3)),), (), 7)]
+    assert arrive(machine, now=1.0) == [
+        Run(1, (KEY,), (Join(KEY, ticket(), request, First(100), (0, 1, 2, 3)),), (), 7)
+    ]
     assert machine.on(Ran(1, 3), 2.0) == [Run(2, (KEY,), (), (), 4)]
     stages = (Stage("join_wait", "decode-1", 0.0), Stage("decode", "decode-1", 2.0, {"steps": "7"}))
     end = Tell(Finished(ticket(), "length", 8, None, stages))
@@ -292,7 +294,7 @@ def test_strangers_are_ignored_and_counted():
         Ran(2, 1),
         Ran(0, 1),
         Asked(ticket(), ask()),
-        KvArrived(ticket(), ask(), 5),
+        KvArrived(ticket(), ask(), (First(5),)),
         Withdrawn(ticket(), "x"),
     ],
 )
@@ -386,7 +388,7 @@ class DecodeWorker(RuleBasedStateMachine):
                     row = self.rows[join.ticket.key]
                     assert (row.hand_off, row.engine) == ("over", "")
                     assert join.pages == self.ledger.pages(join.ticket.key)
-                    assert join.first_token == 7
+                    assert join.first == First(7)
                     row.engine, row.pages, row.generated = "running", join.pages, 1
                 for grow in growing:
                     row = self.rows[grow.key]
@@ -457,7 +459,7 @@ class DecodeWorker(RuleBasedStateMachine):
                 self.ledger.bind(key, pages, Owner.PULLING)
                 self.ledger.move(key, Owner.DECODING)
                 row.hand_off = "arriving"
-                self.from_sink.append(KvArrived(row.ticket, row.request, 7))
+                self.from_sink.append(KvArrived(row.ticket, row.request, (First(7),)))
 
     @precondition(lambda self: self.from_sink)
     @rule()
@@ -536,7 +538,7 @@ class DecodeWorker(RuleBasedStateMachine):
                 self.ledger.bind(row.ticket.key, pages, Owner.PULLING)
                 self.ledger.move(row.ticket.key, Owner.DECODING)
                 row.hand_off = "arriving"
-                self.from_sink.append(KvArrived(row.ticket, row.request, 7))
+                self.from_sink.append(KvArrived(row.ticket, row.request, (First(7),)))
         assert self.machine.queue() == dict.fromkeys(State, 0), "a request hangs"
         assert self.machine.deadline() is None
         assert self.ledger.holders() == ()
@@ -629,7 +631,7 @@ def play(visits: list[Visit], max_steps: int) -> list[tuple[int, str]]:
                 visit = by_key[event]
                 book.bind(event, SHAPE.pages_for(visit.prompt), Owner.PULLING)
                 book.move(event, Owner.DECODING)
-                event = KvArrived(tickets[list(by_key).index(event)], ask(visit.prompt, visit.max_tokens), 7)
+                event = KvArrived(tickets[list(by_key).index(event)], ask(visit.prompt, visit.max_tokens), (First(7),))
             give(event, now)
     assert machine.queue() == dict.fromkeys(State, 0)
     assert book.holders() == ()

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from core.errors import LocalError
-from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
+from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
 from scheduler.prefill_policy import (
     Answer,
     AskForSink,
+    Began,
     Begin,
     ChunkDone,
     EndSequence,
-    First,
     GatewayGone,
     Granted,
     HandOffOver,
@@ -71,10 +71,10 @@ def test_a_request_from_offer_to_hand_over():
     assert machine.deadline() == 100.5
     assert machine.on(Granted(KEY), 0.6) == []
     assert machine.on(ChunkDone(1, ()), 1.0) == [
-        SealPages(KEY, (0, 1, 2), 8, None),
+        SealPages(KEY, (0, 1, 2), 8),
         RunChunk(2, (Span(KEY, 8, 12),)),
     ]
-    assert machine.on(ChunkDone(2, (First(KEY, 77),)), 1.5) == [SealPages(KEY, (0, 1, 2), 12, 77)]
+    assert machine.on(ChunkDone(2, (Began(KEY, First(77)),)), 1.5) == [SealPages(KEY, (0, 1, 2), 12, (First(77),))]
     assert ledger(machine).counts()[Owner.HANDING_OFF] == 3
     stages = (
         Stage("batch_wait", "prefill-1", 0.5),
@@ -96,13 +96,13 @@ def test_one_token_is_no_reason_to_ask_a_decode_worker():
     ]
     stages = (Stage("batch_wait", "prefill-1", 0.0), Stage("prefill", "prefill-1", 1.0, {"tokens": "6", "chunks": "1"}))
     end = Answer(Finished(ticket(), "length", 1, None, stages))
-    assert machine.on(ChunkDone(1, (First(KEY, 77, "length"),)), 1.0) == [end, EndSequence(KEY)]
+    assert machine.on(ChunkDone(1, (Began(KEY, First(77), "length"),)), 1.0) == [end, EndSequence(KEY)]
 
 
 def test_a_first_token_that_stops_ends_the_hand_over_too():
     machine = policy()
     queued(machine)
-    answer, withdraw = machine.on(ChunkDone(1, (First(KEY, 2, "stop"),)), 1.0)
+    answer, withdraw = machine.on(ChunkDone(1, (Began(KEY, First(2), "stop"),)), 1.0)
     assert (answer.message.reason, answer.message.completion_tokens, answer.message.stop_token_id) == ("stop", 0, 2)
     assert withdraw == WithdrawHandOff(KEY, "finished with its first token")
     assert machine.on(HandOffOver(KEY, taken=False), 1.0) == [EndSequence(KEY)]
@@ -127,7 +127,7 @@ def test_an_offer_that_cannot_be_met_is_rejected(event, reason):
 def test_an_offer_is_rejected_when_the_queue_would_make_it_late():
     machine = policy()
     queued(machine, 1, 8)
-    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     queued(machine, 2, 80, wait_s=99.0)
     assert machine.predicted_wait_s(8) == 11.0
     (answer,) = machine.on(offer(3, 8, wait_s=10.0), 1.0)
@@ -160,9 +160,9 @@ def test_chunks_fill_one_step_in_order_of_arrival():
     for counter, prompt in [(2, 7), (3, 2), (4, 2)]:
         queued(machine, counter, prompt)
         machine.on(Granted(ticket(counter).key), 0.0)
-    commands = machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    commands = machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     assert commands[-1] == RunChunk(2, (Span(ticket(2).key, 0, 7), Span(ticket(3).key, 0, 1)))
-    commands = machine.on(ChunkDone(2, (First(ticket(2).key, 5),)), 2.0)
+    commands = machine.on(ChunkDone(2, (Began(ticket(2).key, First(5)),)), 2.0)
     assert commands[-1] == RunChunk(3, (Span(ticket(3).key, 1, 2), Span(ticket(4).key, 0, 2)))
 
 
@@ -192,8 +192,8 @@ def test_nobody_is_overtaken_while_the_first_waits_for_pages():
     machine.on(Granted(ticket(2).key), 0.0)
     machine.on(Granted(ticket(3).key), 0.0)
     for run in range(1, 5):
-        commands = machine.on(ChunkDone(run, (First(KEY, 5),) if run == 4 else ()), float(run))
-    assert commands == [SealPages(KEY, tuple(range(8)), 32, 5)]
+        commands = machine.on(ChunkDone(run, (Began(KEY, First(5)),) if run == 4 else ()), float(run))
+    assert commands == [SealPages(KEY, tuple(range(8)), 32, (First(5),))]
     commands = machine.on(HandOffOver(KEY, taken=True), 5.0)
     assert [command.ticket.counter for command in commands if isinstance(command, Begin)] == [2]
     assert commands[-1] == RunChunk(5, (Span(ticket(2).key, 0, 8),))
@@ -222,7 +222,7 @@ def test_only_a_share_of_the_arena_is_computed_before_its_grant():
     queued(machine, 2, 4)
     assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(KEY, 8, 16),))
     assert machine.on(Granted(ticket(2).key), 1.0) == []
-    commands = machine.on(ChunkDone(2, (First(KEY, 5),)), 1.0)
+    commands = machine.on(ChunkDone(2, (Began(KEY, First(5)),)), 1.0)
     assert commands[-1] == RunChunk(3, (Span(ticket(2).key, 0, 4),))
 
 
@@ -266,9 +266,9 @@ def test_a_refusal_in_the_middle_shows_the_second_choice_what_is_there():
     again = replace(ticket(), sink=D2)
     assert machine.on(HandOffOver(KEY, taken=False), 1.1) == [
         AskForSink(again, ask(12), 100.0),
-        SealPages(KEY, (0, 1, 2), 8, None),
+        SealPages(KEY, (0, 1, 2), 8),
     ]
-    assert machine.on(ChunkDone(2, (First(KEY, 5),)), 2.0) == [SealPages(KEY, (0, 1, 2), 12, 5)]
+    assert machine.on(ChunkDone(2, (Began(KEY, First(5)),)), 2.0) == [SealPages(KEY, (0, 1, 2), 12, (First(5),))]
     assert machine.on(HandOffOver(KEY, taken=True), 2.0)[0].message.ticket == again
 
 
@@ -290,14 +290,14 @@ def test_a_cancel_frees_nothing_before_engine_and_source_are_done():
     assert machine.on(HandOffOver(KEY, taken=False), 0.5) == []
     machine.check()
     assert ledger(machine).available == 38
-    assert machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0) == [EndSequence(KEY)]
+    assert machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0) == [EndSequence(KEY)]
     assert ledger(machine).available == 40
 
 
 def test_a_stop_string_in_the_first_token_gets_the_stages_so_far():
     machine = policy()
     queued(machine)
-    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     told, withdrawn = machine.on(Cancel(ticket(), "stop string", report=True), 1.5)
     assert withdrawn == WithdrawHandOff(KEY, "stop string")
     assert told.message.cancelled
@@ -308,7 +308,7 @@ def test_a_stop_string_in_the_first_token_gets_the_stages_so_far():
 def test_a_request_that_was_taken_while_its_cancel_was_under_way_is_not_answered():
     machine = policy()
     queued(machine)
-    machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+    machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     machine.on(Cancel(ticket(), "left"), 1.0)
     assert machine.on(HandOffOver(KEY, taken=True), 1.0) == [EndSequence(KEY)]
 
@@ -327,7 +327,7 @@ def test_a_deadline_ends_a_request_in_every_state(where):
     machine = policy(ungranted_share=0.0 if where == "queued" else 0.5)
     queued(machine)
     if where == "handing_off":
-        machine.on(ChunkDone(1, (First(KEY, 5),)), 1.0)
+        machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     assert machine.on(None, 100.0) == [
         Answer(Failed(ticket(), "DEADLINE_EXCEEDED", f"ended while {where}")),
         WithdrawHandOff(KEY, "deadline"),
@@ -463,14 +463,14 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert ticket in (job.ticket, replace(job.ticket, sink=job.second or D1))
                 assert request.sampling.max_tokens > 1
                 self.asked[ticket.key] = Asked(ticket)
-            case SealPages(key, pages, tokens, first_token):
+            case SealPages(key, pages, tokens, firsts):
                 asked = self.asked.get(key)
                 assert pages == self.ledger.pages(holder(key))
                 if asked is not None:
                     assert not asked.complete
                     assert tokens >= asked.sealed
-                    assert (first_token is not None) == (tokens == len(self.jobs[key].request.prompt))
-                    asked.sealed, asked.complete = tokens, first_token is not None
+                    assert bool(firsts) == (tokens == len(self.jobs[key].request.prompt))
+                    asked.sealed, asked.complete = tokens, bool(firsts)
             case WithdrawHandOff(key):
                 asked = self.asked.get(key)
                 if asked is not None and not asked.over:
@@ -551,7 +551,7 @@ class PrefillWorker(RuleBasedStateMachine):
             if span.stop == len(job.request.prompt):
                 stops = data.draw(st.integers(0, 4)) == 0
                 length = job.request.sampling.max_tokens == 1
-                firsts.append(First(span.key, 7, "stop" if stops else "length" if length else None))
+                firsts.append(Began(span.key, First(7), "stop" if stops else "length" if length else None))
         self.give(ChunkDone(run.run_id, tuple(firsts)))
 
     # What the source does.
@@ -613,7 +613,7 @@ class PrefillWorker(RuleBasedStateMachine):
                     job.computed = span.stop
                     if span.stop == len(job.request.prompt):
                         last = job.request.sampling.max_tokens == 1
-                        firsts.append(First(span.key, 7, "length" if last else None))
+                        firsts.append(Began(span.key, First(7), "length" if last else None))
                 self.give(ChunkDone(run.run_id, tuple(firsts)))
             else:
                 todo = [a for a in self.asked.values() if not a.over and (a.complete or not a.granted)]

@@ -18,7 +18,7 @@ from functools import partial
 import pytest
 
 from core.kv import pages_of
-from core.messages import Cancel, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken, Tokens
+from core.messages import Cancel, First, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken, Tokens
 from core.pages import Owner, Pages
 from core.request import Phase, Request, Ticket
 from core.sampling import Sampling
@@ -282,8 +282,8 @@ class Worker(Process):
                 self.at_once(lambda: self.close(prefill.holder(key)))
             case prefill.AskForSink(ticket, request, deadline):
                 self.post("source", giving.AskSink(ticket, request, deadline))
-            case prefill.SealPages(key, pages, tokens, first_token, first_hash):
-                self.post("source", giving.Sealed(key, pages, tokens, first_token, first_hash))
+            case prefill.SealPages(key, pages, tokens, firsts):
+                self.post("source", giving.Sealed(key, pages, tokens, firsts))
             case prefill.WithdrawHandOff(key, reason):
                 self.post("source", giving.Withdraw(key, reason))
 
@@ -295,7 +295,7 @@ class Worker(Process):
                 self.write(sequence, position)
             if span.stop == sequence.prompt:
                 token, finish = self.sample(sequence)
-                firsts.append(prefill.First(span.key, token, finish, mark(token)))
+                firsts.append(prefill.Began(span.key, First(token, mark(token)), finish))
                 if finish != "stop":
                     first = Tokens(sequence.ticket, 0, (token,), (mark(token),))
                     self.world.send(self.me, sequence.ticket.minter, first)
@@ -321,9 +321,9 @@ class Worker(Process):
 
     def start(self, command: decode.Run) -> None:
         for join in command.joining:
-            tokens = (*join.request.prompt, join.first_token)
+            tokens = (*join.request.prompt, join.first.token)
             self.open(join.ticket.key, join.ticket, tokens, join.pages, join.request)
-            self.sequences[join.ticket.key].first_hash = join.first_hash
+            self.sequences[join.key].first_hash = join.first.logits_hash
         for grow in command.growing:
             self.sequences[grow.key].pages += grow.pages
         self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
@@ -386,8 +386,8 @@ class Worker(Process):
                 self.read(command)
             case taking.Fence(read_ids):
                 self.later(0.01, lambda: self.fence(read_ids))
-            case taking.Arrived(ticket, request, first_token, _, first_hash):
-                self.post("decode", decode.KvArrived(ticket, request, first_token, (), first_hash))
+            case taking.Arrived(ticket, request, firsts):
+                self.post("decode", decode.KvArrived(ticket, request, firsts))
             case taking.Gone(ticket, reason, recompute):
                 self.post("decode", decode.Withdrawn(ticket, reason, recompute))
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from core.errors import LocalError
 from core.kv import PageRun, pages_of
-from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
 from core.request import Request, Ticket
 from core.worker import Identity
@@ -70,8 +70,8 @@ def test_a_source_announces_pages_as_they_are_sealed():
     ready = SendToSink(Ready(ticket(), 0, (PageRun(3, 1),), (100,)))
     assert machine.on(Grant(ticket()), 0.3) == [GrantCame(KEY), ready]
     assert machine.on(Sealed(KEY, pages, 6), 0.4) == []
-    assert machine.on(Sealed(KEY, pages, 10, 77), 0.5) == [Digest(KEY, 1, (4, 7), 6)]
-    ready = SendToSink(Ready(ticket(), 1, (PageRun(4, 1), PageRun(7, 1)), (101, 102), 77))
+    assert machine.on(Sealed(KEY, pages, 10, (First(77),)), 0.5) == [Digest(KEY, 1, (4, 7), 6)]
+    ready = SendToSink(Ready(ticket(), 1, (PageRun(4, 1), PageRun(7, 1)), (101, 102), (First(77),)))
     assert machine.on(Digested(KEY, 1, (101, 102)), 0.75) == [ready]
     machine.check()
     assert machine.on(Taken(ticket()), 1.0) == [HandOffEnded(KEY, True, taken_s=0.25)]
@@ -80,9 +80,9 @@ def test_a_source_announces_pages_as_they_are_sealed():
 
 def test_everything_sealed_before_the_grant_is_announced_with_it():
     machine = asked(ask(6))
-    assert machine.on(Sealed(KEY, (0, 1), 6, 77), 0.0) == [Digest(KEY, 0, (0, 1), 6)]
+    assert machine.on(Sealed(KEY, (0, 1), 6, (First(77),)), 0.0) == [Digest(KEY, 0, (0, 1), 6)]
     machine.on(Digested(KEY, 0, (5, 6)), 0.0)
-    ready = Ready(ticket(), 0, (PageRun(0, 2),), (5, 6), 77)
+    ready = Ready(ticket(), 0, (PageRun(0, 2),), (5, 6), (First(77),))
     assert machine.on(Grant(ticket()), 0.0) == [GrantCame(KEY), SendToSink(ready)]
     machine.check()
 
@@ -91,9 +91,11 @@ def test_a_prompt_of_whole_pages_is_complete_with_its_last_page():
     machine = asked(ask(8))
     machine.on(Grant(ticket()), 0.0)
     assert machine.on(Sealed(KEY, (0, 1), 4), 0.0) == [Digest(KEY, 0, (0,), 4)]
-    assert machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0) == [Digest(KEY, 1, (1,), 4)]
+    assert machine.on(Sealed(KEY, (0, 1), 8, (First(77),)), 0.0) == [Digest(KEY, 1, (1,), 4)]
     assert machine.on(Digested(KEY, 0, (5,)), 0.0) == [SendToSink(Ready(ticket(), 0, (PageRun(0, 1),), (5,)))]
-    assert machine.on(Digested(KEY, 1, (6,)), 0.0) == [SendToSink(Ready(ticket(), 1, (PageRun(1, 1),), (6,), 77))]
+    assert machine.on(Digested(KEY, 1, (6,)), 0.0) == [
+        SendToSink(Ready(ticket(), 1, (PageRun(1, 1),), (6,), (First(77),)))
+    ]
 
 
 @pytest.mark.parametrize("message", [Refuse(ticket(), "full"), Release(ticket(), "full")])
@@ -133,7 +135,7 @@ def test_the_second_choice_gets_everything_from_the_first_page_on():
     second = replace(ticket(), sink=D2)
     assert machine.on(AskSink(second, ask(8), 50.0), 0.0) == [SendToSink(Reserve(second, ask(8)))]
     assert machine.on(Grant(ticket()), 0.0) == [], "the first choice has no say any more"
-    assert machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0) == [Digest(KEY, 0, (0, 1), 8)]
+    assert machine.on(Sealed(KEY, (0, 1), 8, (First(77),)), 0.0) == [Digest(KEY, 0, (0, 1), 8)]
     machine.on(Digested(KEY, 0, (5, 6)), 0.0)
     assert machine.on(Grant(second), 0.0)[1].message.digests == (5, 6)
 
@@ -144,11 +146,11 @@ def test_digests_asked_for_by_the_first_choice_do_not_disturb_the_second():
     machine.on(Refuse(ticket(), "full"), 0.0)
     second = replace(ticket(), sink=D2)
     machine.on(AskSink(second, ask(8), 50.0), 0.0)
-    machine.on(Sealed(KEY, (0, 1), 8, 77), 0.0)
+    machine.on(Sealed(KEY, (0, 1), 8, (First(77),)), 0.0)
     machine.on(Digested(KEY, 0, (5,)), 0.0)
     machine.check()
     machine.on(Digested(KEY, 0, (5, 6)), 0.0)
-    assert machine.on(Grant(second), 0.0)[1].message == Ready(second, 0, (PageRun(0, 2),), (5, 6), 77)
+    assert machine.on(Grant(second), 0.0)[1].message == Ready(second, 0, (PageRun(0, 2),), (5, 6), (First(77),))
 
 
 def test_a_source_does_not_seal_backwards_or_twice():
@@ -156,9 +158,9 @@ def test_a_source_does_not_seal_backwards_or_twice():
     machine.on(Sealed(KEY, (0, 1, 2), 8), 0.0)
     with pytest.raises(LocalError, match="got 4 tokens after 8"):
         machine.on(Sealed(KEY, (0, 1, 2), 4), 0.0)
-    machine.on(Sealed(KEY, (0, 1, 2), 12, 7), 0.0)
+    machine.on(Sealed(KEY, (0, 1, 2), 12, (First(7),)), 0.0)
     with pytest.raises(LocalError):
-        machine.on(Sealed(KEY, (0, 1, 2), 12, 7), 0.0)
+        machine.on(Sealed(KEY, (0, 1, 2), 12, (First(7),)), 0.0)
     with pytest.raises(LocalError, match="handed off already"):
         machine.on(AskSink(ticket(), ask(), 1.0), 0.0)
     machine.check()
@@ -205,7 +207,7 @@ def test_a_sink_pulls_checks_and_takes():
     assert machine.on(Ready(ticket(), 0, (PageRun(7, 2),), (100, 101)), 3.0) == [
         Read(1, P1, (PageRun(7, 2),), (0, 1), 0, 8)
     ]
-    assert machine.on(Ready(ticket(), 2, (PageRun(2, 1),), (102,), 77), 3.5) == [
+    assert machine.on(Ready(ticket(), 2, (PageRun(2, 1),), (102,), (First(77),)), 3.5) == [
         Read(2, P1, (PageRun(2, 1),), (2,), 2, 2)
     ]
     assert machine.on(Pulled(1, 0.5, (100, 101)), 4.5) == []
@@ -213,7 +215,7 @@ def test_a_sink_pulls_checks_and_takes():
     pull = Pull(3 * SHAPE.page_nbytes, 2, 0.75, 2.0, 1.0)
     assert machine.on(Pulled(2, 0.25, (102,)), 5.0) == [
         SendToSource(Taken(ticket())),
-        Arrived(ticket(), request, 77, pull),
+        Arrived(ticket(), request, (First(77),), pull),
     ]
     assert book(machine).pages(KEY) == (0, 1, 2)
     assert (book(machine).counts()[Owner.DECODING], book(machine).promised) == (3, 2)
@@ -223,7 +225,9 @@ def test_a_sink_pulls_checks_and_takes():
 def test_one_page_is_a_hand_off_too():
     machine = sink()
     key = granted(machine, prompt=3)
-    assert machine.on(Ready(key, 0, (PageRun(5, 1),), (9,), 77), 0.0) == [Read(1, P1, (PageRun(5, 1),), (0,), 0, 3)]
+    assert machine.on(Ready(key, 0, (PageRun(5, 1),), (9,), (First(77),)), 0.0) == [
+        Read(1, P1, (PageRun(5, 1),), (0,), 0, 3)
+    ]
     assert [type(command) for command in machine.on(Pulled(1, 0.1, (9,)), 0.0)] == [SendToSource, Arrived]
 
 
@@ -262,7 +266,7 @@ def test_a_mismatch_is_read_once_more_and_then_the_request_is_computed_anew():
 def test_a_mismatch_that_heals_is_taken():
     machine = sink()
     key = pulling(machine)
-    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
+    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), (First(77),)), 0.0)
     machine.on(Pulled(1, 0.1, (100, 666)), 0.0)
     assert machine.on(Pulled(2, 0.1, (102,)), 0.0) == []
     assert isinstance(machine.on(Pulled(3, 0.1, (100, 101)), 0.0)[1], Arrived)
@@ -337,7 +341,7 @@ def test_nobody_is_disturbed_for_pages_in_doubt_that_nobody_waits_for():
 def test_pages_of_two_reads_wait_for_both():
     machine = sink()
     key = pulling(machine)
-    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), 77), 0.0)
+    machine.on(Ready(key, 2, (PageRun(9, 1),), (102,), (First(77),)), 0.0)
     machine.on(Release(key, "left"), 0.0)
     machine.on(Pulled(2, 0.1, (102,)), 0.0)
     assert book(machine).counts()[Owner.IN_DOUBT] == 3
@@ -350,9 +354,9 @@ def test_pages_of_two_reads_wait_for_both():
     [
         Ready(ticket(), 1, (PageRun(7, 1),), (1,)),
         Ready(ticket(), 0, (PageRun(7, 2),), (1,)),
-        Ready(ticket(), 0, (PageRun(7, 4),), (1, 2, 3, 4), 7),
+        Ready(ticket(), 0, (PageRun(7, 4),), (1, 2, 3, 4), (First(7),)),
         Ready(ticket(), 0, (PageRun(7, 3),), (1, 2, 3)),
-        Ready(ticket(), 0, (PageRun(7, 2),), (1, 2), 7),
+        Ready(ticket(), 0, (PageRun(7, 2),), (1, 2), (First(7),)),
     ],
 )
 def test_an_announcement_that_does_not_follow_ends_the_hand_off(ready):
@@ -594,8 +598,8 @@ class BadDay(RuleBasedStateMachine):
 
     def seal(self, party: Party, job: Job) -> None:
         if job.done:
-            pages, first = party.ledger.pages(job.holder), 77 if job.complete else None
-            party.events.append(("source", Sealed(job.ticket.key, pages, job.done, first)))
+            pages, firsts = party.ledger.pages(job.holder), (First(77),) if job.complete else ()
+            party.events.append(("source", Sealed(job.ticket.key, pages, job.done, firsts)))
 
     def decode(self, party: Party, event) -> None:
         key = event.ticket.key

@@ -200,40 +200,46 @@ class RequestMeta(_message.Message):
     def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("ticket", "reason", "report")
+    __slots__ = ("ticket", "reason", "report", "branch")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     report: bool
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ...) -> None: ...
+    branch: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("ticket", "index", "tokens", "logits_hashes")
+    __slots__ = ("ticket", "index", "tokens", "logits_hashes", "branch")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_HASHES_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     index: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     logits_hashes: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logits_hashes: _Optional[_Iterable[int]] = ...) -> None: ...
+    branch: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logits_hashes: _Optional[_Iterable[int]] = ..., branch: _Optional[int] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages")
+    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages", "branch")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     completion_tokens: int
     stop_token_id: int
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
+    branch: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., branch: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("ticket", "code", "message", "stages")
@@ -289,21 +295,29 @@ class PageRun(_message.Message):
     count: int
     def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
+class First(_message.Message):
+    __slots__ = ("token", "logits_hash", "branch")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_HASH_FIELD_NUMBER: _ClassVar[int]
+    BRANCH_FIELD_NUMBER: _ClassVar[int]
+    token: int
+    logits_hash: int
+    branch: int
+    def __init__(self, token: _Optional[int] = ..., logits_hash: _Optional[int] = ..., branch: _Optional[int] = ...) -> None: ...
+
 class Ready(_message.Message):
-    __slots__ = ("ticket", "first_page", "runs", "digests", "first_token", "first_hash")
+    __slots__ = ("ticket", "first_page", "runs", "digests", "firsts")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    FIRST_HASH_FIELD_NUMBER: _ClassVar[int]
+    FIRSTS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     first_page: int
     runs: _containers.RepeatedCompositeFieldContainer[PageRun]
     digests: _containers.RepeatedScalarFieldContainer[int]
-    first_token: int
-    first_hash: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ..., first_hash: _Optional[int] = ...) -> None: ...
+    firsts: _containers.RepeatedCompositeFieldContainer[First]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[_Union[First, _Mapping]]] = ...) -> None: ...
 
 class Taken(_message.Message):
     __slots__ = ("ticket",)
