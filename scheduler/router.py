@@ -2,7 +2,8 @@
 
 Offers a request to prefill workers, least loaded first, until one accepts (after P/D-Serve, "on-demand forwarding
 upon rejections"); chooses its decode worker; puts tokens in order and drops duplicates; places it again, with the
-tokens so far, when a worker that it needs is lost.
+tokens so far, when a worker that it needs is lost. Continuations of one prompt travel together as long as they are
+alike: when their placement is lost after the first token, each goes on by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from core.messages import (
 )
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.worker import Identity, Member
+from scheduler.placement import Load, Workers
 
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of its prefill."""
@@ -50,9 +52,10 @@ class ClientGone:
 
 @dataclass(frozen=True, slots=True)
 class Satisfied:
-    """The client has its stop string: the rest is not wanted, the stages of what was done are."""
+    """A continuation has its stop string: the rest of it is not wanted, the stages of what was done are."""
 
     counter: int
+    branch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +83,22 @@ class ToOne:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Give the client these tokens, which follow those delivered before."""
+    """Give the client these tokens of a continuation, which follow those delivered before."""
 
     counter: int
     tokens: tuple[int, ...]
     logits_hashes: tuple[int, ...]
+    branch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """A continuation is done while others go on; the last one's end is the request's `End`."""
+
+    counter: int
+    branch: int
+    reason: str
+    stop_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +108,7 @@ class End:
     counter: int
     phase: Phase
     reason: str
-    """Finish reason if DONE, else a sentence."""
+    """Finish reason of the last continuation if DONE, else a sentence."""
     code: str = "OK"
     """Name of a gRPC status."""
     retry_s: float | None = None
@@ -102,10 +116,12 @@ class End:
     cached_tokens: int = 0
     stages: tuple[Stage, ...] = ()
     attempts: int = 1
+    branch: int = 0
+    """The last continuation."""
 
 
 RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
-RouterCommand = ToOne | Deliver | End
+RouterCommand = ToOne | Deliver | Complete | End
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +137,58 @@ class RouterConfig:
 
 
 @dataclass(slots=True)
-class _Flight:
-    request: Request
+class _Branch:
+    """One continuation, as its client knows it."""
+
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass(slots=True)
+class _Call:
+    """A client's request."""
+
     counter: int
+    request: Request
     arrived_at: float
-    phase: Phase = Phase.QUEUED
-    attempt: int = 0
+    branches: list[_Branch]
+    flights: list[_Flight] = field(default_factory=list)
+    offers: int = 0
     """Numbers the offers, so that a late answer to an old one is told apart."""
+    cached_tokens: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    placements: int = 0
+    """Of its most often placed flight."""
+
+    @property
+    def deadline(self) -> float:
+        return self.arrived_at + self.request.timeout_s
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One or all continuations of a request, on their way through one prefill and one decode worker."""
+
+    call: _Call
+    branches: tuple[int, ...]
+    """Which of the call's; messages count them from 0."""
+    request: Request
+    """What is left to do; made anew for each offer."""
+    phase: Phase = Phase.QUEUED
     placements: int = 0
     """Offers that were accepted."""
-    ticket: Ticket | None = None
+    placed: Ticket | None = None
     second: Identity | None = None
     tried: set[Identity] = field(default_factory=set)
     refusals: list[Reject] = field(default_factory=list)
+    queued_at: float = 0.0
     offered_at: float = 0.0
-    tokens: list[int] = field(default_factory=list)
     base: int = 0
     """Tokens delivered before this attempt began; its own count starts there."""
-    cached_tokens: int = 0
-    stages: list[Stage] = field(default_factory=list)
     broken: set[Identity] = field(default_factory=set)
     """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
+    untold: list[int] = field(default_factory=list)
+    """Of `branches`: done while the sink could not be told yet."""
     handed: bool = False
     """The prefill worker has reported its stages for this attempt."""
     finished: Finished | None = None
@@ -151,13 +198,14 @@ class _Flight:
     finished_at: float = 0.0
 
     @property
-    def deadline(self) -> float:
-        return self.arrived_at + self.request.timeout_s
+    def ticket(self) -> Ticket:
+        """Of the attempt under way."""
+        assert self.placed is not None
+        return self.placed
 
-    @property
-    def size(self) -> int:
-        """Tokens of KV it may come to."""
-        return len(self.request.prompt) + self.request.sampling.max_tokens
+    def live(self) -> list[int]:
+        """Continuations that go on."""
+        return [branch for branch in self.branches if not self.call.branches[branch].done]
 
 
 class Router:
@@ -166,18 +214,20 @@ class Router:
     def __init__(self, me: Identity, config: RouterConfig) -> None:
         self._me = me
         self._config = config
-        self._workers: dict[Identity, Member] = {}
-        self._flights: dict[int, _Flight] = {}
-        self._alarms: list[tuple[float, int]] = []
+        self._workers = Workers()
+        self._calls: dict[int, _Call] = {}
+        self._flights: dict[str, _Flight] = {}
+        """By the key of their ticket: at rest, everyone has one."""
+        self._alarms: list[tuple[float, str]] = []
         """A heap of when each flight may need a look; stale entries are dropped when they come up."""
         self.ignored = 0
         """Messages about old attempts or ended requests."""
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._calls)
 
     def phases(self) -> dict[Phase, int]:
-        """Live requests in each phase."""
+        """Live placements in each phase."""
         counts = {phase: 0 for phase in Phase if not phase.ended}
         for flight in self._flights.values():
             counts[flight.phase] += 1
@@ -185,33 +235,24 @@ class Router:
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
-        roles = [member.role for member in self._ready()]
-        lacking = [
-            name
-            for name, there in (
-                ("prefill", any(role.prefills for role in roles)),
-                ("decode", any(role.decodes for role in roles)),
-            )
-            if not there
-        ]
-        return f"no {' and no '.join(lacking)} worker is ready" if lacking else None
+        return self._workers.missing()
 
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
         match event:
             case None:
                 return self._overdue(now)
             case Arrived(counter, request):
-                if counter in self._flights:
+                if counter in self._calls:
                     raise LocalError(f"request {counter} arrived twice")
-                return self._arrived(_Flight(request, counter, now), now)
+                return self._arrived(counter, request, now)
             case ClientGone(counter, reason):
-                flight = self._flights.get(counter)
-                return self._end(flight, Phase.CANCELLED, reason, "CANCELLED", now) if flight else []
-            case Satisfied(counter):
-                flight = self._flights.get(counter)
-                return self._satisfied(flight, now) if flight and flight.finished is None else []
+                call = self._calls.get(counter)
+                return self._end(call, Phase.CANCELLED, reason, "CANCELLED") if call else []
+            case Satisfied(counter, branch):
+                call = self._calls.get(counter)
+                return self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
-                self._workers[member.identity] = member
+                self._workers.up(member)
                 return []
             case WorkerDown(identity):
                 return self._worker_down(identity, now)
@@ -220,8 +261,8 @@ class Router:
 
     def deadline(self) -> float | None:
         while self._alarms:
-            when, counter = self._alarms[0]
-            flight = self._flights.get(counter)
+            when, key = self._alarms[0]
+            flight = self._flights.get(key)
             if flight is not None and self._until(flight) <= when:
                 return when
             heappop(self._alarms)  # ended, or its offer was answered: a later alarm of it is further down
@@ -229,135 +270,104 @@ class Router:
 
     def check(self) -> None:
         assert self.deadline() == min((self._until(flight) for flight in self._flights.values()), default=None)
-        for counter, flight in self._flights.items():
-            assert counter == flight.counter
+        self._workers.check(self._flights)
+        for key, flight in self._flights.items():
+            assert key == flight.ticket.key
+            assert flight in flight.call.flights
             assert not flight.phase.ended
-            assert (flight.ticket is None) == (flight.phase is Phase.QUEUED)
-            assert flight.base <= len(flight.tokens) <= flight.request.sampling.max_tokens
+            assert flight.live() or flight.finished is not None
+        for counter, call in self._calls.items():
+            assert counter == call.counter
+            carried = [branch for flight in call.flights for branch in flight.live()]
+            living = [index for index, branch in enumerate(call.branches) if not branch.done]
+            assert sorted(carried) == living, "a continuation is lost or placed twice"
+            for branch in call.branches:
+                assert len(branch.tokens) <= call.request.sampling.max_tokens
 
-    def _until(self, flight: _Flight) -> float:
-        if flight.finished is not None:
-            return min(flight.finished_at + REPORT_S, flight.deadline)
-        offer = flight.offered_at + self._config.offer_s if flight.phase is Phase.OFFERED else flight.deadline
-        return min(offer, flight.deadline)
-
-    def _arrived(self, flight: _Flight, now: float) -> list[RouterCommand]:
-        self._flights[flight.counter] = flight
-        heappush(self._alarms, (flight.deadline, flight.counter))
+    # Placing.
+    def _arrived(self, counter: int, request: Request, now: float) -> list[RouterCommand]:
+        branches = [_Branch() for _ in range(request.sampling.n)]
+        call = self._calls[counter] = _Call(counter, request, now, branches)
         if missing := self.missing():
-            return self._end(flight, Phase.REJECTED, missing, "UNAVAILABLE", now)
-        prompt = len(flight.request.prompt)
-        room = max(member.kv_tokens for member in self._ready() if member.role.prefills)
-        if prompt > room:
-            why = f"prompt: got {prompt} tokens, no worker holds more than {room}"
-            return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
-        pairs = [(source, sink) for source in self._sources(flight) for sink in self._decoders()]
-        room = max(self._room(flight, source, sink) for source, sink in pairs)
-        if flight.size > room:
-            why = f"prompt and max_tokens: got {flight.size} tokens, no decode worker holds more than {room}"
-            return self._end(flight, Phase.REJECTED, why, "INVALID_ARGUMENT", now)
+            return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
+        if why := self._workers.too_large(request):
+            return self._end(call, Phase.REJECTED, why, "INVALID_ARGUMENT")
+        return self._place(call, tuple(range(len(branches))), 0, set(), now)
+
+    def _place(
+        self, call: _Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
+    ) -> list[RouterCommand]:
+        """Put continuations on their way: all of them with the prompt alone, or one with its tokens so far."""
+        flight = _Flight(call, branches, call.request, placements=placements, tried=tried, queued_at=now)
+        call.flights.append(flight)
         return self._offer(flight, now)
 
     def _offer(self, flight: _Flight, now: float) -> list[RouterCommand]:
         """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
-        for source in self._sources(flight):
-            best = self._sinks(flight, source)
-            if best:
+        call = flight.call
+        flight.request = self._rest(flight, now)
+        for source in self._workers.sources(flight.tried):
+            sinks = self._workers.sinks(source, flight.request)
+            if sinks:
                 break
         else:
-            return self._shed(flight, now)
-        flight.attempt += 1
+            return self._shed(flight)
+        call.offers += 1
         flight.tried.add(source)
-        flight.ticket = Ticket(self._me, flight.counter, flight.attempt, source, best[0])
-        flight.second = best[1] if len(best) > 1 else None
-        flight.phase, flight.offered_at = Phase.OFFERED, now
-        heappush(self._alarms, (self._until(flight), flight.counter))
-        slo = flight.request.slo.ttft_s
-        wait_s = max(0.0, flight.arrived_at + (slo or self._config.max_queue_s) - now)
-        request = self._rest(flight, now)
-        offer = Offer(flight.ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
+        flight.placed = ticket = Ticket(self._me, call.counter, call.offers, source, sinks[0])
+        flight.second = sinks[1] if len(sinks) > 1 else None
+        flight.offered_at = now
+        self._flights[ticket.key] = flight
+        self._enter(flight, Phase.OFFERED)
+        heappush(self._alarms, (self._until(flight), ticket.key))
+        heappush(self._alarms, (call.deadline, ticket.key))
+        wait_s = max(0.0, call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s) - now)
+        request = flight.request
+        offer = Offer(ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
         return [ToOne(source, offer)]
-
-    def _sources(self, flight: _Flight) -> list[Identity]:
-        """Prefill workers that were not tried yet, best first."""
-        prefills = (member.identity for member in self._ready() if member.role.prefills)
-        untried = [identity for identity in prefills if identity not in flight.tried]
-        return sorted(untried, key=lambda identity: (self._load(identity, sink=False), identity))
-
-    def _decoders(self) -> list[Member]:
-        return [member for member in self._ready() if member.role.decodes]
-
-    def _ready(self) -> list[Member]:
-        """Workers that take new requests; one that is not ready goes on with those it has."""
-        return [member for member in self._workers.values() if member.ready]
-
-    def _sinks(self, flight: _Flight, source: Identity) -> list[Identity]:
-        """Decode workers with room for it, best first; a mixed worker keeps its own."""
-        fitting = [member for member in self._decoders() if self._room(flight, source, member) >= flight.size]
-        if any(member.identity == source for member in fitting):
-            return [source]
-        fitting.sort(key=lambda member: (self._load(member.identity, sink=True) / member.kv_tokens, member.identity))
-        return [member.identity for member in fitting]
-
-    def _room(self, flight: _Flight, source: Identity, sink: Member) -> int:
-        """Tokens of it that `sink` can hold; while a worker hands over to itself it holds the prompt twice."""
-        if sink.identity != source or sink.kv is None:
-            return sink.kv_tokens
-        prompt = len(flight.request.prompt) + len(flight.tokens)
-        return sink.kv_tokens - sink.kv.pages_for(prompt) * sink.kv.page_tokens
-
-    def _shed(self, flight: _Flight, now: float) -> list[RouterCommand]:
-        phase = Phase.FAILED if flight.tokens else Phase.REJECTED
-        if not flight.refusals:
-            why = self.missing() or "no worker with room for it answers"
-            return self._end(flight, phase, why, "UNAVAILABLE", now)
-        best = min(flight.refusals, key=lambda reject: reject.wait_s)
-        why = f"all {len(flight.refusals)} prefill workers refused; {best.ticket.source.name}: {best.reason}"
-        return self._end(flight, phase, why, "RESOURCE_EXHAUSTED", now, retry_s=max(best.wait_s, 0.1))
 
     def _rest(self, flight: _Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
-        request, done = flight.request, tuple(flight.tokens)
+        call, request = flight.call, flight.call.request
+        request = replace(request, timeout_s=max(0.0, call.deadline - now))
+        if len(flight.branches) > 1:
+            flight.base = 0
+            return request
+        (branch,) = flight.branches
+        done = tuple(call.branches[branch].tokens)
+        flight.base = len(done)
+        sampling = request.sampling.branch(branch)
         return replace(
             request,
             prompt=request.prompt + done,
-            sampling=replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done)),
-            timeout_s=max(0.0, flight.deadline - now),
+            sampling=replace(sampling, max_tokens=sampling.max_tokens - len(done)),
+            generated=request.generated + len(done),
         )
 
-    def _load(self, identity: Identity, *, sink: bool) -> int:
-        """Tokens this gateway has in flight at a worker."""
-        total = 0
-        for flight in self._flights.values():
-            ticket = flight.ticket
-            if ticket is None:
-                continue
-            if sink and ticket.sink == identity:
-                total += flight.size
-            elif not sink and ticket.source == identity and flight.phase in (Phase.OFFERED, Phase.PREFILLING):
-                total += len(flight.request.prompt)
-        return total
+    def _shed(self, flight: _Flight) -> list[RouterCommand]:
+        call = flight.call
+        phase = Phase.FAILED if any(branch.tokens for branch in call.branches) else Phase.REJECTED
+        if not flight.refusals:
+            why = self.missing() or "no worker with room for it answers"
+            return self._end(call, phase, why, "UNAVAILABLE")
+        best = min(flight.refusals, key=lambda reject: reject.wait_s)
+        why = f"all {len(flight.refusals)} prefill workers refused; {best.ticket.source.name}: {best.reason}"
+        return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
 
+    # Messages of workers.
     def _heard(self, message: ToGateway, now: float) -> list[RouterCommand]:
-        flight = self._flights.get(message.ticket.counter)
-        if flight is None or flight.ticket is None or message.ticket.key != flight.ticket.key:
+        flight = self._flights.get(message.ticket.key)
+        if flight is None:
             return self._ignore()
         if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not isinstance(message, Handed):
             return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
         if flight.finished is not None:
-            return self._reported(flight, message, now)
+            return self._reported(flight, message)
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
                     return self._ignore()
-                self._enter(flight, Phase.PREFILLING)
-                flight.cached_tokens = cached_tokens
-                flight.placements += 1
-                flight.stages.append(Stage("queued", self._me.name, flight.offered_at - flight.arrived_at))
-                flight.stages.append(Stage("offered", self._me.name, now - flight.offered_at))
-                flight.base = len(flight.tokens)
-                prompt = Prompt(flight.ticket, self._rest(flight, now), flight.second)
-                return [ToOne(flight.ticket.source, prompt)]
+                return self._accepted(flight, cached_tokens, now)
             case Reject():
                 if flight.phase is not Phase.OFFERED:
                     return self._ignore()
@@ -366,54 +376,111 @@ class Router:
             case Tokens():
                 return self._tokens(flight, message, now)
             case Handed(_, stages):
-                flight.stages += stages
+                flight.call.stages += stages
                 flight.handed = True
                 return self._moved(flight, message.ticket, now)
-            case Finished(_, _, completion, _, stages):
-                flight.stages += stages
-                if flight.base + completion != len(flight.tokens):
-                    why = f"{flight.base + completion} tokens were generated, {len(flight.tokens)} came"
-                    return self._lost_attempt(flight, why, now)
-                # Two streams: the prefill worker's report may come after the decode worker's last word.
-                late = flight.phase is Phase.DECODING and not flight.handed
-                return self._wait(flight, message, {Handed: flight.ticket.source} if late else {}, now)
+            case Finished():
+                return self._finished(flight, message, now)
             case Failed(_, code, why, stages):
-                flight.stages += stages
+                flight.call.stages += stages
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
                     return self._lost_attempt(flight, why, now, blamed)
-                return self._end(flight, Phase.FAILED, why, code, now)
+                return self._end(flight.call, Phase.FAILED, why, code)
+
+    def _accepted(self, flight: _Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
+        call, ticket = flight.call, flight.ticket
+        self._enter(flight, Phase.PREFILLING)
+        call.cached_tokens = cached_tokens
+        flight.placements += 1
+        call.placements = max(call.placements, flight.placements)
+        call.stages.append(Stage("queued", self._me.name, flight.offered_at - flight.queued_at))
+        call.stages.append(Stage("offered", self._me.name, now - flight.offered_at))
+        flight.request = replace(flight.request, timeout_s=max(0.0, call.deadline - now))
+        return [ToOne(ticket.source, Prompt(ticket, flight.request, flight.second))]
 
     def _tokens(self, flight: _Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
-        have = len(flight.tokens)
+        if message.branch >= len(flight.branches):
+            return self._ignore()
+        index = flight.branches[message.branch]
+        branch = flight.call.branches[index]
+        if branch.done:
+            return []
+        have = len(branch.tokens)
         first = flight.base + message.index
         if first > have:
             return self._lost_attempt(flight, f"token {first} came after {have} tokens", now)
         fresh = message.tokens[have - first :]
         if not fresh:
             return []
-        flight.tokens.extend(fresh)
+        branch.tokens.extend(fresh)
         if flight.phase is Phase.PREFILLING:
             self._enter(flight, Phase.HANDING_OFF)
-        deliver = Deliver(flight.counter, fresh, message.logits_hashes[have - first :])
-        if len(flight.tokens) > flight.base + 1:
+        deliver = Deliver(flight.call.counter, fresh, message.logits_hashes[have - first :], index)
+        if len(branch.tokens) > flight.base + 1:
             return [deliver, *self._moved(flight, message.ticket, now)]
         return [deliver]
 
-    def _satisfied(self, flight: _Flight, now: float) -> list[RouterCommand]:
-        """Recall what is left of it, and wait a little for the stages of what was done."""
-        recall = self._recall(flight, "stop string", report=True)
-        if flight.ticket is None or flight.phase not in (Phase.HANDING_OFF, Phase.DECODING):
-            return [*recall, *self._end(flight, Phase.DONE, "stop", "OK", now)]
-        owing: dict[type[ToGateway], Identity] = {} if flight.handed else {Handed: flight.ticket.source}
+    def _finished(self, flight: _Flight, message: Finished, now: float) -> list[RouterCommand]:
+        if message.branch >= len(flight.branches):
+            return self._ignore()
+        index = flight.branches[message.branch]
+        branch = flight.call.branches[index]
+        flight.call.stages += message.stages
+        if branch.done:
+            return []
+        if flight.base + message.completion_tokens != len(branch.tokens):
+            why = f"{flight.base + message.completion_tokens} tokens were generated, {len(branch.tokens)} came"
+            return self._lost_attempt(flight, why, now)
+        if flight.live() != [index]:
+            return self._complete(flight.call, index, message.reason, message.stop_token_id)
+        recall = self._recall(flight, "done", report=True) if flight.untold else []
+        # Two streams: the prefill worker's report may come after the decode worker's last word.
+        late = flight.phase is Phase.DECODING and not flight.handed
+        owing: dict[type[ToGateway], Identity] = {Handed: flight.ticket.source} if late or flight.untold else {}
+        return [*recall, *self._wait(flight, replace(message, branch=index), owing, now)]
+
+    def _moved(self, flight: _Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
+        """The sink has the KV; it may be the second choice, and it may have died since."""
+        if flight.phase is not Phase.HANDING_OFF:
+            return []
+        if flight.ticket.sink != ticket.sink:
+            flight.second = flight.ticket.sink
+        flight.placed = ticket
+        self._enter(flight, Phase.DECODING)
+        if ticket.sink not in self._workers or ticket.sink in flight.broken:
+            return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
+        untold, flight.untold = flight.untold, []
+        return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
+
+    # Ends.
+    def _satisfied(self, call: _Call, index: int, now: float) -> list[RouterCommand]:
+        """Recall what is left of a continuation; after the last, wait a little for the stages of what was done."""
+        flight = next((flight for flight in call.flights if index in flight.live()), None)
+        if flight is None or flight.finished is not None:
+            return []
+        if flight.live() != [index]:
+            local = flight.branches.index(index)
+            if flight.phase is Phase.DECODING:
+                return [*self._recall(flight, "stop string", branch=local), *self._complete(call, index, "stop")]
+            flight.untold.append(local)
+            return self._complete(call, index, "stop")
+        recall, tokens = self._recall(flight, "stop string", report=True), len(call.branches[index].tokens)
+        owing: dict[type[ToGateway], Identity] = {}
+        if flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and not flight.handed:
+            owing[Handed] = flight.ticket.source
         if flight.phase is Phase.DECODING:
             owing[Finished] = flight.ticket.sink
-        elif len(flight.tokens) == flight.request.sampling.max_tokens:
+        elif tokens == call.request.sampling.max_tokens:
             owing = {Finished: flight.ticket.source}  # under way already: nothing is handed over
-        finished = Finished(flight.ticket, "stop", len(flight.tokens) - flight.base)
+        finished = Finished(flight.ticket, "stop", tokens - flight.base, branch=index)
         return [*recall, *self._wait(flight, finished, owing, now)]
+
+    def _complete(self, call: _Call, index: int, reason: str, stop_token_id: int | None = None) -> list[RouterCommand]:
+        call.branches[index].done = True
+        return [Complete(call.counter, index, reason, stop_token_id)]
 
     def _wait(
         self, flight: _Flight, finished: Finished, owing: dict[type[ToGateway], Identity], now: float
@@ -422,53 +489,45 @@ class Router:
         gone = flight.broken | {who for who in owing.values() if who not in self._workers}
         flight.finished, flight.finished_at = finished, now
         flight.owing = {kind: who for kind, who in owing.items() if who not in gone}
-        if not flight.owing:
-            return self._finish(flight, now)
-        heappush(self._alarms, (self._until(flight), flight.counter))
+        if not flight.owing or len(flight.call.flights) > 1:
+            return self._finish(flight)
+        heappush(self._alarms, (self._until(flight), flight.ticket.key))
         return []
 
-    def _reported(self, flight: _Flight, message: ToGateway, now: float) -> list[RouterCommand]:
+    def _reported(self, flight: _Flight, message: ToGateway) -> list[RouterCommand]:
         """A worker that failed before it was recalled has nothing to add, either."""
         kind = type(message)
         if isinstance(message, Failed):
             kind = Finished if flight.phase is Phase.DECODING else Handed
         if not isinstance(message, Handed | Finished | Failed) or flight.owing.pop(kind, None) is None:
             return self._ignore()
-        flight.stages += message.stages
-        return [] if flight.owing else self._finish(flight, now)
+        flight.call.stages += message.stages
+        return [] if flight.owing else self._finish(flight)
 
-    def _finish(self, flight: _Flight, now: float) -> list[RouterCommand]:
+    def _finish(self, flight: _Flight) -> list[RouterCommand]:
+        """The last continuation of a flight is done, and with the last flight the request."""
         assert flight.finished is not None
-        end = flight.finished
-        return self._end(flight, Phase.DONE, end.reason, "OK", now, stop_token_id=end.stop_token_id)
-
-    def _moved(self, flight: _Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
-        """The sink has the KV; it may be the second choice, and it may have died since."""
-        if flight.phase is not Phase.HANDING_OFF:
-            return []
-        self._enter(flight, Phase.DECODING)
-        if flight.ticket is not None and flight.ticket.sink != ticket.sink:
-            flight.second = flight.ticket.sink
-        flight.ticket = ticket
-        if ticket.sink in self._workers and ticket.sink not in flight.broken:
-            return []
-        return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
+        call, end = flight.call, flight.finished
+        if len(call.flights) == 1:
+            call.branches[end.branch].done = True
+            return self._end(call, Phase.DONE, end.reason, "OK", stop_token_id=end.stop_token_id, branch=end.branch)
+        self._drop(flight, Phase.DONE)
+        return self._complete(call, end.branch, end.reason, end.stop_token_id)
 
     def _worker_down(self, identity: Identity, now: float) -> list[RouterCommand]:
-        self._workers.pop(identity, None)
+        self._workers.down(identity)
         commands: list[RouterCommand] = []
-        for flight in list(self._flights.values()):
-            ticket = flight.ticket
-            if ticket is None:
-                continue
+        for key, flight in list(self._flights.items()):
+            if self._flights.get(key) is not flight:
+                continue  # ended with a sibling
             if flight.finished is not None:
                 flight.owing = {kind: who for kind, who in flight.owing.items() if who != identity}
-                commands += [] if flight.owing else self._finish(flight, now)
+                commands += [] if flight.owing else self._finish(flight)
                 continue
             flight.broken.add(identity)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
-            at_source = needs_source and ticket.source == identity
-            at_sink = flight.phase is Phase.DECODING and ticket.sink == identity
+            at_source = needs_source and flight.ticket.source == identity
+            at_sink = flight.phase is Phase.DECODING and flight.ticket.sink == identity
             if at_source or at_sink:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
         return commands
@@ -476,76 +535,126 @@ class Router:
     def _lost_attempt(
         self, flight: _Flight, why: str, now: float, blamed: Identity | None = None
     ) -> list[RouterCommand]:
-        """Place it again, elsewhere than at the `blamed` prefill worker if there is another."""
-        if len(flight.tokens) == flight.request.sampling.max_tokens:
-            return [*self._recall(flight, why), *self._end(flight, Phase.DONE, "length", "OK", now)]
+        """Place what is left again, elsewhere than at the `blamed` prefill worker if there is another."""
+        call = flight.call
+        whole = call.request.sampling.max_tokens
+        commands = self._recall(flight, why)
+        live = flight.live()
+        full = [index for index in live if len(call.branches[index].tokens) == whole]
+        if full == live:
+            for index in full[:-1]:
+                commands += self._complete(call, index, "length")
+            flight.finished = Finished(flight.ticket, "length", 0, branch=full[-1])
+            return [*commands, *self._finish(flight)]
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
-            return self._end(flight, Phase.FAILED, why, "UNAVAILABLE", now)
-        others = any(member.role.prefills and member.identity != blamed for member in self._ready())
-        flight.tried = {blamed} if blamed is not None and others else set()
-        flight.refusals.clear()
-        return [*self._recall(flight, why), *self._again(flight, now)]
+            return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
+        tried = {blamed} if blamed is not None and self._workers.others(blamed) else set()
+        begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
+        self._drop(flight, Phase.QUEUED)
+        if not begun:
+            return [*commands, *self._place(call, flight.branches, flight.placements, tried, now)]
+        for index in full:
+            commands += self._complete(call, index, "length")
+        for index in live:
+            if index not in full and call.counter in self._calls:
+                commands += self._place(call, (index,), flight.placements, set(tried), now)
+        return commands
 
     def _again(self, flight: _Flight, now: float) -> list[RouterCommand]:
-        self._enter(flight, Phase.QUEUED)
-        flight.ticket, flight.handed = None, False
+        """Offer the same to the next."""
+        self._drop(flight, Phase.QUEUED)
+        flight.call.flights.append(flight)
+        flight.placed = None
         flight.broken.clear()
         return self._offer(flight, now)
 
     def _overdue(self, now: float) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
-        for flight in [flight for flight in self._flights.values() if self._until(flight) <= now]:
+        for key in [key for key, flight in self._flights.items() if self._until(flight) <= now]:
+            flight = self._flights.get(key)
+            if flight is None:
+                continue  # ended with a sibling
+            call = flight.call
             if flight.finished is not None:
-                commands += self._finish(flight, now)
-            elif flight.deadline <= now:
-                why = f"not done within {flight.request.timeout_s:g} s, {len(flight.tokens)} tokens were sent"
-                commands += self._end(flight, Phase.FAILED, why, "DEADLINE_EXCEEDED", now)
+                commands += self._finish(flight)
+            elif call.deadline <= now:
+                sent = sum(len(branch.tokens) for branch in call.branches)
+                why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
+                commands += self._end(call, Phase.FAILED, why, "DEADLINE_EXCEEDED")
             else:
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
 
-    def _recall(self, flight: _Flight, reason: str, *, report: bool = False) -> list[RouterCommand]:
+    def _until(self, flight: _Flight) -> float:
+        deadline = flight.call.deadline
+        if flight.finished is not None:
+            return min(flight.finished_at + REPORT_S, deadline)
+        offer = flight.offered_at + self._config.offer_s if flight.phase is Phase.OFFERED else deadline
+        return min(offer, deadline)
+
+    def _recall(
+        self, flight: _Flight, reason: str, *, report: bool = False, branch: int | None = None
+    ) -> list[RouterCommand]:
         """Cancel at every worker that may hold something for this attempt."""
-        ticket = flight.ticket
+        ticket = flight.placed
         if ticket is None:
             return []
         where = [ticket.source]
         if flight.phase is not Phase.OFFERED:
             where += [who for who in (ticket.sink, flight.second) if who is not None and who not in where]
-        return [ToOne(who, Cancel(ticket, reason, report)) for who in where if who in self._workers]
+        return [ToOne(who, Cancel(ticket, reason, report, branch)) for who in where if who in self._workers]
 
     def _end(
         self,
-        flight: _Flight,
+        call: _Call,
         phase: Phase,
         reason: str,
         code: str,
-        now: float,
         *,
         retry_s: float | None = None,
         stop_token_id: int | None = None,
+        branch: int = 0,
+        recalled: _Flight | None = None,
     ) -> list[RouterCommand]:
-        commands = [] if phase is Phase.DONE else self._recall(flight, reason)
-        self._enter(flight, phase)
-        del self._flights[flight.counter]
+        """Over for the client, and for every worker that still has something of it."""
+        commands: list[RouterCommand] = []
+        for flight in list(call.flights):
+            if phase is not Phase.DONE and flight is not recalled:
+                commands += self._recall(flight, reason)
+            self._drop(flight, phase)
+        del self._calls[call.counter]
         end = End(
-            flight.counter,
+            call.counter,
             phase,
             reason,
             code,
             retry_s,
             stop_token_id,
-            flight.cached_tokens,
-            tuple(flight.stages),
-            max(flight.placements, 1),
+            call.cached_tokens,
+            tuple(call.stages),
+            max(call.placements, 1),
+            branch,
         )
         return [*commands, end]
 
     def _enter(self, flight: _Flight, phase: Phase) -> None:
         if phase not in PHASE_NEXT[flight.phase]:
-            raise LocalError(f"request {flight.counter}: got {phase} after {flight.phase}")
+            raise LocalError(f"request {flight.call.counter}: got {phase} after {flight.phase}")
         flight.phase = phase
+        if (ticket := flight.placed) is not None:
+            waiting = phase in (Phase.OFFERED, Phase.PREFILLING)
+            prompt = len(flight.request.prompt) if waiting else 0
+            over = phase is Phase.QUEUED or phase.ended
+            load = Load(ticket.source, prompt, ticket.sink, self._workers.size(flight.request))
+            self._workers.hold(ticket.key, None if over else load)
+
+    def _drop(self, flight: _Flight, phase: Phase) -> None:
+        """This attempt is over, or all of the flight."""
+        self._enter(flight, phase)
+        flight.call.flights.remove(flight)
+        if flight.placed is not None:
+            del self._flights[flight.placed.key]
 
     def _ignore(self) -> list[RouterCommand]:
         self.ignored += 1
