@@ -422,8 +422,7 @@ class DecodePolicy:
             wanted = not (guest.cancelled or row.cancelled)
             if key in ended and wanted:
                 end = ended[key]
-                stages = self._stages(guest, row, now) if len(guest.rows) == 1 else ()
-                branch = row.first.branch
+                stages, branch = self._stages(guest, row, now), row.first.branch
                 finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch)
                 commands.append(Tell(finished))
             if key in ended or not wanted:

@@ -403,7 +403,7 @@ class PrefillPolicy:
         for each in ended:
             token, branch = each.first.token, each.first.branch
             count, stop = (0, token) if each.finish == "stop" else (1, None)
-            stages = self._stages(job, now) if each is ended[-1] and not job.firsts else ()
+            stages = self._stages(job, now)
             commands.append(Answer(Finished(job.ticket, each.finish or "", count, stop, stages, branch)))
         if not job.firsts:
             return commands + self._cancel(job, "finished with its first token")

@@ -30,7 +30,9 @@ from core.worker import Identity, Member
 from scheduler.placement import Load, Workers
 
 REPORT_S = 0.25
-"""A request whose tokens are all here waits no longer than this for the stages of its prefill."""
+"""A request whose tokens are all here waits no longer than this for the stages of what was done."""
+REPORTS: tuple[type[ToGateway], ...] = (Handed, Finished, Failed)
+"""Messages that carry stages, in the order of a request's life."""
 
 
 # Events (beside the messages from workers).
@@ -196,6 +198,8 @@ class _Flight:
     owing: dict[type[ToGateway], Identity] = field(default_factory=dict)
     """Reports that are awaited, and from whom."""
     finished_at: float = 0.0
+    reports: dict[type[ToGateway], tuple[Stage, ...]] = field(default_factory=dict)
+    """The stages that came with the last message of each kind."""
 
     @property
     def ticket(self) -> Ticket:
@@ -376,13 +380,13 @@ class Router:
             case Tokens():
                 return self._tokens(flight, message, now)
             case Handed(_, stages):
-                flight.call.stages += stages
+                flight.reports[Handed] = stages
                 flight.handed = True
                 return self._moved(flight, message.ticket, now)
             case Finished():
                 return self._finished(flight, message, now)
             case Failed(_, code, why, stages):
-                flight.call.stages += stages
+                flight.reports[Failed] = stages
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
@@ -428,7 +432,7 @@ class Router:
             return self._ignore()
         index = flight.branches[message.branch]
         branch = flight.call.branches[index]
-        flight.call.stages += message.stages
+        flight.reports[Finished] = message.stages
         if branch.done:
             return []
         if flight.base + message.completion_tokens != len(branch.tokens):
@@ -501,7 +505,7 @@ class Router:
             kind = Finished if flight.phase is Phase.DECODING else Handed
         if not isinstance(message, Handed | Finished | Failed) or flight.owing.pop(kind, None) is None:
             return self._ignore()
-        flight.call.stages += message.stages
+        flight.reports[type(message)] = message.stages
         return [] if flight.owing else self._finish(flight)
 
     def _finish(self, flight: _Flight) -> list[RouterCommand]:
@@ -652,6 +656,7 @@ class Router:
     def _drop(self, flight: _Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
+        flight.call.stages += (stage for kind in REPORTS for stage in flight.reports.pop(kind, ()))
         flight.call.flights.remove(flight)
         if flight.placed is not None:
             del self._flights[flight.placed.key]

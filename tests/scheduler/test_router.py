@@ -678,7 +678,7 @@ def test_a_stop_string_recalls_the_rest_and_waits_for_the_stages_of_both_workers
     assert machine.on(Satisfied(1), 1.1) == []
     end = only_end(machine.on(Handed(key, (stage("prefill"),)), 1.1))
     assert (end.phase, end.reason, end.code) == (Phase.DONE, "stop", "OK")
-    assert [each.name for each in end.stages] == ["queued", "offered", "decode", "prefill"]
+    assert [each.name for each in end.stages] == ["queued", "offered", "prefill", "decode"]
 
 
 def test_a_stop_string_waits_only_for_those_who_have_something_to_say():

@@ -12,7 +12,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -39,9 +39,9 @@ def row(before: int, token: int) -> int:
     return zlib.crc32(f"{before}/{token}".encode())
 
 
-def next_token(rows: list[int]) -> int:
+def next_token(rows: list[int], seed: int) -> int:
     """What the model says after these KV rows."""
-    return zlib.crc32(repr(rows).encode()) % VOCABULARY
+    return zlib.crc32(repr((rows, seed)).encode()) % VOCABULARY
 
 
 def mark(token: int) -> int:
@@ -49,14 +49,14 @@ def mark(token: int) -> int:
     return token * 7 + 1
 
 
-def text(request: Request) -> tuple[list[int], str]:
+def text(request: Request, branch: int) -> tuple[list[int], str]:
     """What the model says to a request, and why it ends."""
-    tokens, rows = list(request.prompt), [0]
+    tokens, rows, seed = list(request.prompt), [0], request.sampling.branch(branch).seed
     for token in tokens:
         rows.append(row(rows[-1], token))
     said: list[int] = []
     while len(said) < request.sampling.max_tokens:
-        token = next_token(rows[1:])
+        token = next_token(rows[1:], seed)
         if token in request.sampling.stop_token_ids:
             return said, "stop"
         said.append(token)
@@ -73,8 +73,9 @@ class Sequence:
     sampling: Sampling
     prompt: int
     ticket: Ticket
-    first_sent: bool = False
-    first_hash: int = 0
+    first: First | None = None
+    """Of a decode sequence, until it was repeated."""
+    branch: int = 0
 
 
 @dataclass
@@ -145,14 +146,16 @@ class Gateway(Process):
         self.router = front.Router(identity, front.RouterConfig(max_queue_s=1000.0))
         self.seat("router", self.router, self.perform)
         self.requests: dict[int, Request] = {}
-        self.got: dict[int, list[int]] = {}
-        self.stops: dict[int, int] = {}
-        """Tokens after which a client has its stop string."""
+        self.got: dict[int, list[list[int]]] = {}
+        self.stops: dict[int, list[int]] = {}
+        """Tokens after which a client has its stop string, for each continuation."""
+        self.complete: dict[int, set[int]] = {}
         self.ends: dict[int, front.End] = {}
 
     def ask(self, request: Request) -> int:
         counter = len(self.requests) + 1
-        self.requests[counter], self.got[counter] = request, []
+        self.requests[counter], self.complete[counter] = request, set()
+        self.got[counter] = [[] for _ in range(request.sampling.n)]
         self.post("router", front.Arrived(counter, request))
         return counter
 
@@ -160,30 +163,41 @@ class Gateway(Process):
         match command:
             case front.ToOne(who, message):
                 self.world.send(self.me, who, message)
-            case front.Deliver(counter, tokens, hashes):
+            case front.Deliver(counter, tokens, hashes, branch):
                 assert hashes == tuple(mark(token) for token in tokens)
-                self.got[counter] += tokens
-                said, _ = text(self.requests[counter])
-                assert self.got[counter] == said[: len(self.got[counter])], "a wrong token"
-                if self.stopped(counter):
-                    self.post("router", front.Satisfied(counter))
+                assert branch not in self.complete[counter]
+                got = self.got[counter][branch]
+                got += tokens
+                said, _ = text(self.requests[counter], branch)
+                assert got == said[: len(got)], "a wrong token"
+                if self.stopped(counter, branch):
+                    self.post("router", front.Satisfied(counter, branch))
+            case front.Complete(counter, branch, reason):
+                assert counter not in self.ends
+                self.completed(counter, branch, reason)
             case front.End(counter):
                 assert counter not in self.ends
                 self.ends[counter] = command
-                if command.phase is Phase.DONE and self.stopped(counter):
+                if command.phase is Phase.DONE:
+                    self.completed(counter, command.branch, command.reason)
+                    assert len(self.complete[counter]) == self.requests[counter].sampling.n
                     self.stages_of_all(counter, command)
-                elif command.phase is Phase.DONE:
-                    assert (self.got[counter], command.reason) == text(self.requests[counter])
 
-    def stopped(self, counter: int) -> bool:
-        return len(self.got[counter]) >= self.stops.get(counter, 1000)
+    def completed(self, counter: int, branch: int, reason: str) -> None:
+        assert branch not in self.complete[counter], "completed twice"
+        self.complete[counter].add(branch)
+        if not self.stopped(counter, branch):
+            assert (self.got[counter][branch], reason) == text(self.requests[counter], branch)
+
+    def stopped(self, counter: int, branch: int) -> bool:
+        return counter in self.stops and len(self.got[counter][branch]) >= self.stops[counter][branch]
 
     def stages_of_all(self, counter: int, end: front.End) -> None:
-        """Whoever worked on a request that a stop string ended has said for how long."""
-        stages = {stage.name for stage in end.stages}
+        """Whoever worked on a request has said for how long, also if a stop string ended it."""
+        stages = [stage.name for stage in end.stages]
         if not self.world.faults:
-            assert "prefill" in stages
-            assert len(self.got[counter]) == 1 or "decode" in stages
+            assert stages.count("prefill") == 1
+            assert stages.count("decode") == 1 or len(self.got[counter][end.branch]) <= 1
 
     def heard(self, peer: Identity, message: Message) -> None:
         self.post("router", message)
@@ -254,7 +268,7 @@ class Worker(Process):
         self.arena[sequence.pages[page]][slot] = row(before, sequence.tokens[position])
 
     def sample(self, sequence: Sequence) -> tuple[int, str | None]:
-        token = next_token(self.rows(sequence, len(sequence.tokens)))
+        token = next_token(self.rows(sequence, len(sequence.tokens)), sequence.sampling.seed)
         sequence.tokens.append(token)
         if token in sequence.sampling.stop_token_ids:
             return token, "stop"
@@ -294,11 +308,13 @@ class Worker(Process):
             for position in range(span.start, span.stop):
                 self.write(sequence, position)
             if span.stop == sequence.prompt:
-                token, finish = self.sample(sequence)
-                firsts.append(prefill.Began(span.key, First(token, mark(token)), finish))
-                if finish != "stop":
-                    first = Tokens(sequence.ticket, 0, (token,), (mark(token),))
-                    self.world.send(self.me, sequence.ticket.minter, first)
+                for branch in range(sequence.sampling.n):
+                    alone = replace(sequence, tokens=list(sequence.tokens), sampling=sequence.sampling.branch(branch))
+                    token, finish = self.sample(alone)
+                    firsts.append(prefill.Began(span.key, First(token, mark(token), branch), finish))
+                    if finish != "stop":
+                        first = Tokens(sequence.ticket, 0, (token,), (mark(token),), branch)
+                        self.world.send(self.me, sequence.ticket.minter, first)
         self.next_job()
         self.post("prefill", prefill.ChunkDone(command.run_id, tuple(firsts)))
 
@@ -322,8 +338,11 @@ class Worker(Process):
     def start(self, command: decode.Run) -> None:
         for join in command.joining:
             tokens = (*join.request.prompt, join.first.token)
-            self.open(join.ticket.key, join.ticket, tokens, join.pages, join.request)
-            self.sequences[join.key].first_hash = join.first.logits_hash
+            if join.copied is not None:
+                source, target = join.copied
+                self.arena[target] = list(self.arena[source])
+            self.open(join.key, join.ticket, tokens, join.pages, join.request)
+            self.sequences[join.key].first, self.sequences[join.key].branch = join.first, join.first.branch
         for grow in command.growing:
             self.sequences[grow.key].pages += grow.pages
         self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
@@ -337,11 +356,12 @@ class Worker(Process):
             index = len(sequence.tokens) - 1 - sequence.prompt
             tokens: tuple[int, ...] = () if finish == "stop" else (token,)
             hashes = tuple(mark(token) for token in tokens)
-            if not sequence.first_sent:
-                sequence.first_sent, index = True, index - 1
-                tokens, hashes = (sequence.tokens[sequence.prompt], *tokens), (sequence.first_hash, *hashes)
+            if sequence.first is not None:
+                first, sequence.first, index = sequence.first, None, index - 1
+                tokens, hashes = (first.token, *tokens), (first.logits_hash, *hashes)
             if tokens:
-                self.world.send(self.me, sequence.ticket.minter, Tokens(sequence.ticket, index, tokens, hashes))
+                told = Tokens(sequence.ticket, index, tokens, hashes, sequence.branch)
+                self.world.send(self.me, sequence.ticket.minter, told)
             if finish is not None:
                 generated = len(sequence.tokens) - sequence.prompt - (finish == "stop")
                 stop = token if finish == "stop" else None
@@ -604,11 +624,11 @@ def live(deployment: str, seed: int, faults: float) -> None:
             return
         prompt = tuple(dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 20)))
         stops = (dice.randrange(VOCABULARY),) * dice.randint(0, 1)
-        sampling = Sampling(dice.randint(1, 12), stop_token_ids=stops)
+        sampling = Sampling(dice.randint(1, 12), stop_token_ids=stops, n=dice.choice((1, 1, 1, 2, 3)))
         gateway = dice.choice(gateways)
         counter = gateway.ask(Request("r", prompt, sampling, timeout_s=500.0))
         if dice.random() < 0.15:
-            gateway.stops[counter] = dice.randint(1, 6)
+            gateway.stops[counter] = [dice.randint(1, 6) for _ in range(sampling.n)]
         elif dice.random() < 0.15:
             leave = front.ClientGone(counter, "left")
             gateway.later(dice.uniform(0.0, 0.5), lambda: gateway.post("router", leave))
