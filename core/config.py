@@ -107,7 +107,25 @@ class CoordinatorConfig:
         return "coordinator"
 
 
-ProcessConfig = WorkerConfig | GatewayConfig | CoordinatorConfig
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    """The process of the HTTP server in front of the gateways."""
+
+    name: str
+    gateways: str
+    """host:port of each gateway, with commas between."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the HTTP server; port 0 takes any free one."""
+    timeout_s: float = 600.0
+    """Longest life of a request."""
+
+    @property
+    def process(self) -> str:
+        """What kind of process this configures."""
+        return "http"
+
+
+ProcessConfig = WorkerConfig | GatewayConfig | CoordinatorConfig | HttpConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +148,10 @@ class DeploymentConfig:
     """Gateways; each takes the next port."""
     port: int = 50051
     """Port of the first gateway; 0: any free one."""
+    http: int = -1
+    """Port of an OpenAI-compatible HTTP server before the gateways; 0: any free one, -1: none."""
     host: str = "127.0.0.1"
-    """Address that the gateways listen on; coordinator and workers stay on loopback."""
+    """Address that the gateways and HTTP listen on; coordinator and workers stay on loopback."""
     kv_memory: str = "256M"
     """KV cache of each worker, in bytes or with K, M, G."""
     page_tokens: int = 64
@@ -180,6 +200,8 @@ class DeploymentConfig:
                 raise bad(field, "at least 1")
         if not 0 <= self.port <= 65535 or (self.port and self.port + self.gateways - 1 > 65535):
             raise bad("port", "in 0..65535, with room for all gateways behind it")
+        if not -1 <= self.http <= 65535:
+            raise bad("http", "in 0..65535, or -1 for none")
         if self.threads < 0:
             raise bad("threads", "at least 0")
         for field in ("max_queue_s", "ttft_s", "gap_s"):
@@ -251,6 +273,7 @@ def from_json(text: str) -> ProcessConfig:
         "worker": WorkerConfig,
         "gateway": GatewayConfig,
         "coordinator": CoordinatorConfig,
+        "http": HttpConfig,
     }
     kind = values.pop("process")
     return build(kinds[kind], values, kind)

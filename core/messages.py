@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from core.kv import PageRun
 from core.request import Hints, Request, Stage, Ticket
+from core.sampling import Logprobs
 from core.worker import Identity
 
 
@@ -74,6 +75,10 @@ class Tokens:
     tokens: tuple[int, ...]
     logits_hashes: tuple[int, ...] = ()
     branch: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
+    """One for each token of the prompt, the first None, if they were asked for: with the prefill worker's token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class Handed:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """All tokens of a continuation were sent. The last one's carries the stages."""
+    """All tokens of a continuation were sent."""
 
     ticket: Ticket
     reason: str
@@ -97,6 +102,8 @@ class Finished:
     stop_token_id: int | None = None
     stages: tuple[Stage, ...] = ()
     branch: int = 0
+    decoded: bool = False
+    """By the decode worker; else the prefill worker found that the first token is the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +149,8 @@ class First:
     """Of the logits that gave it, if the engine hashes them."""
     branch: int = 0
     """Which of the request's `n` continuations."""
+    logprobs: Logprobs | None = None
+    """If they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

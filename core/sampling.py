@@ -70,7 +70,7 @@ class Sampling:
     min_tokens: int = 0
     """No stop token is chosen before this many tokens, at most `max_tokens`."""
     logprobs: int | None = None
-    """Report how likely each chosen token was, and this many of the most likely, up to `MAX_LOGPROBS`; None: nothing."""
+    """Say how likely each chosen token and this many of the most likely were, up to `MAX_LOGPROBS`; None: nothing."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens."""
 

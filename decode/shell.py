@@ -126,7 +126,8 @@ class DecodeShell:
             self._engine.copy(*join.copied)
         tokens = (*request.prompt, join.first.token)
         self._positions[join.key] = len(request.prompt)
-        self._engine.open(join.key, tokens, join.pages, request.sampling, len(request.prompt))
+        prompt = len(request.prompt)
+        self._engine.open(join.key, tokens, join.pages, request.sampling, prompt, request.generated)
 
     def _leave(self, key: str) -> None:
         self._positions.pop(key, None)
@@ -140,12 +141,14 @@ class DecodeShell:
             if row is None:
                 continue
             index = each.position - row.prompt_tokens
-            tokens, hashes = ((), ()) if each.finish == "stop" else ((each.token,), (each.logits_hash,))
+            said: list[First | Sampled] = [] if each.finish == "stop" else [each]
             if not row.first_sent:
                 row.first_sent = True
-                index, tokens, hashes = index - 1, (row.first.token, *tokens), (row.first.logits_hash, *hashes)
-            if tokens:
-                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.first.branch))
+                index, said = index - 1, [row.first, *said]
+            if said:
+                tokens, hashes = tuple(one.token for one in said), tuple(one.logits_hash for one in said)
+                logprobs = tuple(one.logprobs for one in said if one.logprobs is not None)
+                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.first.branch, logprobs))
 
     def _ran(self, command: Run, steps: int, sampled: list[Sampled]) -> None:
         ended = []

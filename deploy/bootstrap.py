@@ -111,7 +111,7 @@ def has_gpu() -> bool:
 
 def takes_cuda(wheels: Sequence[Wheel]) -> bool:
     """Whether this choice of wheels is a CUDA build of torch."""
-    return any(wheel.name.startswith("nvidia-") or wheel.name == "triton" for wheel in wheels)
+    return any(wheel.name.startswith("nvidia-") for wheel in wheels)
 
 
 def ucx_missing_reason() -> str | None:

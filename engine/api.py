@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from core.kv import KvShape
-from core.sampling import Sampling
+from core.sampling import Logprobs, Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Sampled:
     """64-bit hash of the fp32 logits' bytes if the engine was built with `hash_logits`, else 0."""
     branch: int = 0
     """Which continuation, of a sequence whose sampling asks for `n` of them and whose prompt this step completed."""
+    logprobs: Logprobs | None = None
+    """If the sequence's sampling asks for them."""
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
+    """Of each prompt token, the first None, with the token right after the prompt; if asked for."""
 
 
 class Engine(Protocol):
@@ -54,8 +58,20 @@ class Engine(Protocol):
         """The arena's bytes, `pages * kv.page_nbytes` long, writable, its address fixed for life."""
         ...
 
-    def open(self, sequence: str, tokens: Sequence[int], pages: Sequence[int], sampling: Sampling, prompt: int) -> None:
-        """Make a sequence known: its tokens so far, of which the first `prompt` are the prompt, and its page table."""
+    def open(
+        self,
+        sequence: str,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        sampling: Sampling,
+        prompt: int,
+        generated: int = 0,
+    ) -> None:
+        """Make a sequence known: its tokens so far, of which the first `prompt` are the prompt, and its page table.
+
+        The last `generated` tokens of the prompt are output of earlier attempts. They count as output for penalties,
+        and no longer for `max_tokens` and `min_tokens`. Prompt logprobs take a prompt that is stepped here in full.
+        """
         ...
 
     def extend(self, sequence: str, pages: Sequence[int]) -> None:

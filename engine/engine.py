@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +15,13 @@ from numpy.typing import NDArray
 
 from core.errors import LocalError, ModelError, SetupError
 from core.kv import KvShape
-from core.sampling import Sampling
+from core.sampling import Logprobs, Sampling
 from engine.api import Row, Sampled
 from engine.arena import TORCH_DTYPES, Arena
 from engine.config import ModelConfig
 from engine.model import Decoder
-from engine.sampler import Sampler
+from engine.penalties import Penalties
+from engine.sampler import Sampler, logprobs
 from engine.weights import Progress, Weights, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
@@ -28,6 +31,9 @@ from kernels.fast_cpu import FastOps
 from kernels.native import NativeMissing
 from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
 from kernels.ops import Ops
+
+PROMPT_LOGITS_NBYTES = 128 * 2**20
+"""Logits of a prompt are computed for as many rows at a time as fit into this."""
 
 
 @dataclass(slots=True)
@@ -41,6 +47,19 @@ class _Sequence:
     prompt: int
     cleared: int = field(default=-1)
     """The last page (by its place in the table) whose slots behind the newest token were cleared."""
+    penalties: Penalties | None = field(default=None)
+    """None if its logits are taken as they are."""
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+    """One for each prompt token, if asked for; None for the first, and for those not computed here so far."""
+
+    @property
+    def made(self) -> int:
+        """Tokens generated since the prompt."""
+        return len(self.tokens) - self.prompt
+
+    def told(self, row: Row) -> int:
+        """Positions from `row.start` on whose logits say how likely the prompt's next token was."""
+        return max(0, min(row.stop, len(self.prompt_logprobs) - 1) - row.start)
 
 
 class TorchEngine:
@@ -108,18 +127,34 @@ class TorchEngine:
         """Most tokens of a sequence."""
         return self.config.context
 
-    def open(self, sequence: str, tokens: Seq[int], pages: Seq[int], sampling: Sampling, prompt: int) -> None:
+    def open(
+        self,
+        sequence: str,
+        tokens: Seq[int],
+        pages: Seq[int],
+        sampling: Sampling,
+        prompt: int,
+        generated: int = 0,
+    ) -> None:
         """See `engine.api`. KV of positions that are not stepped here is taken to be in the pages already."""
         if sequence in self._sequences:
             raise LocalError(f"sequence {sequence!r} is open already")
         if not 1 <= prompt <= len(tokens):
             raise LocalError(f"sequence {sequence!r}: prompt: got {prompt}, want 1 to {len(tokens)} tokens")
+        if not 0 <= generated <= prompt:
+            raise LocalError(f"sequence {sequence!r}: generated: got {generated}, want 0 to {prompt} tokens")
         if len(tokens) > self.config.context:
             raise LocalError(f"sequence {sequence!r}: got {len(tokens)} tokens, the context is {self.config.context}")
         if min(tokens) < 0 or max(tokens) >= self.config.vocab:
             raise LocalError(f"sequence {sequence!r}: got a token outside [0, {self.config.vocab})")
         table = self._table(sequence, pages)
-        self._sequences[sequence] = _Sequence(list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt)
+        known = _Sequence(list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt)
+        if sampling.bends:
+            asked = prompt - generated
+            known.penalties = Penalties(sampling, tokens[:asked], tokens[asked:], self.config.vocab)
+        if sampling.prompt_logprobs is not None:
+            known.prompt_logprobs = [None] * prompt
+        self._sequences[sequence] = known
 
     def extend(self, sequence: str, pages: Seq[int]) -> None:
         """Append pages to a sequence's page table."""
@@ -144,30 +179,77 @@ class TorchEngine:
         if not rows:
             return []
         sequences = self._check(rows)
-        batch = self._batch(rows, sequences)
-        logits = self._model.forward(batch)
+        if any(known.prompt_logprobs for known in sequences):
+            rows = [self._tell(row, known) for row, known in zip(rows, sequences, strict=True)]
+        logits = self._model.forward(self._batch(rows, sequences))
         if logits is None:
             return []
-        lines = logits.numpy()
-        ending = [(row, known) for row, known in zip(rows, sequences, strict=True) if row.stop == len(known.tokens)]
-        chosen = []
-        for (row, known), line in zip(ending, lines, strict=True):
-            token = self._sampler.choose(line, known.sampling, row.stop)
-            if not np.isfinite(line[token]):
-                raise LocalError(f"sequence {row.sequence!r}: the logits at position {row.stop} are not finite")
-            chosen.append(token)
+        lines = iter(logits.numpy())
+        chosen: list[tuple[Row, _Sequence, NDArray[np.float32], int, int]] = []
+        for row, known in zip(rows, sequences, strict=True):
+            if known.prompt_logprobs:
+                self._note(row, known, lines)
+            if row.stop == len(known.tokens):
+                line = next(lines)
+                for branch in range(known.sampling.n):
+                    chosen.append((row, known, line, branch, self._choose(row, known, line, branch)))
         sampled = []
-        for (row, known), line, token in zip(ending, lines, chosen, strict=True):
-            known.tokens.append(token)
-            digest = _hash(line) if self.hash_logits else 0
-            sampled.append(Sampled(row.sequence, row.stop, token, self._finish(known, token), digest))
+        for row, known, line, branch, token in chosen:
+            finish = self._finish(known, token)
+            if known.sampling.n == 1:  # else each goes on as a sequence of its own
+                known.tokens.append(token)
+                if known.penalties is not None:
+                    known.penalties.add(token)
+            top = known.sampling.logprobs
+            sampled.append(
+                Sampled(
+                    row.sequence,
+                    row.stop,
+                    token,
+                    finish,
+                    _hash(line) if self.hash_logits else 0,
+                    logprobs=None if top is None else logprobs(line, token, top),
+                    prompt_logprobs=tuple(known.prompt_logprobs) if row.stop == known.prompt and not branch else (),
+                    branch=branch,
+                )
+            )
         return sampled
 
+    def _choose(self, row: Row, known: _Sequence, line: NDArray[np.float32], branch: int) -> int:
+        bent = line if known.penalties is None else known.penalties.apply(line, known.made)
+        sampling = known.sampling if known.sampling.n == 1 else known.sampling.branch(branch)
+        token = self._sampler.choose(bent, sampling, row.stop)
+        if not np.isfinite(line[token]):
+            raise LocalError(f"sequence {row.sequence!r}: the logits at position {row.stop} are not finite")
+        return token
+
+    def _tell(self, row: Row, known: _Sequence) -> Row:
+        """Compute the first rows of a prompt whose logprobs are wanted, as long as not all their logits may be held."""
+        rows = max(self._model.ops.row_tile, PROMPT_LOGITS_NBYTES // (4 * self.config.vocab))
+        start = row.start
+        while start + rows < row.stop and start < len(known.prompt_logprobs) - 1:
+            part = Row(row.sequence, start, start + rows)
+            logits = self._model.forward(self._batch([part], [known]))
+            assert logits is not None
+            self._note(part, known, iter(logits.numpy()))
+            start = part.stop
+        return Row(row.sequence, start, row.stop)
+
+    def _note(self, row: Row, known: _Sequence, lines: Iterator[NDArray[np.float32]]) -> None:
+        """Keep how likely the prompt's tokens after those of `row` were, by as many of the next `lines`."""
+        top = known.sampling.prompt_logprobs or 0
+        for place in range(row.start + 1, row.start + 1 + known.told(row)):
+            found = logprobs(next(lines), known.tokens[place], top)
+            if math.isnan(found.logprob):
+                raise LocalError(f"sequence {row.sequence!r}: the logits at position {place} are not finite")
+            known.prompt_logprobs[place] = found
+
     def _finish(self, known: _Sequence, token: int) -> str | None:
+        """Why the sequence ends with its next token, if it does."""
         if token in known.stops:
             return "stop"
-        made = len(known.tokens) - known.prompt
-        return "length" if made >= known.sampling.max_tokens or len(known.tokens) >= self.config.context else None
+        ends = known.made + 1 >= known.sampling.max_tokens or len(known.tokens) + 1 >= self.config.context
+        return "length" if ends else None
 
     def _known(self, sequence: str) -> _Sequence:
         try:
@@ -219,13 +301,13 @@ class TorchEngine:
             page[span] = known.pages[page[span]]
             newest = row.stop == len(known.tokens)
             segments.append(Segment(at, row.stop - row.start, row.start, known.pages, newest))
+            sample += range(at, at + known.told(row))
             if newest:
                 sample.append(span.stop - 1)
                 self._clear_behind(known, row.stop)
             at = span.stop
         samples = len(sample)
         sample += [0] * (-samples % tile)
-        none = torch.empty(0)
         as_tensor = torch.from_numpy
         return Batch(
             rows=count,
@@ -236,8 +318,6 @@ class TorchEngine:
             segments=segments,
             sample=torch.tensor(sample, dtype=torch.int64),
             samples=samples,
-            cos=none,
-            sin=none,
         )
 
     def _clear_behind(self, known: _Sequence, stop: int) -> None:

@@ -1,4 +1,7 @@
-"""One decoder definition: embeddings, layers of attention and MLP, logits; written against the table of operations."""
+"""One decoder definition: embeddings, layers of attention and MLP, logits; written against the table of operations.
+
+What architectures differ in are the parameters of `ModelConfig`; no code here knows an architecture by name.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ from torch import Tensor
 
 from engine.arena import Arena
 from engine.config import ModelConfig
-from engine.weights import Weights
+from engine.rotation import Linear, Llama3, Rotation, Yarn
+from engine.weights import LayerWeights, Weights
 from kernels.batch import Batch
 from kernels.ops import Heads, Ops
-from kernels.rope import frequencies, llama3_frequencies, rope_table
+from kernels.rope import Rope, frequencies, llama3_frequencies, rope_table, yarn_frequencies
 
 
 class Decoder:
@@ -20,37 +24,67 @@ class Decoder:
         self.weights = weights
         self.ops = ops
         self.arena = arena
-        self.heads = Heads(config.heads, config.kv_heads, config.head_dim)
-        frequency = frequencies(config.head_dim, config.rope_theta)
-        if (scaling := config.rope_scaling) is not None:
-            frequency = llama3_frequencies(
-                frequency,
-                scaling.factor,
-                scaling.low_freq_factor,
-                scaling.high_freq_factor,
-                scaling.original_context,
-            )
+        self.heads = [
+            Heads(config.heads, config.kv_heads, config.head_dim, config.score_scale, window, config.score_cap)
+            for window in config.windows
+        ]
+        """How each layer attends."""
+        self.distinct = list(dict.fromkeys(self.heads))
+        rotations = [config.window_rotation if window else config.rotation for window in config.windows]
+        distinct = list(dict.fromkeys(rotations))
+        self.turned_by = [distinct.index(rotation) for rotation in rotations]
+        """Which of `tables` rotates each layer's q and k."""
         positions = min(config.context, arena.count * arena.kv.page_tokens)
-        self.cos, self.sin = rope_table(frequency, positions)
+        self.tables = [table(rotation, config.head_dim, positions) for rotation in distinct]
 
     def forward(self, batch: Batch) -> Tensor | None:
         """fp32 logits ``[samples, vocab]``; None if no row is sampled. Writes all rows' K and V into their pages."""
-        ops, eps, heads, weights = self.ops, self.config.norm_eps, self.heads, self.weights
-        batch.cos, batch.sin = self.cos[batch.positions], self.sin[batch.positions]
-        ops.plan(batch, self.arena.pages, heads)
+        ops, eps, weights = self.ops, self.config.norm_eps, self.weights
+        ropes = [Rope(cos[batch.positions], sin[batch.positions]) for cos, sin in self.tables]
+        for heads in self.distinct:
+            ops.plan(batch, self.arena.pages, heads)
         residual = weights.embedding[batch.tokens]
         x = ops.rms_norm(residual, weights.layers[0].input_norm, eps)
         for index, layer in enumerate(weights.layers):
-            held = self.arena.layer(index)
+            held, heads, rope = self.arena.layer(index), self.heads[index], ropes[self.turned_by[index]]
             last = index + 1 == len(weights.layers)
-            q = ops.rope_store(ops.linear(x, layer.qkv), batch, held, heads)
+            q = ops.rope_store(ops.linear(x, layer.qkv), batch, held, heads, rope, layer.qk_norms, eps)
             if last and batch.samples == 0:
                 return None
             x = ops.attend(q, batch, held, heads)
             if last:  # from here on only the sampled rows matter
                 x, residual = x[batch.sample], residual[batch.sample]
-            x, residual = ops.add_rms_norm(ops.linear(x, layer.out), residual, layer.post_norm, eps)
-            x = ops.linear(ops.silu_mul(ops.linear(x, layer.gate_up)), layer.down)
+            x = ops.linear(x, layer.out)
+            if layer.post_norms is not None:
+                x = ops.rms_norm(x, layer.post_norms[0], eps)
+            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            x = self.mlp(x, layer)
+            if layer.post_norms is not None:
+                x = ops.rms_norm(x, layer.post_norms[1], eps)
             following = weights.final_norm if last else weights.layers[index + 1].input_norm
             x, residual = ops.add_rms_norm(x, residual, following, eps)
-        return ops.logits(x, weights.lm_head)[: batch.samples]
+        logits = ops.logits(x, weights.lm_head)
+        if self.config.logit_cap is not None:
+            logits = ops.soft_cap(logits, self.config.logit_cap)
+        return logits[: batch.samples]
+
+    def mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        """What a layer makes of normed rows; a mixture of experts would be another form of this, and no more."""
+        gate_up = self.ops.linear(x, layer.gate_up)
+        gated = self.ops.gelu_mul(gate_up) if self.config.activation == "gelu" else self.ops.silu_mul(gate_up)
+        return self.ops.linear(gated, layer.down)
+
+
+def table(rotation: Rotation, dim: int, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of all positions below `positions`; see `kernels.rope.rope_table`."""
+    base = frequencies(dim, rotation.theta)
+    match rotation.scaling:
+        case None:
+            return rope_table(base, positions)
+        case Linear(factor):
+            return rope_table(base / factor, positions)
+        case Llama3(factor, low, high, original):
+            return rope_table(llama3_frequencies(base, factor, low, high, original), positions)
+        case Yarn(factor, fast, slow, original, truncate, gain):
+            scaled = yarn_frequencies(base, rotation.theta, factor, fast, slow, original, truncate)
+            return rope_table(scaled, positions, gain)

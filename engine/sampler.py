@@ -2,18 +2,22 @@
 
 Adding Gumbel noise and taking the best draws from the softmax exactly; since the noise is a hash, a request goes on
 with the same tokens on any worker and in any batch. Noise is computed only where it can matter: for the survivors of
-top-k and top-p, or, without those, for tokens whose hash is high enough to win.
+min-p, top-k and top-p, or, without those, for tokens whose hash is high enough to win.
 
-Ties go to the lower token id. `top_p` is taken of the probabilities at the given temperature after `top_k`.
+Ties go to the lower token id. All three keep the first few in the order of likelihood: `min_p` those with a probability
+of at least its share of the highest, `top_k` so many, and `top_p` is taken of the probabilities, at the given
+temperature, of what those two left.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.sampling import Sampling
+from core.sampling import Logprobs, Sampling
 from kernels import noise
 
 Floats = NDArray[np.float32]
@@ -33,16 +37,24 @@ class Sampler:
         self._scaled = noise.scale(np.arange(vocab))
 
     def choose(self, logits: Floats, sampling: Sampling, position: int) -> int:
-        """The token for `position` (the new token's own) from its fp32 `logits` ``[vocab]``, contiguous."""
+        """The token for `position` (the new token's own) from its fp32 `logits` ``[vocab]``, contiguous.
+
+        If the best logit is not finite, its token: the caller looks.
+        """
         best = int(logits.argmax())
-        if sampling.greedy:
+        top = logits[best]
+        if sampling.greedy or not np.isfinite(top):
             return best
         temperature = max(sampling.temperature, LEAST_TEMPERATURE)
         stream = noise.key(sampling.seed, position)
+        limit = sampling.top_k if 0 < sampling.top_k < self.vocab else self.vocab
+        if sampling.min_p > 0:
+            floor = np.float64(top) + temperature * math.log(sampling.min_p)
+            limit = min(limit, int(np.count_nonzero(logits >= floor)))
         if sampling.top_p < 1:
-            tokens = self._likely(logits, sampling, temperature, logits[best])
-        elif 0 < sampling.top_k < self.vocab:
-            tokens = _top(logits, sampling.top_k)
+            tokens = self._likely(logits, sampling.top_p, limit, temperature, top)
+        elif limit < self.vocab:
+            tokens = _top(logits, limit)
         else:
             tokens = self._contenders(logits, temperature, stream)
         scores = self._scores(logits, tokens, temperature, stream)
@@ -53,23 +65,23 @@ class Sampler:
         noisy += logits[tokens].astype(np.float64) / temperature
         return noisy
 
-    def _likely(self, logits: Floats, sampling: Sampling, temperature: float, top: np.float32) -> Ids:
-        """The survivors of top-k, then top-p, in order of token id."""
-        limit = sampling.top_k if 0 < sampling.top_k < self.vocab else self.vocab
+    def _likely(self, logits: Floats, top_p: float, limit: int, temperature: float, top: np.float32) -> Ids:
+        """Of the `limit` most likely tokens the survivors of top-p, in order of token id."""
 
-        def weigh(values: Floats) -> Floats:
-            with np.errstate(over="ignore"):  # far below the top: minus infinity is right, its weight is 0
-                weights: Floats = np.exp((values - top) / np.float32(temperature))
-            return weights
+        def weigh(values: Floats) -> NDArray[np.float64]:
+            weights = values.astype(np.float64)
+            weights -= top
+            weights /= temperature
+            return np.exp(weights, out=weights)
 
         if limit < self.vocab:
             tokens, total = _top(logits, limit), None
         else:
-            tokens, total = _top(logits, FIRST_LOOK), float(weigh(logits).sum(dtype=np.float64))
+            tokens, total = _top(logits, FIRST_LOOK), float(weigh(logits).sum())
         while True:
             falling = -np.sort(-logits[tokens])
-            sums = weigh(falling).cumsum(dtype=np.float64)
-            goal = sampling.top_p * (float(sums[-1]) if total is None else total)
+            sums = weigh(falling).cumsum()
+            goal = top_p * (float(sums[-1]) if total is None else total)
             if sums[-1] >= goal or len(tokens) >= limit:
                 kept = min(int(np.searchsorted(sums, goal)) + 1, len(tokens))
                 return _least_surplus(logits, tokens, float(falling[kept - 1]), kept)
@@ -89,6 +101,16 @@ class Sampler:
         steps = noise.token_steps(stream, self._scaled)
         lucky = np.flatnonzero(steps >= np.uint64(noise.least_steps(beat - bound)))
         return np.union1d(first, lucky)
+
+
+def logprobs(logits: Floats, token: int, top: int) -> Logprobs:
+    """How likely `token` was by fp32 `logits` ``[vocab]``, and the `top` most likely tokens; in fp64."""
+    ids = _top(logits, top) if top else np.empty(0, np.int64)
+    ids = ids[np.argsort(-logits[ids], kind="stable")]
+    below = logits.astype(np.float64)
+    below -= below.max()
+    total = math.log(np.exp(below).sum())
+    return Logprobs(token, float(below[token]) - total, tuple(ids.tolist()), tuple((below[ids] - total).tolist()))
 
 
 def _top(logits: Floats, count: int) -> Ids:

@@ -35,12 +35,22 @@ LEFT_OUT = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors of old checkpoints that are derived from the config and may be there."""
 
 LAYER = "model.layers.{layer}."
-QKV = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight")
-OUT = ("self_attn.o_proj.weight",)
-GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
-DOWN = ("mlp.down_proj.weight",)
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+OUT = ("self_attn.o_proj",)
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+DOWN = ("mlp.down_proj",)
+WEIGHT, BIAS = ".weight", ".bias"
+QK_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 INPUT_NORM = "input_layernorm.weight"
-POST_NORM = "post_attention_layernorm.weight"
+NORMS = (INPUT_NORM, "post_attention_layernorm.weight")
+"""Before attention and before the MLP."""
+FOUR_NORMS = (
+    INPUT_NORM,
+    "pre_feedforward_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "post_feedforward_layernorm.weight",
+)
+"""Likewise, then behind attention and behind the MLP."""
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
@@ -52,10 +62,13 @@ class LayerWeights:
 
     input_norm: Tensor
     qkv: Packed
+    qk_norms: tuple[Tensor, Tensor] | None
     out: Packed
-    post_norm: Tensor
+    mlp_norm: Tensor
     gate_up: Packed
     down: Packed
+    post_norms: tuple[Tensor, Tensor] | None
+    """Of what attention gives, and of what the MLP gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +76,7 @@ class Weights:
     """A whole model, ready for the table of operations it was packed for."""
 
     embedding: Tensor
-    """``[vocab, hidden]`` in the compute dtype."""
+    """``[vocab, hidden]`` in the compute dtype, scaled."""
     layers: tuple[LayerWeights, ...]
     final_norm: Tensor
     lm_head: Packed
@@ -76,15 +89,21 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     want: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab, hidden), FINAL_NORM: (hidden,)}
     if not config.tied:
         want[LM_HEAD] = (config.vocab, hidden)
+    of_layer: dict[str, tuple[int, ...]] = dict.fromkeys(FOUR_NORMS if config.post_norms else NORMS, (hidden,))
+    if config.qk_norm:
+        of_layer |= dict.fromkeys(QK_NORMS, (config.head_dim,))
+    for name, rows in zip(QKV, (q_rows, kv_rows, kv_rows), strict=True):
+        of_layer[name + WEIGHT] = (rows, hidden)
+        if config.qkv_bias:
+            of_layer[name + BIAS] = (rows,)
+    of_layer[OUT[0] + WEIGHT] = (hidden, q_rows)
+    if config.out_bias:
+        of_layer[OUT[0] + BIAS] = (hidden,)
+    of_layer |= dict.fromkeys((name + WEIGHT for name in GATE_UP), (inner, hidden))
+    of_layer[DOWN[0] + WEIGHT] = (hidden, inner)
     for layer in range(config.layers):
         prefix = LAYER.format(layer=layer)
-        want[prefix + INPUT_NORM] = want[prefix + POST_NORM] = (hidden,)
-        for name, rows in zip(QKV, (q_rows, kv_rows, kv_rows), strict=True):
-            want[prefix + name] = (rows, hidden)
-        want[prefix + OUT[0]] = (hidden, q_rows)
-        for name in GATE_UP:
-            want[prefix + name] = (inner, hidden)
-        want[prefix + DOWN[0]] = (hidden, inner)
+        want |= {prefix + name: shape for name, shape in of_layer.items()}
     return want
 
 
@@ -92,21 +111,27 @@ def load(model_dir: str | Path, config: ModelConfig, ops: Ops, dtype: str, progr
     """The model's weights in `dtype`, packed by `ops`; `ModelError` names what is missing, left over or misshapen."""
     reader = _Reader(model_dir, config, TORCH_DTYPES[dtype], progress)
     embedding = reader.tensor(EMBEDDING)
+    norms = FOUR_NORMS if config.post_norms else NORMS
     layers = []
     for layer in range(config.layers):
         prefix = LAYER.format(layer=layer)
+        input_norm, mlp_norm = reader.norms(prefix, norms[:2])
         layers.append(
             LayerWeights(
-                input_norm=reader.tensor(prefix + INPUT_NORM).float(),
-                qkv=ops.pack(reader.stacked(prefix, QKV)),
-                out=ops.pack(reader.stacked(prefix, OUT)),
-                post_norm=reader.tensor(prefix + POST_NORM).float(),
-                gate_up=ops.pack(reader.stacked(prefix, GATE_UP)),
-                down=ops.pack(reader.stacked(prefix, DOWN)),
+                input_norm=input_norm,
+                qkv=ops.pack(*reader.stacked(prefix, QKV, config.qkv_bias)),
+                qk_norms=reader.norms(prefix, QK_NORMS) if config.qk_norm else None,
+                out=ops.pack(*reader.stacked(prefix, OUT, config.out_bias)),
+                mlp_norm=mlp_norm,
+                gate_up=ops.pack(*reader.stacked(prefix, GATE_UP)),
+                down=ops.pack(*reader.stacked(prefix, DOWN)),
+                post_norms=reader.norms(prefix, norms[2:]) if config.post_norms else None,
             )
         )
-    final_norm = reader.tensor(FINAL_NORM).float()
+    final_norm = reader.norm(FINAL_NORM)
     lm_head = ops.pack(embedding if config.tied else reader.tensor(LM_HEAD))
+    if config.embedding_scale != 1:  # a tied output layer keeps the numbers as they are stored
+        embedding = embedding * torch.tensor(config.embedding_scale, dtype=embedding.dtype)
     return Weights(embedding, tuple(layers), final_norm, lm_head)
 
 
@@ -118,6 +143,7 @@ class _Reader:
     ) -> None:
         self._slots = tensor_index(model_dir)
         self._dtype = dtype
+        self._norm_offset = config.norm_offset
         self._progress = progress
         want = shapes(config)
         for name, shape in want.items():
@@ -147,10 +173,19 @@ class _Reader:
             self._progress(self._done, self._total)
         return out
 
-    def stacked(self, prefix: str, names: tuple[str, ...]) -> Tensor:
-        """The matrices `names` on top of each other."""
-        parts = [self.tensor(prefix + name) for name in names]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def norm(self, name: str) -> Tensor:
+        """A norm's weights as they multiply, fp32."""
+        return self.tensor(name).float() + self._norm_offset
+
+    def norms(self, prefix: str, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+        """Two of them."""
+        first, second = (self.norm(prefix + name) for name in names)
+        return first, second
+
+    def stacked(self, prefix: str, names: tuple[str, ...], bias: bool = False) -> tuple[Tensor, ...]:
+        """The matrices of the products `names` on top of each other, then their biases if they have one."""
+        parts = [[self.tensor(prefix + name + part) for name in names] for part in (WEIGHT, BIAS)[: 1 + bias]]
+        return tuple(part[0] if len(part) == 1 else torch.cat(part) for part in parts)
 
 
 def _mapped(slot: TensorSlot) -> Tensor:

@@ -1,11 +1,13 @@
-"""A client's side of one request: tokens come in, text that is final goes out, however slowly it is read."""
+"""A client's side of its request: tokens come in, text that is final goes out, however slowly it is read."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from core.request import Phase
+from core.sampling import Logprobs
 from gateway.text import TextStream
 from scheduler.router import End
 
@@ -17,7 +19,11 @@ class Batch:
     text: str
     tokens: tuple[int, ...]
     last: bool
-    """The request is over and this is all that is left of it."""
+    """The continuation is over and this is all that is left of it."""
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
+    """One for each token of the prompt, once, if they were asked for."""
 
 
 @dataclass(slots=True)
@@ -28,25 +34,32 @@ class Outcome:
     """"stop", "length" or "abort"; a sentence if the request failed."""
     completion_tokens: int
     stop_string: str | None = None
+    stop_token_id: int | None = None
     end: End | None = None
+    """Set for the continuation that the whole request ended with."""
 
     @property
     def served(self) -> bool:
         """False if the client did not get what it asked for."""
-        done = self.end is not None and self.end.phase is Phase.DONE
+        done = self.end is None or self.end.phase is Phase.DONE
         return done or self.stop_string is not None or self.reason == "abort"
 
 
 class Flight:
-    """Buffers what came until the client reads it: waiting tokens are merged, never delayed by a timer."""
+    """One continuation: what came is kept until the client reads it, merged, never delayed by a timer."""
 
-    def __init__(self, stream: TextStream) -> None:
+    def __init__(self, stream: TextStream, changed: asyncio.Event | None = None) -> None:
         self._stream = stream
         self._text = ""
         self._tokens: list[int] = []
-        self._changed = asyncio.Event()
+        self._logprobs: list[Logprobs] = []
+        self._prompt_logprobs: tuple[Logprobs | None, ...] = ()
+        self._changed = changed or asyncio.Event()
         self._count = 0
+        self._over = False
+        self.read = False
         self.hashes: list[int] = []
+        self.last_token_at: float | None = None
         self.aborted = False
         self.outcome: Outcome | None = None
 
@@ -55,7 +68,13 @@ class Flight:
         """Tokens generated for the client so far, those that completed a stop string included."""
         return self._count
 
-    def deliver(self, tokens: tuple[int, ...], hashes: tuple[int, ...]) -> bool:
+    def deliver(
+        self,
+        tokens: tuple[int, ...],
+        hashes: tuple[int, ...],
+        logprobs: tuple[Logprobs, ...] = (),
+        prompt_logprobs: tuple[Logprobs | None, ...] = (),
+    ) -> bool:
         """Take new tokens; True if a stop string ended the text, after which nothing is taken any more."""
         if self.outcome is not None:
             return False
@@ -64,6 +83,8 @@ class Flight:
         self._count = piece.tokens
         self._text += piece.text
         self._tokens.extend(tokens[:used])
+        self._logprobs.extend(logprobs[:used])
+        self._prompt_logprobs += prompt_logprobs
         self.hashes.extend(hashes[:used])
         self._changed.set()
         if piece.stop is None:
@@ -71,25 +92,52 @@ class Flight:
         self.outcome = Outcome("stop", self._count, piece.stop)
         return True
 
-    def end(self, end: End) -> None:
-        """The request is over; text held back for a possible stop string or character comes out first."""
+    def end(self, reason: str, stop_token_id: int | None = None, end: End | None = None) -> None:
+        """It is over, and with `end` the request; text held back for a stop string or a character comes out first."""
+        if self._over:
+            return
         if self.outcome is None:
             piece = self._stream.flush()
             self._text += piece.text
-            reason = "abort" if self.aborted else "stop" if piece.stop else end.reason
-            self.outcome = Outcome(reason, self._count, piece.stop)
+            reason = "abort" if self.aborted else "stop" if piece.stop else reason
+            self.outcome = Outcome(reason, self._count, piece.stop, stop_token_id)
         self.outcome.end = end
+        self._over = True
         self._changed.set()
 
-    async def next(self) -> Batch:
-        """What is new, as soon as there is something or the request is over."""
-        while not self._over and not self._tokens and not self._text:
-            self._changed.clear()
-            await self._changed.wait()
-        batch = Batch(self._text, tuple(self._tokens), self._over)
-        self._text, self._tokens = "", []
+    def take(self) -> Batch | None:
+        """What is new; None if nothing is. The last batch comes once."""
+        over = self._over and not self.read
+        if not (over or self._tokens or self._text or self._prompt_logprobs):
+            return None
+        self.read = self.read or over
+        batch = Batch(self._text, tuple(self._tokens), over, tuple(self._logprobs), self._prompt_logprobs)
+        self._text, self._tokens, self._logprobs, self._prompt_logprobs = "", [], [], ()
         return batch
 
-    @property
-    def _over(self) -> bool:
-        return self.outcome is not None and self.outcome.end is not None
+
+class Flights:
+    """All continuations of a request."""
+
+    def __init__(self, streams: Iterable[TextStream]) -> None:
+        self._changed = asyncio.Event()
+        self.all = [Flight(stream, self._changed) for stream in streams]
+
+    def __getitem__(self, branch: int) -> Flight:
+        return self.all[branch]
+
+    def end(self, end: End) -> None:
+        """The request is over, and with it every continuation that was not yet."""
+        for branch, flight in enumerate(self.all):
+            if branch != end.branch:
+                flight.end(end.reason, None, end)
+        self.all[end.branch].end(end.reason, end.stop_token_id, end)
+
+    async def next(self) -> list[tuple[int, Batch]]:
+        """What is new of any, as soon as there is something; empty when all of it was read."""
+        while not (news := [(i, batch) for i, flight in enumerate(self.all) if (batch := flight.take()) is not None]):
+            if all(flight.read for flight in self.all):
+                return []
+            self._changed.clear()
+            await self._changed.wait()
+        return news

@@ -6,13 +6,16 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
-from core.request import Request, Stage
+from core.request import Phase, Request, Stage
+from core.sampling import Logprobs
 from core.worker import Greeting, Identity, Member, Role
-from gateway.flights import Batch, Flight
+from gateway.flights import Batch, Flight, Flights, Outcome
 from gateway.intake import Intake, ModelFacts
 from gateway.service import SERVICE, InferenceService
 from gateway.sessions import Sessions
@@ -22,7 +25,18 @@ from runtime import rpc, wire
 from runtime.driver import Driver
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
-from scheduler.router import Arrived, ClientGone, Deliver, End, Router, RouterCommand, RouterConfig, Satisfied, ToOne
+from scheduler.router import (
+    Arrived,
+    ClientGone,
+    Complete,
+    Deliver,
+    End,
+    Router,
+    RouterCommand,
+    RouterConfig,
+    Satisfied,
+    ToOne,
+)
 
 log = logging.getLogger("baton.gateway")
 
@@ -37,12 +51,41 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Client:
-    flight: Flight
+    flights: Flights
     request: Request
     arrived_at: float
     task: asyncio.Task[Any]
     """Serves the call."""
-    last_token_at: float | None = None
+
+
+def response(index: int, batch: Batch, end: inference_pb2.End | None = None) -> inference_pb2.GenerateResponse:
+    """What a client is sent of a batch."""
+    return inference_pb2.GenerateResponse(
+        index=index,
+        text=batch.text,
+        token_ids=batch.tokens,
+        end=end,
+        logprobs=[token_logprobs(each) for each in batch.logprobs],
+        prompt_logprobs=[token_logprobs(each) for each in batch.prompt_logprobs],
+    )
+
+
+def token_logprobs(known: Logprobs | None) -> inference_pb2.TokenLogprobs:
+    """How likely a token was; empty for the first of a prompt."""
+    if known is None:
+        return inference_pb2.TokenLogprobs()
+    return inference_pb2.TokenLogprobs(
+        token_id=known.token, logprob=known.logprob, top_ids=known.top_ids, top_logprobs=known.top_logprobs
+    )
+
+
+def vllm_door() -> ModuleType | None:
+    """The front door for OpenAI HTTP servers, if its stubs are installed."""
+    try:
+        from gateway import vllm
+    except ImportError:
+        return None
+    return vllm
 
 
 class Gateway:
@@ -73,8 +116,12 @@ class Gateway:
         self._names: dict[str, int] = {}
         self._next = 0
         self._healthy = False
-        self._server = rpc.Server(config.listen, [SERVICE])
+        vllm = vllm_door()
+        self._server = rpc.Server(config.listen, [SERVICE, *([vllm.SERVICE] if vllm else [])])
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self), self._server.grpc)
+        if vllm:
+            vllm.add(self, Path(config.model), build, self._server.grpc)
+            log.info("offers %s, too", vllm.SERVICE)
         self._metrics = Metrics(self._gauges)
         self._ttft = self._metrics.histogram("request_ttft_seconds", "Arrival to first token, at the gateway.")
         self._gap = self._metrics.histogram("inter_token_latency_seconds", "Gaps between tokens, at the gateway.")
@@ -118,7 +165,7 @@ class Gateway:
     async def generate(
         self, asked: inference_pb2.GenerateRequest, remaining_s: float | None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
-        """The request's messages, the last with `end`; `RequestError` if it is refused or fails, at any time.
+        """The request's messages, each continuation's last with `end`; `RequestError` if it is refused or fails.
 
         `remaining_s` is the call's own deadline. Closing the iterator ends the request.
         """
@@ -134,33 +181,45 @@ class Gateway:
             raise
         task = asyncio.current_task()
         assert task is not None
-        client = _Client(Flight(TextStream(self.tokenizer, stops)), request, arrived_at, task)
+        sampling = request.sampling
+        streams = [TextStream(self.tokenizer, stops, min_tokens=sampling.min_tokens) for _ in range(sampling.n)]
+        client = _Client(Flights(streams), request, arrived_at, task)
         self._clients[counter], self._names[request.id] = client, counter
-        flight = client.flight
         try:
             self._driver.post("router", Arrived(counter, request))
-            while not (batch := await flight.next()).last:
-                yield inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens)
-            assert flight.outcome is not None
-            end = flight.outcome.end
-            if flight.outcome.served:
-                yield self._last(client, batch)
-            else:
-                assert end is not None
-                if batch.tokens:
-                    yield inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens)
-                raise RequestError(end.code, end.reason, retry_s=end.retry_s)
+            failed: End | None = None
+            while news := await client.flights.next():
+                for index, batch in news:
+                    outcome = client.flights[index].outcome if batch.last else None
+                    if outcome is not None and outcome.served:
+                        yield self._last(client, index, batch, outcome)
+                        continue
+                    if outcome is not None:
+                        failed = outcome.end
+                    if batch.tokens or batch.text or batch.prompt_logprobs:
+                        yield response(index, batch)
+            if failed is not None:
+                raise RequestError(failed.code, failed.reason, retry_s=failed.retry_s)
         finally:
             self._driver.post("router", ClientGone(counter, "the client left"))
             del self._clients[counter]
             del self._names[request.id]
+
+    def missing(self) -> str | None:
+        """What the deployment lacks to serve anything, None if nothing."""
+        return self._router.missing()
+
+    def phases(self) -> dict[Phase, int]:
+        """Live requests by phase."""
+        return self._router.phases()
 
     def abort(self, request_id: str) -> bool:
         """End a live request by its caller's name for it; False if there is none."""
         counter = self._names.get(request_id)
         if counter is None:
             return False
-        self._clients[counter].flight.aborted = True
+        for flight in self._clients[counter].flights.all:
+            flight.aborted = True
         self._driver.post("router", ClientGone(counter, "aborted"))
         return True
 
@@ -180,12 +239,18 @@ class Gateway:
         match command:
             case ToOne(worker, message):
                 self._sessions.tell(worker, message)
-            case Deliver(counter, tokens, hashes):
+            case Deliver(counter, tokens, hashes, branch, logprobs, prompt_logprobs):
                 client = self._clients.get(counter)
                 if client is not None:
-                    self._observe(client, len(tokens))
-                    if client.flight.deliver(tokens, hashes):
-                        self._driver.post("router", Satisfied(counter))
+                    flight = client.flights[branch]
+                    if tokens:
+                        self._observe(client, flight, len(tokens))
+                    if flight.deliver(tokens, hashes, logprobs, prompt_logprobs):
+                        self._driver.post("router", Satisfied(counter, branch))
+            case Complete(counter, branch, reason, stop_token_id):
+                client = self._clients.get(counter)
+                if client is not None:
+                    client.flights[branch].end(reason, stop_token_id)
             case End():
                 client = self._clients.get(command.counter)
                 if client is None:
@@ -194,14 +259,14 @@ class Gateway:
                     self._e2e.observe(self._driver.now() - client.arrived_at)
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
-                    client.flight.end(command)
+                    client.flights.end(command)
                     self._requests.labels(command.phase, command.code).inc()
                     asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
                     log.info(
                         "%s: %s after %d tokens",
                         command.phase,
                         command.reason,
-                        client.flight.completion_tokens,
+                        sum(flight.completion_tokens for flight in client.flights.all),
                         extra={"request": client.request.id},
                     )
 
@@ -212,36 +277,34 @@ class Gateway:
             log.info("hung up on a client that does not read", extra={"request": client.request.id})
             client.task.cancel()
 
-    def _observe(self, client: _Client, tokens: int) -> None:
+    def _observe(self, client: _Client, flight: Flight, tokens: int) -> None:
         now = self._driver.now()
-        if client.last_token_at is None:
+        if flight.last_token_at is None:
             self._ttft.observe(now - client.arrived_at)
         else:
-            self._gap.observe((now - client.last_token_at) / tokens)
-        client.last_token_at = now
+            self._gap.observe((now - flight.last_token_at) / tokens)
+        flight.last_token_at = now
 
-    def _last(self, client: _Client, batch: Batch) -> inference_pb2.GenerateResponse:
-        outcome = client.flight.outcome
-        assert outcome is not None
-        assert outcome.end is not None
-        end, request = outcome.end, client.request
-        total = Stage("total", self._me.identity.name, self._driver.now() - client.arrived_at)
+    def _last(self, client: _Client, index: int, batch: Batch, outcome: Outcome) -> inference_pb2.GenerateResponse:
+        """A continuation's last message; the request's own last one says where the time went."""
+        request, flight = client.request, client.flights[index]
         last = inference_pb2.End(
             finish_reason=outcome.reason,
             prompt_tokens=len(request.prompt),
-            cached_tokens=end.cached_tokens,
             completion_tokens=outcome.completion_tokens,
-            stages=[wire.stage_proto(stage) for stage in (*end.stages, total)],
-            attempts=end.attempts,
             request_id=request.id,
             seed=request.sampling.seed,
-            logits_hashes=client.flight.hashes if any(client.flight.hashes) else (),
+            logits_hashes=flight.hashes if any(flight.hashes) else (),
         )
         if outcome.stop_string is not None:
             last.stop_string = outcome.stop_string
-        elif end.stop_token_id is not None:
-            last.stop_token_id = end.stop_token_id
-        return inference_pb2.GenerateResponse(text=batch.text, token_ids=batch.tokens, end=last)
+        elif outcome.stop_token_id is not None:
+            last.stop_token_id = outcome.stop_token_id
+        if outcome.end is not None:
+            total = Stage("total", self._me.identity.name, self._driver.now() - client.arrived_at)
+            last.cached_tokens, last.attempts = outcome.end.cached_tokens, outcome.end.attempts
+            last.stages.extend(wire.stage_proto(stage) for stage in (*outcome.end.stages, total))
+        return response(index, batch, last)
 
     async def _registered(self) -> None:
         try:

@@ -17,6 +17,8 @@ from protos.baton.v1 import inference_pb2
 from runtime import wire
 
 MAX_STOPS = 64
+MAX_PROMPT_LOGPROBS = 65_536
+"""Most numbers that are given of a prompt: about 1 MB, so that tokens do not wait long behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class Intake:
                 f"and the context holds {context}",
             )
         stops = self._stops(asked.stop)
+        biased = sorted(asked.logit_bias)
         ends = () if asked.ignore_eos else self._facts.eos
         implied = max(1, min(room, decode_tokens - len(prompt))) if decode_tokens else room
         sampling = Sampling(
@@ -121,7 +124,24 @@ class Intake:
             seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
             stop_token_ids=tuple(dict.fromkeys((*self.ids("stop_token_ids", asked.stop_token_ids), *ends))),
             ignore_eos=asked.ignore_eos,
+            n=asked.n if asked.HasField("n") else 1,
+            min_p=asked.min_p,
+            repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=tuple((token, asked.logit_bias[token]) for token in self.ids("logit_bias", biased)),
+            min_tokens=asked.min_tokens,
+            logprobs=asked.logprobs if asked.HasField("logprobs") else None,
+            prompt_logprobs=asked.prompt_logprobs if asked.HasField("prompt_logprobs") else None,
         )
+        if sampling.prompt_logprobs is not None:
+            most = MAX_PROMPT_LOGPROBS // len(prompt) - 1
+            if sampling.prompt_logprobs > most:
+                want = f"at most {most}" if most >= 0 else "none"
+                raise RequestError(
+                    "INVALID_ARGUMENT",
+                    f"prompt_logprobs: got {sampling.prompt_logprobs}, want {want} for {len(prompt)} tokens",
+                )
         timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
         slo = Slo(asked.slo.ttft_s or self._config.ttft_s, asked.slo.gap_s or self._config.gap_s)
         for field, goal_s in (("ttft_s", slo.ttft_s), ("gap_s", slo.gap_s)):

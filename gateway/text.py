@@ -211,10 +211,12 @@ class StopStrings:
 
     The first is the one that is complete first; of two complete at the same character, the longer. So the outcome does
     not depend on how the text was cut. Held back is exactly the longest end of the text that begins a stop string.
+    One that is complete with the first `after` tokens does not count.
     """
 
-    def __init__(self, stops: Iterable[str]) -> None:
+    def __init__(self, stops: Iterable[str], after: int = 0) -> None:
         self.stops = tuple(dict.fromkeys(stops))
+        self._after = after
         if not all(self.stops):
             raise RequestError("INVALID_ARGUMENT", "stop: got an empty string, wanted at least one character")
         self._held = ""
@@ -231,10 +233,10 @@ class StopStrings:
         if self._stop is not None:
             return Piece("", self._tokens, self._stop)
         self._tokens += tokens
-        whole = self._held + text
-        complete = ((at + len(stop), at, stop) for stop in self.stops if (at := whole.find(stop)) >= 0)
-        first = min(complete, default=None)
-        if first is not None:
+        whole, old = self._held + text, len(self._held)
+        found = ((whole.find(stop, max(0, old + 1 - len(stop))), stop) for stop in self.stops)
+        first = min(((at + len(stop), at, stop) for at, stop in found if at >= 0), default=None)
+        if first is not None and self._tokens > self._after:
             _, at, self._stop = first
             self._held = ""
             return Piece(whole[:at], self._tokens, self._stop)
@@ -248,11 +250,13 @@ class StopStrings:
 
 
 class TextStream:
-    """One generation's ids as text, cut at its stop strings."""
+    """One generation's ids as text, cut at its stop strings; none of them counts in the first `min_tokens`."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = (), *, skip_special: bool = True) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Iterable[str] = (), *, skip_special: bool = True, min_tokens: int = 0
+    ) -> None:
         self._detokenizer = Detokenizer(tokenizer, skip_special)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, min_tokens)
 
     def feed(self, ids: Sequence[int]) -> Piece:
         """The text that `ids` made safe to send; ids behind the one that completed a stop string are not counted."""

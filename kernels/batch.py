@@ -44,8 +44,5 @@ class Batch:
     segments: list[Segment]
     sample: Tensor
     samples: int
-    cos: Tensor
-    """fp32 ``[padded, 1, head_dim / 2]``, and `sin` likewise: each row's rotation."""
-    sin: Tensor
-    plan: Any = field(default=None)
-    """What a backend worked out once for all layers of this step."""
+    plans: dict[Any, Any] = field(default_factory=dict)
+    """What a backend worked out once for all layers of this step that have the same `kernels.ops.Heads`."""

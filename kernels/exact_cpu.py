@@ -7,6 +7,9 @@ workers that are to agree.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,8 @@ from kernels import linear
 from kernels.batch import Batch
 from kernels.exact_attention import ExactAttention, block_runs
 from kernels.ops import Heads, Packed
-from kernels.rope import rotate_and_store
+from kernels.rope import Rope
+from kernels.rotate import norm_heads, rotate_and_store
 
 TILE_ROWS = 32
 SERIAL_NUMBERS = 16384
@@ -28,21 +32,26 @@ class ExactOps:
     row_tile = TILE_ROWS
 
     def __init__(self) -> None:
-        self._attention: ExactAttention | None = None
+        self._attention: dict[Heads, ExactAttention] = {}
 
-    def pack(self, weight: Tensor) -> Packed:
-        return linear.pack(weight)
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        return linear.pack(weight, bias)
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
-        if self._attention is None or self._attention.heads != heads:
-            self._attention = ExactAttention(heads)
-        batch.plan = [block_runs(segment, pages.shape[4]) for segment in batch.segments]
+        if heads not in self._attention:
+            self._attention[heads] = ExactAttention(heads)
+        batch.plans[heads] = [block_runs(segment, pages.shape[4], heads) for segment in batch.segments]
 
     def linear(self, x: Tensor, weight: Packed) -> Tensor:
         return tiled_linear(x, weight)
 
     def logits(self, x: Tensor, weight: Packed) -> Tensor:
         return tiled_logits(x, weight)
+
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        for part in _serial(logits.div_(cap)):
+            part.tanh_()
+        return logits.mul_(cap)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
@@ -56,34 +65,47 @@ class ExactOps:
         residual = residual.add_(x)
         return self.rms_norm(residual, weight, eps), residual
 
-    def rope_store(self, qkv: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
-        return rotate_and_store(qkv, batch, layer, heads)
+    def rope_store(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        layer: Tensor,
+        heads: Heads,
+        rope: Rope,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        if norms is not None:
+            norm_heads(qkv, heads, norms, eps, self.rms_norm)
+        return rotate_and_store(qkv, batch, layer, heads, rope)
 
     def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
-        assert self._attention is not None
+        attention = self._attention[heads]
         out = q.new_zeros(q.shape)
-        for segment, blocks in zip(batch.segments, batch.plan, strict=True):
+        for segment, blocks in zip(batch.segments, batch.plans[heads], strict=True):
             rows = slice(segment.row, segment.row + segment.count)
-            out[rows] = self._attention(q[rows], segment, blocks, layer)
+            out[rows] = attention(q[rows], segment, blocks, layer)
         return out.flatten(1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        wide = gate_up.float()
-        gate, up = wide.chunk(2, dim=-1)
-        share = gate.clone(memory_format=torch.contiguous_format)
-        flat = share.view(-1)
-        for start in range(0, flat.numel(), SERIAL_NUMBERS):
-            flat[start : start + SERIAL_NUMBERS].sigmoid_()
-        return share.mul_(gate).mul_(up).to(gate_up.dtype)
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return _gated(gate, gate.clone(memory_format=torch.contiguous_format), up).to(gate_up.dtype)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        # 0.5 x (1 + tanh(u)) is x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        inner = gate * gate
+        inner.mul_(0.044715).add_(1).mul_(gate).mul_(2 * (2 / math.pi) ** 0.5)
+        return _gated(gate, inner, up).to(gate_up.dtype)
 
 
 def tiled_linear(x: Tensor, weight: Packed) -> Tensor:
-    """``x W^T``, one tile of rows after the other."""
+    """``x W^T + b``, one tile of rows after the other."""
     return torch.cat([linear.linear(tile, weight) for tile in _tiles(x)])
 
 
 def tiled_logits(x: Tensor, weight: Packed) -> Tensor:
-    """``x W^T`` in fp32, one tile of rows after the other."""
+    """``x W^T + b`` in fp32, one tile of rows after the other."""
     return torch.cat([linear.wide_linear(tile, weight) for tile in _tiles(x)])
 
 
@@ -98,6 +120,18 @@ def row_independent(weight: Packed, dtype: torch.dtype) -> bool:
     there, elsewhere = linear.wide_linear(tile, weight), linear.wide_linear(mixed, weight)
     low, low_elsewhere = linear.linear(tile, weight), linear.linear(mixed, weight)
     return torch.equal(there[7:], elsewhere[:-7]) and torch.equal(low[7:], low_elsewhere[:-7])
+
+
+def _gated(gate: Tensor, inner: Tensor, up: Tensor) -> Tensor:
+    """``gate * sigmoid(inner) * up``, in `inner`."""
+    for part in _serial(inner):
+        part.sigmoid_()
+    return inner.mul_(gate).mul_(up)
+
+
+def _serial(x: Tensor) -> Sequence[Tensor]:
+    """Views of `SERIAL_NUMBERS` numbers each, the last one shorter."""
+    return torch.split(x.view(-1), SERIAL_NUMBERS)
 
 
 def _tiles(x: Tensor) -> Tensor:

@@ -22,31 +22,33 @@ def _can_pack() -> bool:
 PACKS = _can_pack()
 
 
-def pack(weight: Tensor) -> Packed:
-    """`weight` ``[out, in]`` in oneDNN's layout if this torch can, else as it is."""
+def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
+    """`weight` ``[out, in]`` in oneDNN's layout if this torch can, else as it is; `bias` as it is."""
     rows, cols = weight.shape
     data = torch.ops.mkldnn._reorder_linear_weight(weight, None) if PACKS else weight
-    return Packed(rows, cols, data)
+    return Packed(rows, cols, data, bias)
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
-    """``x W^T`` in x's dtype, ``[row, out]``."""
+    """``x W^T + b`` in x's dtype, ``[row, out]``."""
     if weight.data.is_mkldnn:
-        return torch.ops.mkldnn._linear_pointwise(x, weight.data, None, "none", [], "")  # type: ignore[no-any-return]
-    return F.linear(x, weight.data)
+        pointwise = torch.ops.mkldnn._linear_pointwise
+        return pointwise(x, weight.data, weight.bias, "none", [], "")  # type: ignore[no-any-return]
+    return F.linear(x, weight.data, weight.bias)
 
 
 def wide_linear(x: Tensor, weight: Packed) -> Tensor:
-    """``x W^T`` in fp32.
+    """``x W^T + b`` in fp32.
 
     oneDNN adds up bf16 products in fp32 but rounds the sum to bf16, and no CPU operation of torch hands the fp32 sum
-    out. So the product runs twice: ``high = bf16(x W^T)``, then ``low = bf16(x W^T - high)`` with the subtraction
-    fused in before the rounding; ``high + low`` is right to 16 bits. Cheaper than fp32 weights from 8 rows on.
+    out. So the product runs twice: ``high = bf16(x W^T + b)``, then ``low = bf16(x W^T + b - high)`` with the
+    subtraction fused in before the rounding; ``high + low`` is right to 16 bits. Cheaper than fp32 weights from 8
+    rows on.
     """
     if x.dtype == torch.float32:
         return linear(x, weight)
     if not weight.data.is_mkldnn:
-        return F.linear(x.float(), weight.data.float())
+        return F.linear(x.float(), weight.data.float(), None if weight.bias is None else weight.bias.float())
     high = linear(x, weight)
-    low = torch.ops.mkldnn._linear_pointwise.binary(x, high.neg(), weight.data, None, "add")
+    low = torch.ops.mkldnn._linear_pointwise.binary(x, high.neg(), weight.data, weight.bias, "add")
     return high.float().add_(low.float())

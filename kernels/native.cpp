@@ -3,8 +3,10 @@
 //
 //   attend        one partial softmax a page, merged while walking a row's pages in place (only keys that exist)
 //   add_rms_norm  r += x;  y = r / sqrt(mean(r^2) + eps) * w      (x null: no addition)
-//   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k;  k, v -> their slots
+//   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k, normed before if asked for;  k, v -> their slots
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
+//   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
+//   soft_cap      y = cap * tanh(y / cap)
 
 #include <cstdint>
 #include <cstring>
@@ -49,6 +51,18 @@ inline float fast_exp(float x) {
   return p * scale;
 }
 
+// tanh to a few units in the last place, near 0 too.
+inline float fast_tanh(float x) {
+  const float z = x * x;
+  float near = -5.70498872745e-3f;
+  near = near * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  const float far = 1.0f - 2.0f / (fast_exp(2.0f * x) + 1.0f);
+  return z < 0.390625f ? near * z * x + x : far;
+}
+
 constexpr int64_t kLanes = 16;
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
@@ -78,11 +92,11 @@ constexpr int64_t kKeys = 64;      // keys scored at a time, counted from absolu
 constexpr int64_t kMaxGroup = 16;  // checked by the caller
 constexpr int64_t kMaxDim = 256;
 
-// Keys or values [start, start + count) of one head, out of their pages, in fp32.
+// Keys or values [start + unseen, start + count) of one head, out of their pages, in fp32.
 template <class T, int64_t kRoom>
-void hold(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start, int64_t count,
-          int64_t dim, float (*held)[kRoom]) {
-  for (int64_t t = 0; t < count;) {
+void hold(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start, int64_t unseen,
+          int64_t count, int64_t dim, float (*held)[kRoom]) {
+  for (int64_t t = unseen; t < count;) {
     const int64_t slot = (start + t) % page_tokens;
     const int64_t there = page_tokens - slot < count - t ? page_tokens - slot : count - t;
     const T* from = half + pages[(start + t) / page_tokens] * page_stride + slot * dim;
@@ -96,13 +110,13 @@ void hold(const T* half, const int64_t* pages, int64_t page_stride, int64_t page
 // keeps a query's sums in registers.
 template <class T, int64_t kDim>
 void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys, int64_t page_stride,
-                 int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t any_dim, T* out) {
+                 int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t any_dim, float scale,
+                 int64_t window, float cap, T* out) {
   constexpr int64_t kRoom = kDim ? kDim : kMaxDim;
   const int64_t dim = kDim ? kDim : any_dim;
   const int64_t parts = kDim ? kDim / kLanes : (any_dim + kLanes - 1) / kLanes;
   alignas(64) float query[kMaxGroup][kRoom], mixed[kMaxGroup][kRoom], held[kKeys][kRoom], share[kMaxGroup][kKeys];
   float top[kMaxGroup], total[kMaxGroup];
-  const float scale = 1.0f / __builtin_sqrtf(float(dim));
   if (!kDim) std::memset(held, 0, sizeof held);  // behind an odd head's end
   for (int64_t g = 0; g < group; g++) {
     for (int64_t d = 0; d < parts * kLanes; d++) {
@@ -112,24 +126,30 @@ void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys,
     top[g] = -1e30f;
     total[g] = 0;
   }
-  for (int64_t start = 0; start < keys; start += kKeys) {
+  const int64_t lowest = window && keys > window ? keys - window : 0;  // the first key that is seen
+  for (int64_t start = lowest / kKeys * kKeys; start < keys; start += kKeys) {
+    const int64_t unseen = lowest > start ? lowest - start : 0;
     const int64_t count = keys - start < kKeys ? keys - start : kKeys;
-    hold(layer + head * page_tokens * dim, pages, page_stride, page_tokens, start, count, dim, held);
+    hold(layer + head * page_tokens * dim, pages, page_stride, page_tokens, start, unseen, count, dim, held);
     for (int64_t g = 0; g < group; g++) {
       float* score = share[g];
       const Lanes* left = reinterpret_cast<const Lanes*>(query[g]);
-      for (int64_t t = 0; t < count; t++) {
+      for (int64_t t = unseen; t < count; t++) {
         const Lanes* right = reinterpret_cast<const Lanes*>(held[t]);
         Lanes sum = {};
         for (int64_t part = 0; part < parts; part++) sum += left[part] * right[part];
         score[t] = sum_of(sum);
       }
+      if (cap > 0)
+        for (int64_t t = 0; t < kKeys; t++) score[t] = cap * fast_tanh(score[t] / cap);
+      for (int64_t t = 0; t < unseen; t++) score[t] = -1e30f;
       for (int64_t t = count; t < kKeys; t++) score[t] = -1e30f;
       Lanes most = *reinterpret_cast<const Lanes*>(score);
       for (int64_t t = kLanes; t < kKeys; t += kLanes) most = larger(*reinterpret_cast<const Lanes*>(score + t), most);
       const float highest = most_of(most), best = highest > top[g] ? highest : top[g];
       const float shrink = fast_exp(top[g] - best);
       for (int64_t t = 0; t < kKeys; t++) score[t] = fast_exp(score[t] - best);
+      for (int64_t t = 0; t < unseen; t++) score[t] = 0;
       for (int64_t t = count; t < kKeys; t++) score[t] = 0;
       Lanes sum = {};
       for (int64_t t = 0; t < kKeys; t += kLanes) sum += *reinterpret_cast<const Lanes*>(score + t);
@@ -137,11 +157,12 @@ void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys,
       total[g] = total[g] * shrink + sum_of(sum);
       top[g] = best;
     }
-    hold(layer + (kv_heads + head) * page_tokens * dim, pages, page_stride, page_tokens, start, count, dim, held);
+    hold(layer + (kv_heads + head) * page_tokens * dim, pages, page_stride, page_tokens, start, unseen, count, dim,
+         held);
     for (int64_t g = 0; g < group; g++) {
       alignas(64) float sum[kRoom];
       std::memcpy(sum, mixed[g], sizeof(float) * parts * kLanes);
-      for (int64_t t = 0; t < count; t++)
+      for (int64_t t = unseen; t < count; t++)
         for (int64_t d = 0; d < parts * kLanes; d++) sum[d] += share[g][t] * held[t][d];
       std::memcpy(mixed[g], sum, sizeof(float) * parts * kLanes);
     }
@@ -153,14 +174,27 @@ void attend_head(const T* q, const T* layer, const int64_t* pages, int64_t keys,
 template <class T>
 void attend(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, const int64_t* first,
             const int64_t* keys, const int64_t* rows, int64_t count, int64_t page_stride, int64_t page_tokens,
-            int64_t kv_heads, int64_t group, int64_t dim, T* out, int threads) {
+            int64_t kv_heads, int64_t group, int64_t dim, float scale, int64_t window, float cap, T* out,
+            int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (int64_t task = 0; task < count * kv_heads; task++) {
     const int64_t n = task / kv_heads, head = task % kv_heads, at = head * group * dim;
     const auto run = dim == 64 ? attend_head<T, 64> : dim == 128 ? attend_head<T, 128> : attend_head<T, 0>;
     run(q + rows[n] * q_stride + at, layer, pages + first[n], keys[n], page_stride, page_tokens, kv_heads, head, group,
-        dim, out + rows[n] * kv_heads * group * dim + at);
+        dim, scale, window, cap, out + rows[n] * kv_heads * group * dim + at);
   }
+}
+
+// One row's sum of squares, in lanes.
+template <class T>
+float squares(const T* x, int64_t cols) {
+  Lanes sum = {};
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    Lanes part = {};
+    for (int64_t i = 0; i < (cols - c < kLanes ? cols - c : kLanes); i++) part[i] = wide(x[c + i]);
+    sum += part * part;
+  }
+  return sum_of(sum);
 }
 
 template <class T>
@@ -171,21 +205,15 @@ void add_rms_norm(const T* x, T* residual, const float* weight, T* out, int64_t 
     T* r = residual + n * cols;
     if (x)
       for (int64_t c = 0; c < cols; c++) put(r + c, wide(r[c]) + wide(x[n * cols + c]));
-    Lanes sum = {};
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      Lanes part = {};
-      for (int64_t i = 0; i < (cols - c < kLanes ? cols - c : kLanes); i++) part[i] = wide(r[c + i]);
-      sum += part * part;
-    }
-    const float scale = 1.0f / __builtin_sqrtf(sum_of(sum) / float(cols) + eps);
+    const float scale = 1.0f / __builtin_sqrtf(squares(r, cols) / float(cols) + eps);
     for (int64_t c = 0; c < cols; c++) put(out + n * cols + c, wide(r[c]) * scale * weight[c]);
   }
 }
 
 template <class T>
-void rope_store(T* qkv, const float* cosine, const float* sine, const int64_t* page, const int64_t* slot, T* layer,
-                int64_t rows, int64_t page_stride, int64_t page_tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                int threads) {
+void rope_store(T* qkv, const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float eps,
+                const int64_t* page, const int64_t* slot, T* layer, int64_t rows, int64_t page_stride,
+                int64_t page_tokens, int64_t heads, int64_t kv_heads, int64_t dim, int threads) {
   const int64_t half = dim / 2, all = heads + 2 * kv_heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
   for (int64_t n = 0; n < rows; n++) {
@@ -193,6 +221,11 @@ void rope_store(T* qkv, const float* cosine, const float* sine, const int64_t* p
     const float *c = cosine + n * half, *s = sine + n * half;
     for (int64_t h = 0; h < heads + kv_heads; h++) {
       T *a = row + h * dim, *b = a + half;
+      if (q_norm) {
+        const float* weight = h < heads ? q_norm : k_norm;
+        const float scale = 1.0f / __builtin_sqrtf(squares(a, dim) / float(dim) + eps);
+        for (int64_t d = 0; d < dim; d++) put(a + d, wide(a[d]) * scale * weight[d]);
+      }
       for (int64_t d = 0; d < half; d++) {
         const float x = wide(a[d]), y = wide(b[d]);
         put(a + d, x * c[d] - y * s[d]);
@@ -205,16 +238,32 @@ void rope_store(T* qkv, const float* cosine, const float* sine, const int64_t* p
   }
 }
 
-template <class T>
-void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads) {
+template <bool kGelu, class T>
+void gated(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
   for (int64_t n = 0; n < rows; n++) {
     const T *gate = gate_up + 2 * n * cols, *up = gate + cols;
     for (int64_t c = 0; c < cols; c++) {
       const float x = wide(gate[c]);
-      put(out + n * cols + c, x / (1.0f + fast_exp(-x)) * wide(up[c]));
+      const float inner = kGelu ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+      put(out + n * cols + c, x / (1.0f + fast_exp(-inner)) * wide(up[c]));
     }
   }
+}
+template <class T>
+void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads) {
+  gated<false>(gate_up, out, rows, cols, threads);
+}
+template <class T>
+void gelu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads) {
+  gated<true>(gate_up, out, rows, cols, threads);
+}
+
+template <class T>
+void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows >= 32)
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t c = 0; c < cols; c++) put(logits + n * cols + c, cap * fast_tanh(wide(logits[n * cols + c]) / cap));
 }
 
 }  // namespace
@@ -226,19 +275,24 @@ void silu_mul(const T* gate_up, T* out, int64_t rows, int64_t cols, int threads)
 #define ATTEND(T)                                                                                                  \
   (const T* q, int64_t q_stride, const T* layer, const int64_t* pages, const int64_t* first, const int64_t* keys, \
    const int64_t* rows, int64_t count, int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, \
-   int64_t dim, T* out, int threads)
+   int64_t dim, float scale, int64_t window, float cap, T* out, int threads)
 BOTH(attend, ATTEND, (q, q_stride, layer, pages, first, keys, rows, count, page_stride, page_tokens, kv_heads, group,
-                      dim, out, threads))
+                      dim, scale, window, cap, out, threads))
 
 #define ADD_RMS_NORM(T) \
   (const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t cols, float eps, int threads)
 BOTH(add_rms_norm, ADD_RMS_NORM, (x, residual, weight, out, rows, cols, eps, threads))
 
-#define ROPE_STORE(T)                                                                                         \
-  (T * qkv, const float* cosine, const float* sine, const int64_t* page, const int64_t* slot, T* layer,      \
-   int64_t rows, int64_t page_stride, int64_t page_tokens, int64_t heads, int64_t kv_heads, int64_t dim, int threads)
-BOTH(rope_store, ROPE_STORE, (qkv, cosine, sine, page, slot, layer, rows, page_stride, page_tokens, heads, kv_heads,
-                              dim, threads))
+#define ROPE_STORE(T)                                                                                           \
+  (T * qkv, const float* cosine, const float* sine, const float* q_norm, const float* k_norm, float eps,       \
+   const int64_t* page, const int64_t* slot, T* layer, int64_t rows, int64_t page_stride, int64_t page_tokens, \
+   int64_t heads, int64_t kv_heads, int64_t dim, int threads)
+BOTH(rope_store, ROPE_STORE, (qkv, cosine, sine, q_norm, k_norm, eps, page, slot, layer, rows, page_stride,
+                              page_tokens, heads, kv_heads, dim, threads))
 
 #define SILU_MUL(T) (const T* gate_up, T* out, int64_t rows, int64_t cols, int threads)
 BOTH(silu_mul, SILU_MUL, (gate_up, out, rows, cols, threads))
+BOTH(gelu_mul, SILU_MUL, (gate_up, out, rows, cols, threads))
+
+#define SOFT_CAP(T) (T * logits, int64_t rows, int64_t cols, float cap, int threads)
+BOTH(soft_cap, SOFT_CAP, (logits, rows, cols, cap, threads))

@@ -27,10 +27,12 @@ BUILD_LIMIT_S = 60.0
 
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
-    "attend": (POINTER, COUNT, *[POINTER] * 5, *[COUNT] * 6, POINTER, INT),
+    "attend": (POINTER, COUNT, *[POINTER] * 5, *[COUNT] * 6, FLOAT, COUNT, FLOAT, POINTER, INT),
     "add_rms_norm": (*[POINTER] * 4, COUNT, COUNT, FLOAT, INT),
-    "rope_store": (*[POINTER] * 6, *[COUNT] * 6, INT),
+    "rope_store": (*[POINTER] * 5, FLOAT, *[POINTER] * 3, *[COUNT] * 6, INT),
     "silu_mul": (POINTER, POINTER, COUNT, COUNT, INT),
+    "gelu_mul": (POINTER, POINTER, COUNT, COUNT, INT),
+    "soft_cap": (POINTER, COUNT, COUNT, FLOAT, INT),
 }
 DTYPES = ("float32", "bfloat16")
 

@@ -14,6 +14,7 @@ from kernels.chunk_attention import chunk_attention
 from kernels.fast_cpu import FastOps
 from kernels.native import DTYPES, SIGNATURES, library
 from kernels.ops import Heads
+from kernels.rope import Rope
 
 MAX_GROUP, MAX_DIM = 16, 256
 """Most query heads to a KV head, and numbers to a head, that the native attention has room for."""
@@ -46,10 +47,13 @@ class NativeOps(FastOps):
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         if heads.group > MAX_GROUP or heads.dim > MAX_DIM:
             return super().plan(batch, pages, heads)
+        if batch.plans:  # the native loop skips what lies before a window by itself
+            batch.plans[heads] = next(iter(batch.plans.values()))
+            return None
         single = [segment for segment in batch.segments if segment.count == 1]
         used = [segment.start // pages.shape[4] + 1 for segment in single]
         tables = [segment.pages[:count] for segment, count in zip(single, used, strict=True)]
-        batch.plan = NativePlan(
+        batch.plans[heads] = NativePlan(
             chunks=[segment for segment in batch.segments if segment.count > 1],
             pages=torch.from_numpy(np.concatenate(tables)) if tables else torch.empty(0, dtype=torch.int64),
             first=torch.from_numpy(np.cumsum([0, *used])),
@@ -79,11 +83,29 @@ class NativeOps(FastOps):
         )
         return out
 
-    def rope_store(self, qkv: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        rows, cols = logits.shape
+        self._calls["soft_cap", logits.dtype](logits.data_ptr(), rows, cols, cap, torch.get_num_threads())
+        return logits
+
+    def rope_store(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        layer: Tensor,
+        heads: Heads,
+        rope: Rope,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        q_norm, k_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         self._calls["rope_store", qkv.dtype](
             qkv.data_ptr(),
-            batch.cos.data_ptr(),
-            batch.sin.data_ptr(),
+            rope.cos.data_ptr(),
+            rope.sin.data_ptr(),
+            q_norm,
+            k_norm,
+            eps,
             batch.page.data_ptr(),
             batch.slot.data_ptr(),
             layer.data_ptr(),
@@ -98,7 +120,7 @@ class NativeOps(FastOps):
         return qkv.view(qkv.shape[0], -1, heads.dim)[:, : heads.heads]
 
     def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
-        plan = batch.plan
+        plan = batch.plans[heads]
         if not isinstance(plan, NativePlan):
             return super().attend(q, batch, layer, heads)
         out = q.new_empty(q.shape)
@@ -121,15 +143,24 @@ class NativeOps(FastOps):
                 heads.kv_heads,
                 heads.group,
                 heads.dim,
+                heads.scale,
+                heads.window or 0,
+                heads.cap or 0.0,
                 out.data_ptr(),
                 torch.get_num_threads(),
             )
         return out.flatten(1)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated("silu_mul", gate_up)
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gated("gelu_mul", gate_up)
+
+    def _gated(self, operation: str, gate_up: Tensor) -> Tensor:
         rows, both = gate_up.shape
         out = gate_up.new_empty(rows, both // 2)
-        self._calls["silu_mul", gate_up.dtype](
+        self._calls[operation, gate_up.dtype](
             gate_up.data_ptr(), out.data_ptr(), rows, both // 2, torch.get_num_threads()
         )
         return out

@@ -1,14 +1,19 @@
 """The table of operations: all that a model definition may call. Backends differ in speed and in bits, not in meaning.
 
 ===============  =====================================================================================
-`linear`         ``y = x W^T``
-`logits`         ``y = x W^T`` in fp32, whatever the compute dtype
+`linear`         ``y = x W^T + b``
+`logits`         ``y = x W^T + b`` in fp32, whatever the compute dtype
+`soft_cap`       ``cap * tanh(x / cap)``
 `rms_norm`       ``x / sqrt(mean(x^2) + eps) * w``
 `add_rms_norm`   ``r' = r + x``; ``rms_norm(r')`` and ``r'``
-`rope_store`     rotates q and k by their positions, writes k and v into their pages, gives q
-`attend`         ``softmax(q K^T / sqrt(dim)) V`` over a sequence's keys up to each row's own position
+`rope_store`     norms (if asked for) and rotates q and k, writes k and v into their pages, gives q
+`attend`         ``softmax(soft_cap(q K^T * scale)) V`` over the keys that a row sees
 `silu_mul`       ``gate * sigmoid(gate) * up``
+`gelu_mul`       ``gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 gate^3))) / 2 * up``
 ===============  =====================================================================================
+
+A row sees its own position and those before; with a window w, only the last w of them. Pages that lie wholly before
+all windows of a step's rows of a sequence are not read.
 
 Backends: `kernels.reference` (plain torch, any device), `kernels.fast_cpu` and, where a compiler is at hand,
 `kernels.native_cpu` on top of it, `kernels.exact_cpu`. A GPU backend is one more module with these names.
@@ -22,29 +27,41 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kernels.batch import Batch
+from kernels.rope import Rope
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How a row of q, k, v is cut: `heads` query heads share `kv_heads` KV heads of `dim` numbers."""
+    """How a row of q, k, v is cut, `heads` query heads sharing `kv_heads` KV heads of `dim` numbers, and attends."""
 
     heads: int
     kv_heads: int
     dim: int
+    scale: float
+    """What the scores are multiplied by."""
+    window: int | None = None
+    """Keys that a row sees, its own included; None: all before it."""
+    cap: float | None = None
+    """What the scores are soft-capped at."""
 
     @property
     def group(self) -> int:
         """Query heads for each KV head."""
         return self.heads // self.kv_heads
 
+    def first(self, position: int) -> int:
+        """The first position that the row at `position` sees."""
+        return 0 if self.window is None else max(position - self.window + 1, 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight matrix ``[rows, cols]`` in whatever form a backend multiplies fastest."""
+    """A weight matrix ``[rows, cols]`` in whatever form a backend multiplies fastest, and a bias ``[rows]``."""
 
     rows: int
     cols: int
     data: Any
+    bias: Tensor | None = None
 
 
 class Ops(Protocol):
@@ -55,12 +72,12 @@ class Ops(Protocol):
         """Rows of a step are padded to a multiple of this."""
         ...
 
-    def pack(self, weight: Tensor) -> Packed:
-        """`weight` ``[out, in]`` in this backend's form; the caller drops the original."""
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        """`weight` ``[out, in]`` and `bias` in this backend's form; the caller drops the originals."""
         ...
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
-        """Work out, once a step, what `attend` needs in every layer. `pages`: the arena, all layers."""
+        """Work out, once a step for each `heads`, what `attend` needs in every layer with it. `pages`: the arena."""
         ...
 
     def linear(self, x: Tensor, weight: Packed) -> Tensor:
@@ -71,6 +88,10 @@ class Ops(Protocol):
         """``[row, out]`` in fp32."""
         ...
 
+    def soft_cap(self, logits: Tensor, cap: float) -> Tensor:
+        """``[row, vocab]`` in fp32; `logits` may be overwritten."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalised rows in x's dtype; `weight` is fp32."""
         ...
@@ -79,8 +100,20 @@ class Ops(Protocol):
         """The normalised sum and the sum; `residual` may be overwritten."""
         ...
 
-    def rope_store(self, qkv: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
-        """Rotated q ``[row, heads, dim]``; k, v go to `layer` ``[page, K|V, kv_head, token, dim]``. May reuse qkv."""
+    def rope_store(
+        self,
+        qkv: Tensor,
+        batch: Batch,
+        layer: Tensor,
+        heads: Heads,
+        rope: Rope,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """Rotated q ``[row, heads, dim]``; k, v go to `layer` ``[page, K|V, kv_head, token, dim]``. May reuse qkv.
+
+        `norms`: fp32 weights ``[dim]`` of `rms_norm` over every head of q, and of k, before they are rotated.
+        """
         ...
 
     def attend(self, q: Tensor, batch: Batch, layer: Tensor, heads: Heads) -> Tensor:
@@ -89,4 +122,8 @@ class Ops(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """``[row, inner]`` from gate and up side by side ``[row, 2 * inner]``."""
+        ...
+
+    def gelu_mul(self, gate_up: Tensor) -> Tensor:
+        """Likewise."""
         ...

@@ -1,9 +1,9 @@
 """Decode attention that reads pages in place: one partial softmax a page, then one merge a row.
 
-Page p of a row gives ``o_p = softmax(q K_p^T / sqrt(dim)) V_p`` and ``lse_p = log sum exp(q K_p^T / sqrt(dim))``; the
+Page p of a row gives ``o_p = softmax(s_p) V_p`` and ``lse_p = log sum exp(s_p)``, ``s_p = q K_p^T * scale``; the
 row's result is ``sum_p exp(lse_p - m) o_p / sum_p exp(lse_p - m)``. Neighbouring pages of the arena are a batch for
 one call with strides, whoever they belong to, so nothing is copied and nothing is padded to the longest row; pages
-that stand alone are gathered first, a bounded number at a time.
+that stand alone are gathered first, a bounded number at a time. Pages before a row's window are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.batch import Segment
+from kernels.chunk_attention import capped_attention
 from kernels.ops import Heads
 
 RUN_PAGES = 4
@@ -45,28 +46,35 @@ class PagePlan:
     source: Tensor
     """int64 ``[page]``: the step's row whose query meets this page."""
     mask: Tensor | None
-    """``[page, 1, 1, token]``: 0, or minus infinity behind the row's last position; None if all pages are full."""
+    """``[page, 1, 1, token]``: 0, or minus infinity where the row does not see; None if all pages are seen whole."""
     pieces: list[Piece]
 
 
-def page_plan(segments: list[Segment], page_tokens: int, dtype: torch.dtype) -> PagePlan:
+def page_plan(segments: list[Segment], page_tokens: int, dtype: torch.dtype, window: int | None = None) -> PagePlan:
     """The plan for segments of one row each."""
     last = np.array([segment.start for segment in segments])
-    counts = last // page_tokens + 1
-    page = np.concatenate([segment.pages[:count] for segment, count in zip(segments, counts, strict=True)])
+    unseen = np.zeros(len(segments), np.int64) if window is None else np.maximum(last - window + 1, 0)
+    starts, stops = unseen // page_tokens, last // page_tokens + 1
+    counts = stops - starts
+    tables = [segment.pages[start:stop] for segment, start, stop in zip(segments, starts, stops, strict=True)]
+    page = np.concatenate(tables)
     owner = np.repeat(np.arange(len(segments)), counts)
+    ends = np.cumsum(counts)
     filled = np.full(len(page), page_tokens)
-    filled[np.cumsum(counts) - 1] = last % page_tokens + 1
+    filled[ends - 1] = last % page_tokens + 1
+    empty = np.zeros(len(page), np.int64)
+    empty[ends - counts] = unseen % page_tokens
     order = _arena_order(page)
     pieces, regrouped = _pieces(page[order])
     order = order[regrouped]
-    owner, filled = owner[order], filled[order]
+    owner, filled, empty = owner[order], filled[order], empty[order]
     rows = np.array([segment.row for segment in segments])
     mask = None
-    if (filled < page_tokens).any():
-        behind = np.arange(page_tokens) >= filled[:, None]
+    if (filled < page_tokens).any() or empty.any():
+        slot = np.arange(page_tokens)
+        hidden = (slot >= filled[:, None]) | (slot < empty[:, None])
         mask = torch.zeros(len(page), 1, 1, page_tokens, dtype=dtype)
-        mask.masked_fill_(torch.from_numpy(behind)[:, None, None], -torch.inf)
+        mask.masked_fill_(torch.from_numpy(hidden)[:, None, None], -torch.inf)
     return PagePlan(torch.from_numpy(rows), torch.from_numpy(owner), torch.from_numpy(rows[owner]), mask, pieces)
 
 
@@ -105,8 +113,8 @@ def _pieces(page: NDArray[np.int64]) -> tuple[list[Piece], NDArray[np.int64]]:
 def page_attention(q: Tensor, plan: PagePlan, layer: Tensor, heads: Heads) -> Tensor:
     """``[row of plan.rows, heads, dim]`` from the step's q ``[row, heads, dim]`` and one layer of the arena.
 
-    Slots behind a row's last position must hold finite numbers (the engine clears them): they are masked in the
-    scores, but 0 times NaN would still be NaN.
+    Slots of a page that a row does not see must hold finite numbers (the engine clears those behind the last
+    position): they are masked in the scores, but 0 times NaN would still be NaN.
     """
     queries = q[plan.source].view(-1, heads.kv_heads, heads.group, heads.dim)
     outs, sums = [], []
@@ -116,9 +124,13 @@ def page_attention(q: Tensor, plan: PagePlan, layer: Tensor, heads: Heads) -> Te
         else:
             held = layer.index_select(0, piece.gathered)
         mask = None if plan.mask is None else plan.mask[piece.start : piece.stop]
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries[piece.start : piece.stop], held[:, 0], held[:, 1], attn_mask=mask
-        )
+        part = queries[piece.start : piece.stop]
+        if heads.cap is None:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                part, held[:, 0], held[:, 1], attn_mask=mask, scale=heads.scale
+            )
+        else:
+            out, lse = capped_attention(part, held[:, 0], held[:, 1], heads, mask)
         outs.append(out)
         sums.append(lse)
     out = outs[0] if len(outs) == 1 else torch.cat(outs)

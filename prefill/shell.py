@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import assert_never
 
 from core.messages import First, Message, Tokens
@@ -93,7 +94,7 @@ class PrefillShell:
     def _open(self, name: str, request: Request, pages: tuple[int, ...], prompt: int) -> None:
         """On the engine's thread; what cannot be opened fails the step that needs it."""
         try:
-            self._engine.open(name, request.prompt, pages, request.sampling, prompt)
+            self._engine.open(name, request.prompt, pages, request.sampling, prompt, request.generated)
         except Exception:
             log.exception("%s cannot be opened", name)
 
@@ -104,9 +105,14 @@ class PrefillShell:
         begun = []
         for each in sampled:
             key = keys[each.sequence]
-            first = First(each.token, each.logits_hash, each.branch)
+            first = First(each.token, each.logits_hash, each.branch, each.logprobs)
             begun.append(Began(key, first, each.finish))
-            if each.finish != "stop":
+            prompt = each.prompt_logprobs
+            if each.finish != "stop" or prompt:
                 ticket = self._tickets[key]
-                self._tell(ticket.minter, Tokens(ticket, 0, (first.token,), (first.logits_hash,), first.branch))
+                told = Tokens(ticket, 0, (), (), each.branch, (), prompt)
+                if each.finish != "stop":
+                    logprobs = () if each.logprobs is None else (each.logprobs,)
+                    told = replace(told, tokens=(each.token,), logits_hashes=(each.logits_hash,), logprobs=logprobs)
+                self._tell(ticket.minter, told)
         self._driver.post(SEAT, ChunkDone(command.run_id, tuple(begun)))

@@ -42,6 +42,7 @@ class Driver:
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
+        self._patient_until = float("-inf")
         self._on_bug = on_bug
         self._check = check
         self.turns = 0
@@ -102,24 +103,35 @@ class Driver:
 
     def _arm(self) -> None:
         if self._timer is not None:
+            self._stalled()
             self._timer.cancel()
             self._timer = None
         # All of them: machines that share a ledger may be woken by what another freed.
         deadlines = [when for seat in self._seats.values() if (when := seat.machine.deadline()) is not None]
         if deadlines:
-            self._due = max(min(deadlines), self.now())
+            self._due = max(min(deadlines), self.now(), self._patient_until)
             self._timer = self._loop.call_at(self._due, self._ring)
 
-    def _ring(self, patient: bool = True) -> None:
+    def _ring(self) -> None:
         self._timer = None
-        now = self.now()
-        if patient and now - self._due > STALL_S:
-            # We were stopped, not the others: what they said meanwhile is heard before anybody is judged silent.
-            self._timer = self._loop.call_later(STALL_S / 2, self._ring, False)
+        if self._stalled():
+            self._arm()
             return
+        now = self.now()
         for name, seat in self._seats.items():
             when = seat.machine.deadline()
             if when is not None and when <= now:
                 self._queue.append((name, None))
         if not self._draining:
             self._drain()
+
+    def _stalled(self) -> bool:
+        """True if the timer is so late that we were stopped, not the others.
+
+        What they said meanwhile is heard, whoever comes first, before anybody is judged silent. This is put off once.
+        """
+        now = self.now()
+        if now - self._due <= STALL_S or self._due == self._patient_until:
+            return False
+        self._patient_until = now + STALL_S / 2
+        return True

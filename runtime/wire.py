@@ -8,7 +8,7 @@ from core import messages as m
 from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
-from core.sampling import Sampling
+from core.sampling import Logprobs, Sampling
 from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
@@ -148,15 +148,23 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(prompt=piece) for piece in pieces]
         case m.Cancel(_, reason, report, branch):
             return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch))]
-        case m.Tokens(_, index, tokens, hashes, branch):
-            body = worker_pb2.Tokens(ticket=ticket, index=index, tokens=tokens, logits_hashes=hashes, branch=branch)
+        case m.Tokens(_, index, tokens, hashes, branch, logprobs, prompt_logprobs):
+            body = worker_pb2.Tokens(
+                ticket=ticket,
+                index=index,
+                tokens=tokens,
+                logits_hashes=hashes,
+                branch=branch,
+                logprobs=[_logprobs(each) for each in logprobs],
+                prompt_logprobs=[_logprobs(each) for each in prompt_logprobs],
+            )
             return [Frame(tokens=body)]
         case m.Handed(_, stages, cancelled):
             handed = worker_pb2.Handed(
                 ticket=ticket, stages=[stage_proto(stage) for stage in stages], cancelled=cancelled
             )
             return [Frame(handed=handed)]
-        case m.Finished(_, reason, completion_tokens, stop_token_id, stages, branch):
+        case m.Finished(_, reason, completion_tokens, stop_token_id, stages, branch, decoded):
             finished = worker_pb2.Finished(
                 ticket=ticket,
                 reason=reason,
@@ -164,6 +172,7 @@ def frames(message: m.Message) -> list[Frame]:
                 stop_token_id=stop_token_id,
                 stages=[stage_proto(stage) for stage in stages],
                 branch=branch,
+                decoded=decoded,
             )
             return [Frame(finished=finished)]
         case m.Failed(_, code, why, stages):
@@ -228,6 +237,8 @@ class Reader:
                     tuple(tokens.tokens),
                     tuple(tokens.logits_hashes),
                     tokens.branch,
+                    tuple(_logprobs_from(each) for each in tokens.logprobs),
+                    tuple(_logprobs_from(e) if e.HasField("logprob") else None for e in tokens.prompt_logprobs),
                 )
             case "handed":
                 handed = frame.handed
@@ -241,6 +252,7 @@ class Reader:
                     finished.stop_token_id if finished.HasField("stop_token_id") else None,
                     _stages_from(finished.stages),
                     finished.branch,
+                    finished.decoded,
                 )
             case "failed":
                 failed = frame.failed
@@ -260,7 +272,7 @@ class Reader:
                     ready.first_page,
                     tuple(PageRun(run.start, run.count) for run in ready.runs),
                     tuple(ready.digests),
-                    tuple(m.First(first.token, first.logits_hash, first.branch) for first in ready.firsts),
+                    tuple(map(_first_from, ready.firsts)),
                 )
             case "taken":
                 return m.Taken(_ticket_from(frame.taken.ticket))
@@ -281,7 +293,27 @@ class Reader:
 
 
 def _first(first: m.First) -> worker_pb2.First:
-    return worker_pb2.First(token=first.token, logits_hash=first.logits_hash, branch=first.branch)
+    body = worker_pb2.First(token=first.token, logits_hash=first.logits_hash, branch=first.branch)
+    if first.logprobs is not None:
+        body.logprobs.CopyFrom(_logprobs(first.logprobs))
+    return body
+
+
+def _first_from(body: worker_pb2.First) -> m.First:
+    logprobs = _logprobs_from(body.logprobs) if body.HasField("logprobs") else None
+    return m.First(body.token, body.logits_hash, body.branch, logprobs)
+
+
+def _logprobs(known: Logprobs | None) -> worker_pb2.Logprobs:
+    if known is None:
+        return worker_pb2.Logprobs()
+    return worker_pb2.Logprobs(
+        token=known.token, logprob=known.logprob, top_ids=known.top_ids, top_logprobs=known.top_logprobs
+    )
+
+
+def _logprobs_from(body: worker_pb2.Logprobs) -> Logprobs:
+    return Logprobs(body.token, body.logprob, tuple(body.top_ids), tuple(body.top_logprobs))
 
 
 def stage_proto(stage: Stage) -> common_pb2.Stage:
@@ -384,10 +416,19 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
             stop_token_ids=sampling.stop_token_ids,
             ignore_eos=sampling.ignore_eos,
             n=sampling.n,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            min_tokens=sampling.min_tokens,
+            logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
         ),
         timeout_s=request.timeout_s,
         slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
         hints=_hints(request.hints),
+        generated=request.generated,
     )
 
 
@@ -402,6 +443,14 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
         stop_token_ids=tuple(s.stop_token_ids),
         ignore_eos=s.ignore_eos,
         n=s.n or 1,
+        min_p=s.min_p,
+        repetition_penalty=s.repetition_penalty or 1.0,
+        presence_penalty=s.presence_penalty,
+        frequency_penalty=s.frequency_penalty,
+        logit_bias=tuple(sorted(s.logit_bias.items())),
+        min_tokens=s.min_tokens,
+        logprobs=s.logprobs if s.HasField("logprobs") else None,
+        prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
     )
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
-    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, _hints_from(meta.hints))
+    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, _hints_from(meta.hints), meta.generated)

@@ -423,7 +423,7 @@ class DecodePolicy:
             if key in ended and wanted:
                 end = ended[key]
                 stages, branch = self._stages(guest, row, now), row.first.branch
-                finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch)
+                finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch, True)
                 commands.append(Tell(finished))
             if key in ended or not wanted:
                 commands += self._end(guest, row, now)
@@ -473,8 +473,9 @@ class DecodePolicy:
         """Free a row, and with the last one all that is left of its request."""
         commands: list[DecodeCommand] = []
         if len(guest.rows) == 1 and guest.report:
-            report = Finished(guest.ticket, "cancelled", row.generated, None, self._stages(guest, row, now))
-            commands.append(Tell(replace(report, branch=row.first.branch)))
+            stages = self._stages(guest, row, now)
+            report = Finished(guest.ticket, "cancelled", row.generated, None, stages, row.first.branch, True)
+            commands.append(Tell(report))
         del guest.rows[row.first.branch]
         self._ledger.release(row.key)
         if self._batch.pop(row.key, None) is not None:

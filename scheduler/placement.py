@@ -60,7 +60,7 @@ class Workers:
         room = max(member.kv_tokens for member in self._ready() if member.role.prefills)
         if prompt > room:
             return f"prompt: got {prompt} tokens, no worker holds more than {room}"
-        room = max(self._room(source, sink, prompt) for source in self.sources(()) for sink in self._decoders())
+        room = max((self._room(source, sink, prompt) for source, sink in self._pairs()), default=0)
         if size > room:
             return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
         return None
@@ -82,7 +82,8 @@ class Workers:
     def sinks(self, source: Identity, request: Request) -> list[Identity]:
         """Decode workers with room for it, best first; a mixed worker keeps its own."""
         prompt, size = len(request.prompt), self.size(request)
-        fitting = [member for member in self._decoders() if self._room(source, member, prompt) >= size]
+        mine = [sink for giver, sink in self._pairs() if giver == source]
+        fitting = [sink for sink in mine if self._room(source, sink, prompt) >= size]
         if any(member.identity == source for member in fitting):
             return [source]
         fitting.sort(key=lambda member: (self._sizes[member.identity] / member.kv_tokens, member.identity))
@@ -116,8 +117,16 @@ class Workers:
         """Workers that take new requests; one that is not ready goes on with those it has."""
         return [member for member in self._members.values() if member.ready]
 
-    def _decoders(self) -> list[Member]:
-        return [member for member in self._ready() if member.role.decodes]
+    def _pairs(self) -> list[tuple[Identity, Member]]:
+        """Who may hand over to whom: two mixed workers never, as each could keep for the other what it needs itself."""
+        ready = self._ready()
+        return [
+            (source.identity, sink)
+            for source in ready
+            if source.role.prefills
+            for sink in ready
+            if sink.role.decodes and (sink is source or not (source.role.decodes and sink.role.prefills))
+        ]
 
     def _room(self, source: Identity, sink: Member, prompt: int) -> int:
         """Tokens of it that `sink` can hold; while a worker hands over to itself it holds the prompt twice."""

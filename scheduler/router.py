@@ -8,7 +8,7 @@ alike: when their placement is lost after the first token, each goes on by itsel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 from core.errors import LocalError
@@ -26,13 +26,13 @@ from core.messages import (
     ToWorker,
 )
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
-from core.worker import Identity, Member
+from core.sampling import Logprobs
+from core.worker import Identity, Member, Role
+from scheduler.calls import Branch, Call, Flight
 from scheduler.placement import Load, Workers
 
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
-REPORTS: tuple[type[ToGateway], ...] = (Handed, Finished, Failed)
-"""Messages that carry stages, in the order of a request's life."""
 
 
 # Events (beside the messages from workers).
@@ -91,6 +91,10 @@ class Deliver:
     tokens: tuple[int, ...]
     logits_hashes: tuple[int, ...]
     branch: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
+    """One for each token of the prompt, if they were asked for; once, before any token or with the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,80 +142,6 @@ class RouterConfig:
     """Placements of one request before it fails."""
 
 
-@dataclass(slots=True)
-class _Branch:
-    """One continuation, as its client knows it."""
-
-    tokens: list[int] = field(default_factory=list)
-    done: bool = False
-
-
-@dataclass(slots=True)
-class _Call:
-    """A client's request."""
-
-    counter: int
-    request: Request
-    arrived_at: float
-    branches: list[_Branch]
-    flights: list[_Flight] = field(default_factory=list)
-    offers: int = 0
-    """Numbers the offers, so that a late answer to an old one is told apart."""
-    cached_tokens: int = 0
-    stages: list[Stage] = field(default_factory=list)
-    placements: int = 0
-    """Of its most often placed flight."""
-
-    @property
-    def deadline(self) -> float:
-        return self.arrived_at + self.request.timeout_s
-
-
-@dataclass(slots=True)
-class _Flight:
-    """One or all continuations of a request, on their way through one prefill and one decode worker."""
-
-    call: _Call
-    branches: tuple[int, ...]
-    """Which of the call's; messages count them from 0."""
-    request: Request
-    """What is left to do; made anew for each offer."""
-    phase: Phase = Phase.QUEUED
-    placements: int = 0
-    """Offers that were accepted."""
-    placed: Ticket | None = None
-    second: Identity | None = None
-    tried: set[Identity] = field(default_factory=set)
-    refusals: list[Reject] = field(default_factory=list)
-    queued_at: float = 0.0
-    offered_at: float = 0.0
-    base: int = 0
-    """Tokens delivered before this attempt began; its own count starts there."""
-    broken: set[Identity] = field(default_factory=set)
-    """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
-    untold: list[int] = field(default_factory=list)
-    """Of `branches`: done while the sink could not be told yet."""
-    handed: bool = False
-    """The prefill worker has reported its stages for this attempt."""
-    finished: Finished | None = None
-    """All tokens are here; only reports of stages may still be on their way."""
-    owing: dict[type[ToGateway], Identity] = field(default_factory=dict)
-    """Reports that are awaited, and from whom."""
-    finished_at: float = 0.0
-    reports: dict[type[ToGateway], tuple[Stage, ...]] = field(default_factory=dict)
-    """The stages that came with the last message of each kind."""
-
-    @property
-    def ticket(self) -> Ticket:
-        """Of the attempt under way."""
-        assert self.placed is not None
-        return self.placed
-
-    def live(self) -> list[int]:
-        """Continuations that go on."""
-        return [branch for branch in self.branches if not self.call.branches[branch].done]
-
-
 class Router:
     """All requests of one gateway. Each `Arrived` ends in exactly one `End`."""
 
@@ -219,8 +149,8 @@ class Router:
         self._me = me
         self._config = config
         self._workers = Workers()
-        self._calls: dict[int, _Call] = {}
-        self._flights: dict[str, _Flight] = {}
+        self._calls: dict[int, Call] = {}
+        self._flights: dict[str, Flight] = {}
         """By the key of their ticket: at rest, everyone has one."""
         self._alarms: list[tuple[float, str]] = []
         """A heap of when each flight may need a look; stale entries are dropped when they come up."""
@@ -285,13 +215,15 @@ class Router:
             carried = [branch for flight in call.flights for branch in flight.live()]
             living = [index for index, branch in enumerate(call.branches) if not branch.done]
             assert sorted(carried) == living, "a continuation is lost or placed twice"
+            assert not call.prompt_due or not any(branch.tokens or branch.done for branch in call.branches)
             for branch in call.branches:
                 assert len(branch.tokens) <= call.request.sampling.max_tokens
 
     # Placing.
     def _arrived(self, counter: int, request: Request, now: float) -> list[RouterCommand]:
-        branches = [_Branch() for _ in range(request.sampling.n)]
-        call = self._calls[counter] = _Call(counter, request, now, branches)
+        branches = [Branch() for _ in range(request.sampling.n)]
+        due = request.sampling.prompt_logprobs is not None
+        call = self._calls[counter] = Call(counter, request, now, branches, due)
         if missing := self.missing():
             return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
         if why := self._workers.too_large(request):
@@ -299,14 +231,14 @@ class Router:
         return self._place(call, tuple(range(len(branches))), 0, set(), now)
 
     def _place(
-        self, call: _Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
+        self, call: Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
     ) -> list[RouterCommand]:
         """Put continuations on their way: all of them with the prompt alone, or one with its tokens so far."""
-        flight = _Flight(call, branches, call.request, placements=placements, tried=tried, queued_at=now)
+        flight = Flight(call, branches, call.request, placements=placements, tried=tried, queued_at=now)
         call.flights.append(flight)
         return self._offer(flight, now)
 
-    def _offer(self, flight: _Flight, now: float) -> list[RouterCommand]:
+    def _offer(self, flight: Flight, now: float) -> list[RouterCommand]:
         """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
         call = flight.call
         flight.request = self._rest(flight, now)
@@ -330,10 +262,12 @@ class Router:
         offer = Offer(ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
         return [ToOne(source, offer)]
 
-    def _rest(self, flight: _Flight, now: float) -> Request:
+    def _rest(self, flight: Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
         call, request = flight.call, flight.call.request
         request = replace(request, timeout_s=max(0.0, call.deadline - now))
+        if request.sampling.prompt_logprobs is not None and not call.prompt_due:
+            request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
         if len(flight.branches) > 1:
             flight.base = 0
             return request
@@ -341,14 +275,15 @@ class Router:
         done = tuple(call.branches[branch].tokens)
         flight.base = len(done)
         sampling = request.sampling.branch(branch)
+        most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
         return replace(
             request,
             prompt=request.prompt + done,
-            sampling=replace(sampling, max_tokens=sampling.max_tokens - len(done)),
+            sampling=replace(sampling, max_tokens=most, min_tokens=least),
             generated=request.generated + len(done),
         )
 
-    def _shed(self, flight: _Flight) -> list[RouterCommand]:
+    def _shed(self, flight: Flight) -> list[RouterCommand]:
         call = flight.call
         phase = Phase.FAILED if any(branch.tokens for branch in call.branches) else Phase.REJECTED
         if not flight.refusals:
@@ -367,6 +302,12 @@ class Router:
             return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
         if flight.finished is not None:
             return self._reported(flight, message)
+        early = isinstance(message, Finished) or (isinstance(message, Tokens) and not message.prompt_logprobs)
+        if early and flight.call.prompt_due:
+            flight.held.append(message)
+            return []
+        if isinstance(message, Handed | Finished | Failed):
+            flight.reports[flight.part(message)] = message.stages
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
@@ -378,22 +319,24 @@ class Router:
                 flight.refusals.append(message)
                 return self._again(flight, now)
             case Tokens():
-                return self._tokens(flight, message, now)
-            case Handed(_, stages):
-                flight.reports[Handed] = stages
+                commands = self._tokens(flight, message, now)
+                held, flight.held = flight.held, []
+                for each in held:
+                    commands += self._heard(each, now)
+                return commands
+            case Handed():
                 flight.handed = True
                 return self._moved(flight, message.ticket, now)
             case Finished():
                 return self._finished(flight, message, now)
-            case Failed(_, code, why, stages):
-                flight.reports[Failed] = stages
+            case Failed(_, code, why):
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
                     return self._lost_attempt(flight, why, now, blamed)
                 return self._end(flight.call, Phase.FAILED, why, code)
 
-    def _accepted(self, flight: _Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
+    def _accepted(self, flight: Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
         call, ticket = flight.call, flight.ticket
         self._enter(flight, Phase.PREFILLING)
         call.cached_tokens = cached_tokens
@@ -404,7 +347,7 @@ class Router:
         flight.request = replace(flight.request, timeout_s=max(0.0, call.deadline - now))
         return [ToOne(ticket.source, Prompt(ticket, flight.request, flight.second))]
 
-    def _tokens(self, flight: _Flight, message: Tokens, now: float) -> list[RouterCommand]:
+    def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
         if message.branch >= len(flight.branches):
             return self._ignore()
@@ -416,37 +359,44 @@ class Router:
         first = flight.base + message.index
         if first > have:
             return self._lost_attempt(flight, f"token {first} came after {have} tokens", now)
-        fresh = message.tokens[have - first :]
-        if not fresh:
+        new = slice(have - first, None)
+        fresh = message.tokens[new]
+        told = message.prompt_logprobs if flight.call.prompt_due else ()
+        if not fresh and not told:
             return []
         branch.tokens.extend(fresh)
-        if flight.phase is Phase.PREFILLING:
+        if told:
+            flight.call.prompt_due = False
+        if fresh and flight.phase is Phase.PREFILLING:
             self._enter(flight, Phase.HANDING_OFF)
-        deliver = Deliver(flight.call.counter, fresh, message.logits_hashes[have - first :], index)
+        hashes, logprobs = message.logits_hashes[new], message.logprobs[new]
+        deliver = Deliver(flight.call.counter, fresh, hashes, index, logprobs, told)
         if len(branch.tokens) > flight.base + 1:
             return [deliver, *self._moved(flight, message.ticket, now)]
         return [deliver]
 
-    def _finished(self, flight: _Flight, message: Finished, now: float) -> list[RouterCommand]:
+    def _finished(self, flight: Flight, message: Finished, now: float) -> list[RouterCommand]:
         if message.branch >= len(flight.branches):
             return self._ignore()
         index = flight.branches[message.branch]
         branch = flight.call.branches[index]
-        flight.reports[Finished] = message.stages
         if branch.done:
             return []
         if flight.base + message.completion_tokens != len(branch.tokens):
             why = f"{flight.base + message.completion_tokens} tokens were generated, {len(branch.tokens)} came"
             return self._lost_attempt(flight, why, now)
+        commands = self._moved(flight, message.ticket, now) if message.decoded else []
+        if message.ticket.key not in self._flights:
+            return commands
         if flight.live() != [index]:
-            return self._complete(flight.call, index, message.reason, message.stop_token_id)
-        recall = self._recall(flight, "done", report=True) if flight.untold else []
+            return [*commands, *self._complete(flight.call, index, message.reason, message.stop_token_id)]
+        commands += self._recall(flight, "done", report=True) if flight.untold else []
         # Two streams: the prefill worker's report may come after the decode worker's last word.
         late = flight.phase is Phase.DECODING and not flight.handed
-        owing: dict[type[ToGateway], Identity] = {Handed: flight.ticket.source} if late or flight.untold else {}
-        return [*recall, *self._wait(flight, replace(message, branch=index), owing, now)]
+        owing = {Role.PREFILL: flight.ticket.source} if late or flight.untold else {}
+        return [*commands, *self._wait(flight, replace(message, branch=index), owing, now)]
 
-    def _moved(self, flight: _Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
+    def _moved(self, flight: Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
         """The sink has the KV; it may be the second choice, and it may have died since."""
         if flight.phase is not Phase.HANDING_OFF:
             return []
@@ -460,7 +410,7 @@ class Router:
         return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
 
     # Ends.
-    def _satisfied(self, call: _Call, index: int, now: float) -> list[RouterCommand]:
+    def _satisfied(self, call: Call, index: int, now: float) -> list[RouterCommand]:
         """Recall what is left of a continuation; after the last, wait a little for the stages of what was done."""
         flight = next((flight for flight in call.flights if index in flight.live()), None)
         if flight is None or flight.finished is not None:
@@ -472,43 +422,39 @@ class Router:
             flight.untold.append(local)
             return self._complete(call, index, "stop")
         recall, tokens = self._recall(flight, "stop string", report=True), len(call.branches[index].tokens)
-        owing: dict[type[ToGateway], Identity] = {}
+        owing: dict[Role, Identity] = {}
         if flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and not flight.handed:
-            owing[Handed] = flight.ticket.source
+            owing[Role.PREFILL] = flight.ticket.source
         if flight.phase is Phase.DECODING:
-            owing[Finished] = flight.ticket.sink
-        elif tokens == call.request.sampling.max_tokens:
-            owing = {Finished: flight.ticket.source}  # under way already: nothing is handed over
+            owing[Role.DECODE] = flight.ticket.sink
         finished = Finished(flight.ticket, "stop", tokens - flight.base, branch=index)
         return [*recall, *self._wait(flight, finished, owing, now)]
 
-    def _complete(self, call: _Call, index: int, reason: str, stop_token_id: int | None = None) -> list[RouterCommand]:
+    def _complete(self, call: Call, index: int, reason: str, stop_token_id: int | None = None) -> list[RouterCommand]:
         call.branches[index].done = True
         return [Complete(call.counter, index, reason, stop_token_id)]
 
-    def _wait(
-        self, flight: _Flight, finished: Finished, owing: dict[type[ToGateway], Identity], now: float
-    ) -> list[RouterCommand]:
+    def _wait(self, flight: Flight, finished: Finished, owing: dict[Role, Identity], now: float) -> list[RouterCommand]:
         """All tokens are here; end it when the reports that can still come have."""
         gone = flight.broken | {who for who in owing.values() if who not in self._workers}
         flight.finished, flight.finished_at = finished, now
-        flight.owing = {kind: who for kind, who in owing.items() if who not in gone}
+        flight.owing = {part: who for part, who in owing.items() if who not in gone}
         if not flight.owing or len(flight.call.flights) > 1:
             return self._finish(flight)
         heappush(self._alarms, (self._until(flight), flight.ticket.key))
         return []
 
-    def _reported(self, flight: _Flight, message: ToGateway) -> list[RouterCommand]:
+    def _reported(self, flight: Flight, message: ToGateway) -> list[RouterCommand]:
         """A worker that failed before it was recalled has nothing to add, either."""
-        kind = type(message)
-        if isinstance(message, Failed):
-            kind = Finished if flight.phase is Phase.DECODING else Handed
-        if not isinstance(message, Handed | Finished | Failed) or flight.owing.pop(kind, None) is None:
+        if not isinstance(message, Handed | Finished | Failed):
             return self._ignore()
-        flight.reports[type(message)] = message.stages
+        part = flight.part(message)
+        if flight.owing.pop(part, None) is None:
+            return self._ignore()
+        flight.reports[part] = message.stages
         return [] if flight.owing else self._finish(flight)
 
-    def _finish(self, flight: _Flight) -> list[RouterCommand]:
+    def _finish(self, flight: Flight) -> list[RouterCommand]:
         """The last continuation of a flight is done, and with the last flight the request."""
         assert flight.finished is not None
         call, end = flight.call, flight.finished
@@ -525,7 +471,7 @@ class Router:
             if self._flights.get(key) is not flight:
                 continue  # ended with a sibling
             if flight.finished is not None:
-                flight.owing = {kind: who for kind, who in flight.owing.items() if who != identity}
+                flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
                 continue
             flight.broken.add(identity)
@@ -537,7 +483,7 @@ class Router:
         return commands
 
     def _lost_attempt(
-        self, flight: _Flight, why: str, now: float, blamed: Identity | None = None
+        self, flight: Flight, why: str, now: float, blamed: Identity | None = None
     ) -> list[RouterCommand]:
         """Place what is left again, elsewhere than at the `blamed` prefill worker if there is another."""
         call = flight.call
@@ -565,7 +511,7 @@ class Router:
                 commands += self._place(call, (index,), flight.placements, set(tried), now)
         return commands
 
-    def _again(self, flight: _Flight, now: float) -> list[RouterCommand]:
+    def _again(self, flight: Flight, now: float) -> list[RouterCommand]:
         """Offer the same to the next."""
         self._drop(flight, Phase.QUEUED)
         flight.call.flights.append(flight)
@@ -590,7 +536,7 @@ class Router:
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
 
-    def _until(self, flight: _Flight) -> float:
+    def _until(self, flight: Flight) -> float:
         deadline = flight.call.deadline
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
@@ -598,7 +544,7 @@ class Router:
         return min(offer, deadline)
 
     def _recall(
-        self, flight: _Flight, reason: str, *, report: bool = False, branch: int | None = None
+        self, flight: Flight, reason: str, *, report: bool = False, branch: int | None = None
     ) -> list[RouterCommand]:
         """Cancel at every worker that may hold something for this attempt."""
         ticket = flight.placed
@@ -611,7 +557,7 @@ class Router:
 
     def _end(
         self,
-        call: _Call,
+        call: Call,
         phase: Phase,
         reason: str,
         code: str,
@@ -619,7 +565,7 @@ class Router:
         retry_s: float | None = None,
         stop_token_id: int | None = None,
         branch: int = 0,
-        recalled: _Flight | None = None,
+        recalled: Flight | None = None,
     ) -> list[RouterCommand]:
         """Over for the client, and for every worker that still has something of it."""
         commands: list[RouterCommand] = []
@@ -642,7 +588,7 @@ class Router:
         )
         return [*commands, end]
 
-    def _enter(self, flight: _Flight, phase: Phase) -> None:
+    def _enter(self, flight: Flight, phase: Phase) -> None:
         if phase not in PHASE_NEXT[flight.phase]:
             raise LocalError(f"request {flight.call.counter}: got {phase} after {flight.phase}")
         flight.phase = phase
@@ -653,10 +599,11 @@ class Router:
             load = Load(ticket.source, prompt, ticket.sink, self._workers.size(flight.request))
             self._workers.hold(ticket.key, None if over else load)
 
-    def _drop(self, flight: _Flight, phase: Phase) -> None:
+    def _drop(self, flight: Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
-        flight.call.stages += (stage for kind in REPORTS for stage in flight.reports.pop(kind, ()))
+        for part in (Role.PREFILL, Role.DECODE):
+            flight.call.stages += flight.reports.pop(part, ())
         flight.call.flights.remove(flight)
         if flight.placed is not None:
             del self._flights[flight.placed.key]

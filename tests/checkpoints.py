@@ -108,6 +108,138 @@ def make_llama(
     return folder
 
 
+SMALL: dict[str, Any] = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+    "vocab_size": 128,
+}
+LLAMA = SMALL | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+MISTRAL = SMALL | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+QWEN2 = SMALL | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "max_window_layers": 1,
+    "rope_theta": 1000000.0,
+    "sliding_window": 24,
+    "use_sliding_window": False,
+}
+QWEN3 = QWEN2 | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 32,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+}
+GEMMA2 = SMALL | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "model_type": "gemma2",
+    "attention_bias": False,
+    "attn_logit_softcapping": 3.0,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": 9.0,
+    "head_dim": 32,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 20,
+    "rope_theta": 10000.0,
+    "sliding_window": 24,
+    "sliding_window_size": 24,
+}
+GEMMA3 = SMALL | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": None,
+    "head_dim": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 7,
+    "query_pre_attn_scalar": 20,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "rope_theta": 1000000.0,
+    "sliding_window": 24,
+    "sliding_window_pattern": 6,
+}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32, "type": "yarn"}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama 2": LLAMA | {"num_key_value_heads": 4, "pretraining_tp": 1, "rope_scaling": None},
+    "Llama 3": LLAMA
+    | {
+        "mlp_bias": False,
+        "rope_scaling": LLAMA3_ROPE | {"original_max_position_embeddings": 32},
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "Llama, attention bias": LLAMA | {"attention_bias": True},
+    "Llama, linear rope": LLAMA | {"rope_scaling": {"factor": 3.0, "type": "linear"}},
+    "Llama, dynamic rope": LLAMA | {"rope_scaling": {"factor": 3.0, "type": "dynamic"}},
+    "Llama, yarn with mscale": LLAMA
+    | {
+        "rope_parameters": YARN
+        | {
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+            "rope_theta": 5000.0,
+            "truncate": False,
+        }
+    },
+    "Mistral": MISTRAL | {"head_dim": None, "sliding_window": 24},
+    "Qwen2": QWEN2,
+    "Qwen2.5, yarn": QWEN2 | {"rope_scaling": YARN},
+    "Qwen2, sliding window": QWEN2 | {"use_sliding_window": True},
+    "Qwen3": QWEN3,
+    "Gemma 2": GEMMA2,
+    "Gemma 3": GEMMA3,
+}
+"""Small models of every architecture, their configs in the spelling of the checkpoints on the hub."""
+
+
+def make_model(directory: str | Path, config: dict[str, Any], seed: int = 0) -> Path:
+    """Write a random model of any architecture into `directory` and return it.
+
+    Norms, biases and scales are such that a forgotten one shows. All numbers are bf16 ones, whatever the dtype.
+    """
+    from engine.config import ModelConfig
+    from engine.weights import EMBEDDING, LM_HEAD, shapes
+
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    source = torch.Generator().manual_seed(seed)
+    read = ModelConfig.parse(config)
+    gains = {"q_proj": 1.2, "k_proj": 1.2, "o_proj": 1.5, "down_proj": 1.5, LM_HEAD: 3.0}
+    gains[EMBEDDING] = 1.0 if read.embedding_scale > 1 else (0.2 if read.tied else 1.0) * read.hidden**0.5
+    tensors = {}
+    for name, shape in shapes(read).items():
+        part = name.split(".")[-2]
+        numbers = torch.randn(shape, generator=source)
+        if part.endswith("norm"):
+            numbers = 1 - read.norm_offset + 0.3 * numbers
+        elif name.endswith("bias"):
+            numbers *= 0.5
+        else:
+            numbers *= gains.get(name, gains.get(part, 1.0)) * shape[1] ** -0.5
+        tensors[name] = numbers.bfloat16().to(DTYPES[read.dtype])
+    _save(folder, tensors, 1)
+    return folder
+
+
 def _save(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

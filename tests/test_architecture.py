@@ -48,7 +48,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
     "kernels": {"torch", "triton", "numpy"},
     "transfer": {"nixl_cu13", "numpy", "zmq"},
     "engine": {"torch", "numpy", "safetensors"},
-    "gateway": {"grpc", "jinja2", "tokenizers"},
+    "gateway": {"grpc", "jinja2", "smg_grpc_proto", "tokenizers"},
 }
 
 # Rooms and files without I/O, concurrency or tensors.

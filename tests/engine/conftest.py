@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.engine import TorchEngine
-from tests.checkpoints import LLAMA3_ROPE, make_llama
+from tests.checkpoints import LLAMA3_ROPE, MODELS, make_llama, make_model
 
 MIB = 2**20
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small models gain nothing by a second thread, and on a busy machine two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Small checkpoints by name, made once."""
+    """Small checkpoints by name, made once: Llamas of many shapes, and `MODELS`."""
     root = tmp_path_factory.mktemp("checkpoints")
     variants: dict[str, dict[str, Any]] = {
         "gqa": {},
@@ -34,7 +44,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = make_llama(root / name, **variants[name])
+            folder = root / name
+            made[name] = make_model(folder, MODELS[name]) if name in MODELS else make_llama(folder, **variants[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def oracle(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
+    """transformers' model of a named checkpoint, in fp32, without a tensor too many or too few."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name], info = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint(name), dtype=torch.float32, output_loading_info=True
+            )
+            assert not info["missing_keys"] | info["unexpected_keys"]
         return made[name]
 
     return get

@@ -40,23 +40,18 @@ def strip(samples):
     return [(sample.position, sample.token, sample.finish, sample.logits_hash) for sample in samples]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_schedule_gives_the_same_bits(exact, data):
-    engines, truth = exact
+def any_schedule(data, engine, pairs, truth):
+    """Some of `pairs` at the same time, chunked and interleaved anyhow on shuffled pages of NaN, give their `truth`."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
-    chosen = data.draw(st.lists(st.integers(0, len(PAIRS) - 1), min_size=1, max_size=8, unique=True))
-    source = engines[data.draw(st.sampled_from([0, 2]))]
-    poison(source)
-    dealer = Dealer(source, rng)
+    chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=8, unique=True))
+    poison(engine)
+    dealer = Dealer(engine, rng)
     got: dict[str, list] = {}
     work: dict[str, list[tuple[int, int]]] = {}
-    pages = {}
     for number in chosen:
-        prompt, sampling = PAIRS[number]
+        prompt, sampling = pairs[number]
         name = str(number)
-        pages[name] = dealer.deal(len(prompt) + sampling.max_tokens)
-        source.open(name, prompt, pages[name], sampling, len(prompt))
+        engine.open(name, prompt, dealer.deal(len(prompt) + sampling.max_tokens), sampling, len(prompt))
         work[name] = chunks(0, len(prompt), [rng.choice([1, 3, 8, 31, 64, 200]) for _ in range(1000)])
         got[name] = []
     while work:
@@ -65,15 +60,65 @@ def test_any_schedule_gives_the_same_bits(exact, data):
         rows = [Row(name, *work[name][0]) for name in names]
         for name in names:
             work[name].pop(0)
-        for sample in source.step(rows):
+        for sample in engine.step(rows):
             name = sample.sequence
             got[name].append(sample)
             if sample.finish is None:
                 work[name].append((sample.position, sample.position + 1))
         work = {name: left for name, left in work.items() if left}
     for number in chosen:
-        source.close(str(number))
+        engine.close(str(number))
         assert strip(got[str(number)]) == strip(truth[number])
+
+
+def recomputed(engine, pair, truth, sizes):
+    """With the first four tokens known, the others come out as before."""
+    prompt, sampling = pair
+    known = prompt + [sample.token for sample in truth[:4]]
+    poison(engine)
+    engine.open("s", known, Dealer(engine).deal(len(known) + 8), sampling, len(prompt))
+    got = []
+    for start, stop in chunks(0, len(known), sizes):
+        got += engine.step([Row("s", start, stop)])
+    while got[-1].finish is None:
+        got += engine.step([Row("s", got[-1].position, got[-1].position + 1)])
+    engine.close("s")
+    assert strip(got) == strip(truth[4:])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_schedule_gives_the_same_bits(exact, data):
+    engines, truth = exact
+    any_schedule(data, engines[data.draw(st.sampled_from([0, 2]))], PAIRS, truth)
+
+
+@pytest.fixture(scope="module")
+def exact_model(engine):
+    """An exact engine of an architecture, and what each of some pairs gives when alone."""
+    made = {}
+    pairs = [(prompt, SAMPLINGS[number % 3]) for number, prompt in enumerate(PROMPTS)]
+
+    def get(name, dtype, native):
+        if (name, dtype, native) not in made:
+            one = engine(name, dtype=dtype, native=native, exact=True, kv_memory=4 * 2**20)
+            assert one.backend == ("exact-native" if native else "exact-torch")
+            poison(one)
+            made[name, dtype, native] = one, pairs, [alone(one, *pair) for pair in pairs]
+        return made[name, dtype, native]
+
+    return get
+
+
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
+@pytest.mark.parametrize("name", ["Qwen2, sliding window", "Qwen3", "Gemma 2", "Gemma 3"])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_schedule_of_any_architecture_gives_the_same_bits(exact_model, name, dtype, native, data):
+    one, pairs, truth = exact_model(name, dtype, native)
+    any_schedule(data, one, pairs, truth)
+    number = data.draw(st.integers(0, len(pairs) - 1))
+    recomputed(one, pairs[number], truth[number], data.draw(st.sampled_from([(10**9,), (5,), (100, 1)])))
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -104,18 +149,7 @@ def test_a_move_changes_no_bit(exact, number, after, seed):
 @pytest.mark.parametrize("sizes", [(10**9,), (5,), (100, 1)])
 def test_recomputing_prompt_and_output_changes_no_bit(exact, number, sizes):
     (_, _, other), truth = exact
-    prompt, sampling = PAIRS[number]
-    want = truth[number]
-    known = prompt + [sample.token for sample in want[:4]]
-    poison(other)
-    other.open("s", known, Dealer(other).deal(len(known) + 8), sampling, len(prompt))
-    got = []
-    for start, stop in chunks(0, len(known), sizes):
-        got += other.step([Row("s", start, stop)])
-    while got[-1].finish is None:
-        got += other.step([Row("s", got[-1].position, got[-1].position + 1)])
-    other.close("s")
-    assert strip(got) == strip(want[4:])
+    recomputed(other, PAIRS[number], truth[number], sizes)
 
 
 def test_a_cpu_that_is_not_exact_is_refused(engine, monkeypatch):

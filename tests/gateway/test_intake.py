@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from core.config import GatewayConfig
 from core.errors import RequestError
+from core.sampling import Sampling
 from gateway.intake import Intake, ModelFacts
 from gateway.text import Tokenizer
 from protos.baton.v1 import inference_pb2
@@ -40,6 +42,90 @@ def test_without_max_tokens_a_request_fills_what_there_is(tokenizer, decode_toke
 def test_max_tokens_that_was_asked_for_is_never_changed(tokenizer):
     request, _ = intake(tokenizer).request(asked(max_tokens=70), None, 30)
     assert request.sampling.max_tokens == 70
+
+
+def test_every_option_of_sampling_reaches_it(tokenizer):
+    made = asked(
+        max_tokens=70,
+        temperature=0.5,
+        top_k=9,
+        top_p=0.5,
+        seed=3,
+        stop_token_ids=[7],
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+        logit_bias={9: 1.5, 4: -100.0},
+        min_tokens=11,
+        logprobs=0,
+        prompt_logprobs=20,
+        n=1,
+    )
+    request, _ = intake(tokenizer).request(made, None, 0)
+    assert request.sampling == Sampling(
+        70,
+        temperature=0.5,
+        top_k=9,
+        top_p=0.5,
+        seed=3,
+        stop_token_ids=(7, 1),
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.75,
+        logit_bias=((4, -100.0), (9, 1.5)),
+        min_tokens=11,
+        logprobs=0,
+        prompt_logprobs=20,
+    )
+    plain, _ = intake(tokenizer).request(asked(max_tokens=70, seed=3), None, 0)
+    assert plain.sampling == Sampling(70, seed=3, stop_token_ids=(1,))
+    assert not plain.sampling.bends
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"min_p": -0.5}, r"^min_p: got -0.5, want in \[0, 1\]"),
+        ({"min_p": math.nan}, "^min_p: got nan"),
+        ({"repetition_penalty": 0.0}, "^repetition_penalty: got 0.0, want a finite number above 0"),
+        ({"repetition_penalty": math.inf}, "^repetition_penalty: got inf"),
+        ({"presence_penalty": 2.5}, r"^presence_penalty: got 2.5, want in \[-2, 2\]"),
+        ({"frequency_penalty": math.nan}, "^frequency_penalty: got nan"),
+        ({"logit_bias": {2048: 1.0}}, r"^logit_bias: got 2048, want 0\.\.2047"),
+        ({"logit_bias": {-1: 1.0}}, "^logit_bias: got -1"),
+        ({"logit_bias": {5: 101.0}}, r"^logit_bias: got 101.0 for token 5, want in \[-100, 100\]"),
+        ({"logit_bias": {5: math.nan}}, "^logit_bias: got nan for token 5"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "^logit_bias: got 1025 tokens, want at most 1024"),
+        ({"min_tokens": -1}, "^min_tokens: got -1"),
+        ({"min_tokens": 71}, "^min_tokens: got 71, want 0 to max_tokens, 70"),
+        ({"logprobs": 21}, "^logprobs: got 21, want 0 to 20"),
+        ({"prompt_logprobs": -1}, "^prompt_logprobs: got -1, want 0 to 20"),
+        ({"n": 0}, "^n: got 0, want 1 to 64"),
+        ({"n": 65}, "^n: got 65, want 1 to 64"),
+    ],
+)
+def test_a_bad_option_is_the_callers_error_and_says_what_was_wanted(tokenizer, fields, message):
+    with pytest.raises(RequestError, match=message) as error:
+        intake(tokenizer).request(asked(max_tokens=70, **fields), None, 0)
+    assert error.value.code == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize(("length", "most"), [(20, 20), (3120, 20), (3121, 19), (65536, 0)])
+def test_no_more_numbers_are_given_of_a_prompt_than_fit_into_a_message(tokenizer, length: int, most: int):
+    made = inference_pb2.GenerateRequest(max_tokens=1, prompt_logprobs=most)
+    made.token_ids.ids.extend([5] * length)
+    here = intake(tokenizer, context=200_000)
+    assert here.request(made, None, 0)[0].sampling.prompt_logprobs == most
+    made.prompt_logprobs = most + 1
+    if most < 20:
+        with pytest.raises(RequestError, match=f"got {most + 1}, want at most {most} for {length} tokens"):
+            here.request(made, None, 0)
+    made.token_ids.ids.extend([5] * 65536)
+    made.prompt_logprobs = 0
+    with pytest.raises(RequestError, match="prompt_logprobs: got 0, want none for"):
+        here.request(made, None, 0)
 
 
 def test_text_with_a_token_that_the_model_does_not_know_is_refused(tokenizer):

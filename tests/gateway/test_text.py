@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from core.errors import ModelError, RequestError
-from gateway.text import Detokenizer, StopStrings, TextStream, Tokenizer
+from gateway.text import Detokenizer, Piece, StopStrings, TextStream, Tokenizer
 from tests.gateway.tokenizers_made import CORPUS, MADE, byte_level, save, words_only
 
 
@@ -163,9 +163,9 @@ SOME_TEXT = st.text("ab\n", max_size=30)
 SOME_STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)
 
 
-def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
-    """The plain definition: the stop that is complete first, the longest of those that end there."""
-    for end in range(len(text) + 1):
+def first_stop(text: str, stops: list[str], after: int = 0) -> tuple[int, str] | None:
+    """The plain definition: the stop complete first behind `after` characters, the longest of those that end there."""
+    for end in range(after + 1, len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
             stop = max(ending, key=len)
@@ -178,13 +178,16 @@ def split(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
-@given(text=SOME_TEXT, stops=SOME_STOPS, cuts=st.lists(st.integers(0, 30), max_size=10))
-def test_the_first_stop_is_found_however_the_text_is_cut(text: str, stops: list[str], cuts: list[int]) -> None:
-    matcher = StopStrings(stops)
+@given(text=SOME_TEXT, stops=SOME_STOPS, cuts=st.lists(st.integers(0, 30), max_size=10), least=st.integers(0, 6))
+def test_the_first_stop_is_found_however_the_text_is_cut(
+    text: str, stops: list[str], cuts: list[int], least: int
+) -> None:
+    """It is the first that is completed behind the least number of tokens."""
+    matcher = StopStrings(stops, least)
     parts = split(text, cuts)
     got = [matcher.feed(part) for part in parts]
     sent = "".join(piece.text for piece in got)
-    wanted = first_stop(text, stops)
+    wanted = first_stop(text, stops, len("".join(parts[:least])))
     if wanted is None:
         assert all(piece.stop is None for piece in got)
         assert got[-1].tokens == len(parts)
@@ -217,6 +220,22 @@ def test_no_more_is_held_back_than_what_may_become_a_stop(text: str, stops: list
 def test_of_two_stops_complete_together_the_longer_counts() -> None:
     piece = StopStrings(["</s>", "END</s>"]).feed("the END</s> more")
     assert (piece.text, piece.stop) == ("the ", "END</s>")
+
+
+def test_a_stop_that_begins_in_the_first_tokens_and_ends_behind_them_counts() -> None:
+    matcher = StopStrings(["ab", "ba"], after=2)
+    assert [matcher.feed(part) for part in ("ab", "xa")] == [Piece("a", 1), Piece("bx", 2)]
+    assert matcher.feed("b") == Piece("", 3, "ab")
+
+
+def test_no_stop_counts_in_the_least_number_of_tokens_of_a_stream() -> None:
+    tokenizer = load("byte level")
+    ids = [tokenizer.encode(letter, special=False)[0] for letter in "aeaea"]
+    for least, used in ((0, 2), (1, 2), (2, 4), (3, 4), (4, 5)):
+        stream = TextStream(tokenizer, ["ae"], min_tokens=least)
+        piece = stream.feed(ids)
+        assert (piece.tokens, piece.stop) == (used, "ae" if least < 4 else None)
+        assert piece.text + stream.flush().text == "aeaea"[: used - (2 if least < 4 else 0)]
 
 
 def test_an_empty_stop_is_refused() -> None:

@@ -158,6 +158,8 @@ class Live:
             self.deployment.start()
             self._note()
             self.wait_ready()
+            self.deployment.open_http()
+            self._note()
         except BaseException:
             self.deployment.stop()
             raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from core.config import DeploymentConfig
 from tests.checkpoints import make_llama
@@ -56,7 +57,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Live]:
     """Starts a deployment; whoever calls it also stops it."""
 
     def start(name: str, model: Path, say: Callable[[str], None] = lambda line: None, **settings: Any) -> Live:
-        config = DeploymentConfig(model=str(model), port=0, check=True, **{**TINY, **settings})
+        config = DeploymentConfig(model=str(model), port=0, **{"check": True, **TINY, **settings})
         live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say)
         _started.append(live)
         live.start()
@@ -77,3 +78,9 @@ def live(launch: Callable[..., Live], model: Path) -> Iterator[Live]:
 def reference(model: Path) -> Reference:
     """What `live` must generate."""
     return Reference(model, dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: Path) -> Tokenizer:
+    """The model's tokenizer, without our code around it."""
+    return Tokenizer.from_file(str(model / "tokenizer.json"))

@@ -6,7 +6,6 @@ import asyncio
 import signal
 
 import pytest
-from tokenizers import Tokenizer
 
 from core.sampling import Sampling
 from protos.baton.v1 import common_pb2, inference_pb2
@@ -17,12 +16,6 @@ from tests.live.conftest import TEMPLATE
 SAMPLINGS = ({}, {"temperature": 0.8, "seed": 11}, {"temperature": 1.1, "top_k": 20, "top_p": 0.9, "seed": 12})
 SMALL_WINDOW = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
 """A client that takes 1 kB before the server must wait for it."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model):
-    """The model's tokenizer, without our code around it."""
-    return Tokenizer.from_file(str(model / "tokenizer.json"))
 
 
 def test_64_streams_on_one_gateway_are_each_their_own(live, reference):

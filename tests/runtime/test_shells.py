@@ -25,7 +25,9 @@ class Fragile:
         self.cursed = cursed
         self.known: dict[str, tuple[int, int]] = {}
 
-    def open(self, sequence: str, tokens: Sequence[int], pages: Sequence[int], sampling, prompt: int) -> None:
+    def open(
+        self, sequence: str, tokens: Sequence[int], pages: Sequence[int], sampling, prompt: int, generated: int = 0
+    ) -> None:
         if self.cursed == f"open {sequence}":
             raise ValueError("no such token")
         self.known[sequence] = (prompt, sampling.max_tokens)

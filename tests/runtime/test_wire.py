@@ -13,7 +13,7 @@ from core import messages as m
 from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
-from core.sampling import MAX_N, MAX_SEED, Sampling
+from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
 from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
@@ -29,9 +29,11 @@ identities = st.builds(Identity, st.text(min_size=1, max_size=8), st.integers(0,
 shapes = st.builds(KvShape, *[st.integers(1, 999)] * 4, st.sampled_from(sorted(ITEM_NBYTES)))
 tickets = st.builds(Ticket, identities, words, counts, identities, identities)
 hints = st.builds(Hints, st.integers(-9, 9), text, text, text, counts, text)
+penalties = st.floats(-MAX_PENALTY, MAX_PENALTY)
+asked = st.none() | st.integers(0, MAX_LOGPROBS)
 samplings = st.builds(
     Sampling,
-    st.integers(1, 2**31 - 1),
+    st.integers(50, 2**31 - 1),
     st.floats(0, 1e6),
     counts,
     st.floats(0, 1, exclude_min=True),
@@ -39,10 +41,20 @@ samplings = st.builds(
     tokens,
     st.booleans(),
     st.integers(1, MAX_N),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 1e300, exclude_min=True),
+    presence_penalty=penalties,
+    frequency_penalty=penalties,
+    logit_bias=st.dictionaries(counts, st.floats(-100, 100), max_size=4).map(lambda bias: tuple(sorted(bias.items()))),
+    min_tokens=st.integers(0, 50),
+    logprobs=asked,
+    prompt_logprobs=asked,
 )
+logs = st.floats(max_value=0, allow_nan=False)
+known = st.builds(Logprobs, counts, logs, tokens, st.lists(logs, max_size=4).map(tuple))
 slos = st.builds(Slo, seconds, seconds)
 requests = st.builds(
-    Request, text, st.lists(counts, min_size=1, max_size=9).map(tuple), samplings, seconds, slos, hints
+    Request, text, st.lists(counts, min_size=1, max_size=9).map(tuple), samplings, seconds, slos, hints, counts
 )
 stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, text, max_size=2)), max_size=3).map(tuple)
 runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
@@ -67,16 +79,25 @@ members = st.builds(
     lanes=st.lists(lanes, max_size=2).map(tuple),
 )
 
-firsts = st.lists(st.builds(m.First, counts, words, counts), max_size=3).map(tuple)
+firsts = st.lists(st.builds(m.First, counts, words, counts, st.none() | known), max_size=3).map(tuple)
 MESSAGES: dict[type, st.SearchStrategy] = {
     m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints),
     m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
     m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
     m.Reject: st.builds(m.Reject, tickets, text, seconds),
-    m.Tokens: st.builds(m.Tokens, tickets, counts, tokens, st.lists(words, max_size=6).map(tuple), counts),
+    m.Tokens: st.builds(
+        m.Tokens,
+        tickets,
+        counts,
+        tokens,
+        st.lists(words, max_size=6).map(tuple),
+        counts,
+        st.lists(known, max_size=3).map(tuple),
+        st.lists(st.none() | known, max_size=3).map(tuple),
+    ),
     m.Handed: st.builds(m.Handed, tickets, stages, st.booleans()),
-    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts),
+    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts, st.booleans()),
     m.Failed: st.builds(m.Failed, tickets, text, text, stages),
     m.Reserve: st.builds(m.Reserve, tickets, requests),
     m.Grant: st.builds(m.Grant, tickets),

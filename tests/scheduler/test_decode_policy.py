@@ -4,7 +4,7 @@ against single steps."""
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -15,6 +15,7 @@ from core.errors import LocalError
 from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
+from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.decode_policy import (
     Answer,
@@ -73,7 +74,7 @@ def test_a_request_from_its_question_to_its_end():
     ]
     assert machine.on(Ran(1, 3), 2.0) == [Run(2, (KEY,), (), (), 4)]
     stages = (Stage("join_wait", "decode-1", 0.0), Stage("decode", "decode-1", 2.0, {"steps": "7"}))
-    end = Tell(Finished(ticket(), "length", 8, None, stages))
+    end = Tell(Finished(ticket(), "length", 8, None, stages, decoded=True))
     assert machine.on(Ran(2, 4, (Ended(KEY, "length", 8),)), 3.0) == [end, Leave(KEY)]
     assert (ledger(machine).holders(), machine.deadline(), machine.ignored) == ((), None, 0)
 
@@ -668,3 +669,67 @@ def test_single_steps_give_the_same_decisions_at_the_same_times_as_long_orders(e
 
     compare()
     assert sum(bound) > len(bound) / 4, "memory was rarely short: this proved nothing"
+
+
+def fork(machine: DecodePolicy, prompt: int = 6, max_tokens: int = 8, n: int = 2, branches: tuple[int, ...] = (0, 1)):
+    """Continuations of one prompt join; returns the request and the commands."""
+    request = replace(ask(prompt, max_tokens), sampling=Sampling(max_tokens, seed=5, n=n))
+    machine.on(Asked(ticket(), request), 0.0)
+    ledger(machine).bind(KEY, SHAPE.pages_for(prompt), Owner.PULLING)
+    ledger(machine).move(KEY, Owner.DECODING)
+    firsts = tuple(First(100 + branch, branch=branch) for branch in branches)
+    return request, machine.on(KvArrived(ticket(), request, firsts, (Stage("pull", "decode-1", 0.5),)), 1.0)
+
+
+def test_continuations_share_the_full_pages_of_their_prompt_and_copy_the_open_one():
+    machine = policy()
+    request, (run,) = fork(machine)
+    alone = [replace(request, sampling=request.sampling.branch(branch)) for branch in (0, 1)]
+    assert run.joining == (
+        Join(f"{KEY}/0", ticket(), alone[0], First(100), (0, 2, 4, 5), (1, 2)),
+        Join(f"{KEY}/1", ticket(), alone[1], First(101, branch=1), (0, 3, 6, 7), (1, 3)),
+    )
+    assert (run.rows, run.growing, run.steps) == ((f"{KEY}/0", f"{KEY}/1"), (), 7)
+    assert (alone[0].sampling.seed, alone[0].sampling.n) == (5, 1)
+    assert ledger(machine).available == 20 - SHAPE.pages_for_branches(6, 8, 2) == 12
+    machine.check()
+
+
+def test_a_prompt_that_fills_its_pages_is_shared_whole():
+    machine = policy()
+    _, (run,) = fork(machine, prompt=8)
+    assert [(join.pages, join.copied) for join in run.joining] == [((0, 1, 2, 3), None), ((0, 1, 4, 5), None)]
+
+
+def test_a_shared_prompt_stays_until_its_last_continuation_ends():
+    machine = policy()
+    fork(machine)
+    told, left = machine.on(Ran(1, 3, (Ended(f"{KEY}/1", "stop", 3, 9),)), 2.0)[:2]
+    assert left == Leave(f"{KEY}/1")
+    assert told.message == Finished(ticket(), "stop", 3, 9, told.message.stages, 1, decoded=True)
+    assert [stage.name for stage in told.message.stages] == ["pull", "join_wait", "decode"]
+    assert ledger(machine).pages(KEY) == (0, 1)
+    machine.check()
+    told, left = machine.on(Ran(2, 4, (Ended(f"{KEY}/0", "length", 8),)), 3.0)
+    assert (told.message.branch, left) == (0, Leave(f"{KEY}/0"))
+    assert ledger(machine).available == 20
+
+
+def test_one_continuation_is_cancelled_and_the_others_go_on():
+    machine = policy()
+    fork(machine)
+    assert machine.on(Cancel(ticket(), "stop string", branch=0), 1.5) == [Cut(1)]
+    assert machine.on(Cancel(ticket(), "stop string", branch=0), 1.5) == []
+    left, run = machine.on(Ran(1, 1), 2.0)
+    assert left == Leave(f"{KEY}/0")
+    assert run.rows == (f"{KEY}/1",)
+    assert machine.on(Cancel(ticket(), "left"), 2.5) == [Cut(2)]
+    assert machine.on(Ran(2, 1), 3.0) == [Leave(f"{KEY}/1")]
+    assert ledger(machine).available == 20
+
+
+def test_continuations_that_ended_with_their_first_token_are_not_joined():
+    machine = policy()
+    _, (run,) = fork(machine, n=3, branches=(2,))
+    assert run.rows == (f"{KEY}/2",)
+    assert ledger(machine).available == 20 - 2 - 3

@@ -13,6 +13,7 @@ from core.errors import LocalError
 from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
+from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.prefill_policy import (
     Answer,
@@ -637,3 +638,15 @@ class PrefillWorker(RuleBasedStateMachine):
 @efforts
 def test_every_accepted_request_ends_once_and_leaves_no_page(effort):
     run_state_machine_as_test(PrefillWorker, settings=effort)
+
+
+def test_continuations_begin_together_and_only_those_that_go_on_are_handed_over():
+    machine = policy()
+    request = replace(ask(max_tokens=4), sampling=Sampling(4, n=3))
+    machine.on(offer(), 0.0)
+    machine.on(Prompt(ticket(), request), 0.0)
+    begun = (Began(KEY, First(5)), Began(KEY, First(2, branch=1), "stop"), Began(KEY, First(6, branch=2)))
+    told, sealed = machine.on(ChunkDone(1, begun), 1.0)
+    assert told.message == Finished(ticket(), "stop", 0, 2, told.message.stages, branch=1)
+    assert sealed.firsts == (First(5), First(6, branch=2))
+    assert machine.on(Cancel(ticket(), "stop string", branch=0), 1.0) == [], "the prompt is that of the others, too"

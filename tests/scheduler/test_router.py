@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 from hypothesis import strategies as st
@@ -22,10 +23,12 @@ from core.messages import (
     Tokens,
 )
 from core.request import Phase, Request, Stage, Ticket
+from core.sampling import Sampling
 from core.worker import Identity, Role
 from scheduler.router import (
     Arrived,
     ClientGone,
+    Complete,
     Deliver,
     End,
     Router,
@@ -45,6 +48,10 @@ def router(*members, **settings) -> Router:
     for member in members or UP:
         assert machine.on(WorkerUp(member), 0.0) == []
     return machine
+
+
+finished = partial(Finished, decoded=True)
+"""As the decode worker says it."""
 
 
 def prefilling(machine: Router, *, max_tokens: int = 8, now: float = 0.0) -> Ticket:
@@ -83,7 +90,7 @@ def test_a_request_from_arrival_to_its_end():
     assert machine.on(Tokens(key, 2, (9,), (3,)), 11.3) == [Deliver(1, (9,), (3,))]
     stages = (Stage("queued", "gateway-1", 0.0), Stage("offered", "gateway-1", 0.5), handed)
     end = End(1, Phase.DONE, "stop", stop_token_id=2, cached_tokens=4, stages=stages)
-    assert machine.on(Finished(key, "stop", 3, 2), 11.4) == [end]
+    assert machine.on(finished(key, "stop", 3, 2), 11.4) == [end]
     assert (len(machine), machine.deadline(), machine.ignored) == (0, None, 0)
 
 
@@ -280,7 +287,7 @@ def test_tokens_of_the_sink_that_did_not_get_the_request_are_ignored():
     key = decoding(machine)
     assert machine.on(Tokens(replace(key, sink=D2), 1, (101, 102)), 0.0) == []
     assert machine.ignored == 1
-    assert machine.on(Finished(replace(key, sink=D2), "length", 8), 0.0) == []
+    assert machine.on(finished(replace(key, sink=D2), "length", 8), 0.0) == []
     assert machine.on(Tokens(key, 2, (102,)), 0.0) == [Deliver(1, (102,), ())]
 
 
@@ -340,7 +347,7 @@ def test_a_gap_in_the_tokens_loses_the_attempt_not_the_gateway():
 def test_an_end_that_counts_more_tokens_than_came_loses_the_attempt():
     machine = router()
     key = decoding(machine)
-    commands = machine.on(Finished(key, "length", 8), 1.0)
+    commands = machine.on(finished(key, "length", 8), 1.0)
     assert commands[0] == ToOne(P1, Cancel(key, "8 tokens were generated, 2 came"))
     assert isinstance(commands[-1].message, Offer)
 
@@ -454,7 +461,7 @@ class Deployment(RuleBasedStateMachine):
             case Cancel(ticket, _, report):
                 for place in self.placements:
                     if report and (place.ticket.key, place.at) == (ticket.key, who):
-                        part = Finished(ticket, "cancelled", 1) if place.decodes else Handed(ticket, (), cancelled=True)
+                        part = finished(ticket, "cancelled", 1) if place.decodes else Handed(ticket, (), cancelled=True)
                         self.tell(who, part)
                 self.offers = [o for o in self.offers if (o.ticket.key, o.ticket.source) != (ticket.key, who)]
                 self.placements = [p for p in self.placements if (p.ticket.key, p.at) != (ticket.key, who)]
@@ -549,7 +556,7 @@ class Deployment(RuleBasedStateMachine):
 
     def finish(self, place: Placement, reason: str) -> None:
         self.placements.remove(place)
-        self.tell(place.at, Finished(place.ticket, reason, place.sent))
+        self.tell(place.at, Finished(place.ticket, reason, place.sent, decoded=place.decodes))
 
     @precondition(lambda self: self.placements)
     @rule(data=st.data())
@@ -624,14 +631,14 @@ def test_a_worker_that_is_not_ready_goes_on_with_what_it_has_and_gets_nothing_ne
     assert machine.on(Tokens(key, 2, (102,)), 1.0) == [Deliver(1, (102,), ())]
     assert only_end(machine.on(Arrived(2, ask()), 1.0)).code == "UNAVAILABLE"
     assert machine.on(Handed(key, ()), 1.0) == []
-    assert machine.on(Finished(key, "length", 3), 1.0)[0].phase is Phase.DONE
+    assert machine.on(finished(key, "length", 3), 1.0)[0].phase is Phase.DONE
 
 
 def test_an_end_waits_a_moment_for_the_stages_of_the_prefill():
     """The two workers' last words come on two streams, in any order."""
     machine, stage, last = router(), Stage("prefill", "prefill-1", 0.1), Stage("decode", "decode-1", 0.2)
     key = decoding(machine)
-    assert machine.on(Finished(key, "length", 2, None, (last,)), 1.0) == []
+    assert machine.on(finished(key, "length", 2, None, (last,)), 1.0) == []
     assert machine.deadline() == 1.25
     machine.check()
     assert machine.on(Tokens(key, 2, (102,)), 1.1) == []
@@ -645,7 +652,7 @@ def test_an_end_waits_a_moment_for_the_stages_of_the_prefill():
 def test_an_end_whose_prefill_worker_says_nothing_comes_without_its_stages(event):
     machine = router()
     key = decoding(machine)
-    machine.on(Finished(key, "stop", 2, 5), 1.0)
+    machine.on(finished(key, "stop", 2, 5), 1.0)
     assert machine.on(WorkerDown(D1), 1.0) == []
     end = only_end(machine.on(event, 1.25))
     assert (end.phase, end.stop_token_id) == (Phase.DONE, 5)
@@ -674,7 +681,7 @@ def test_a_stop_string_recalls_the_rest_and_waits_for_the_stages_of_both_workers
     machine.check()
     assert machine.deadline() == 1.25
     assert machine.on(Tokens(key, 2, (102,)), 1.1) == [], "more than it wanted"
-    assert machine.on(Finished(key, "cancelled", 3, None, (stage("decode"),)), 1.1) == []
+    assert machine.on(finished(key, "cancelled", 3, None, (stage("decode"),)), 1.1) == []
     assert machine.on(Satisfied(1), 1.1) == []
     end = only_end(machine.on(Handed(key, (stage("prefill"),)), 1.1))
     assert (end.phase, end.reason, end.code) == (Phase.DONE, "stop", "OK")
@@ -686,7 +693,7 @@ def test_a_stop_string_waits_only_for_those_who_have_something_to_say():
     key = decoding(machine)
     machine.on(Handed(key, ()), 1.0)
     machine.on(Satisfied(1), 1.0)
-    assert only_end(machine.on(Finished(key, "length", 8), 1.1)).reason == "stop", "it crossed the cancel"
+    assert only_end(machine.on(finished(key, "length", 8), 1.1)).reason == "stop", "it crossed the cancel"
 
 
 def test_a_stop_string_in_the_first_token_waits_for_the_prefill_worker():
@@ -703,7 +710,7 @@ def test_a_stop_string_does_not_wait_for_a_lost_worker(lost):
     key = decoding(machine)
     machine.on(Satisfied(1), 1.0)
     assert machine.on(WorkerDown(lost), 1.1) == []
-    last = Handed(key, ()) if lost == D1 else Finished(key, "cancelled", 2)
+    last = Handed(key, ()) if lost == D1 else finished(key, "cancelled", 2)
     assert only_end(machine.on(last, 1.2)).phase is Phase.DONE
 
 
@@ -721,3 +728,131 @@ def test_a_stop_string_while_the_rest_is_placed_anew_ends_it_at_once():
     end = only_end(machine.on(Satisfied(1), 1.0))
     assert (end.phase, end.reason) == (Phase.DONE, "stop")
     assert machine.on(Accept(replace(key, attempt=2, sink=D2)), 1.1) == []
+
+
+def several(machine: Router, n: int = 2, *, decodes: bool = False, max_tokens: int = 8) -> Ticket:
+    """A request for `n` continuations, each with its first token; with `decodes` each has two, from D1."""
+    request = replace(ask(max_tokens=max_tokens), sampling=Sampling(max_tokens, seed=5, n=n))
+    key = machine.on(Arrived(1, request), 0.0)[0].message.ticket
+    machine.on(Accept(key), 0.0)
+    for branch in range(n):
+        assert machine.on(Tokens(key, 0, (100,), (), branch), 0.0) == [Deliver(1, (100,), (), branch)]
+    for branch in range(n if decodes else 0):
+        machine.on(Tokens(key, 1, (101,), (), branch), 0.0)
+    machine.check()
+    return key
+
+
+def test_each_continuation_is_completed_once_and_the_last_one_ends_the_request():
+    machine = router()
+    key = several(machine, decodes=True)
+    machine.on(Handed(key, (stage("prefill"),)), 0.0)
+    assert machine.on(finished(key, "stop", 2, 7, (stage("decode"),), 1), 1.0) == [Complete(1, 1, "stop", 7)]
+    machine.check()
+    assert machine.on(Tokens(key, 2, (102,), (), 0), 1.0) == [Deliver(1, (102,), (), 0)]
+    end = only_end(machine.on(finished(key, "length", 3, None, (stage("decode"),), 0), 2.0))
+    assert (end.phase, end.reason, end.branch) == (Phase.DONE, "length", 0)
+    assert [each.name for each in end.stages] == ["queued", "offered", "prefill", "decode"]
+
+
+def test_a_stop_string_ends_one_continuation():
+    machine = router()
+    key = several(machine, decodes=True)
+    where = (P1, D1, D2)
+    assert machine.on(Satisfied(1, 0), 1.0) == [
+        *[ToOne(who, Cancel(key, "stop string", branch=0)) for who in where],
+        Complete(1, 0, "stop"),
+    ]
+    assert machine.on(Tokens(key, 2, (102,), (), 0), 1.0) == [], "more than it wanted"
+    assert machine.on(Satisfied(1, 0), 1.0) == []
+    assert machine.on(Satisfied(1, 1), 1.0) == [ToOne(who, Cancel(key, "stop string", True)) for who in where]
+
+
+def test_a_sink_hears_on_arrival_which_continuations_are_done_already():
+    machine = router()
+    key = several(machine)
+    assert machine.on(Satisfied(1, 1), 0.5) == [Complete(1, 1, "stop")]
+    assert machine.on(Handed(key, ()), 1.0) == [ToOne(D1, Cancel(key, "stop string", branch=1))]
+
+
+def test_what_goes_on_only_for_a_stopped_continuation_is_recalled():
+    """The prefill worker hands over for continuation 0, which is done; 1 ends with its first token."""
+    machine = router()
+    key = several(machine)
+    machine.on(Satisfied(1, 0), 0.5)
+    commands = machine.on(Finished(key, "length", 1, None, (), 1), 0.6)
+    assert commands == [ToOne(who, Cancel(key, "done", True)) for who in (P1, D1, D2)]
+    assert only_end(machine.on(Handed(key, (), cancelled=True), 0.7)).branch == 1
+
+
+def test_a_loss_before_the_first_token_places_all_continuations_together_again():
+    machine = router()
+    request = replace(ask(), sampling=Sampling(8, n=3))
+    key = machine.on(Arrived(1, request), 0.0)[0].message.ticket
+    machine.on(Accept(key), 0.0)
+    (offer,) = [c for c in machine.on(WorkerDown(P1), 0.0) if isinstance(c.message, Offer)]
+    (prompt,) = machine.on(Accept(offer.message.ticket), 0.0)
+    assert prompt.message.request.sampling == request.sampling
+
+
+def test_a_loss_after_it_lets_each_go_on_alone_with_its_own_tokens_and_seed():
+    machine = router()
+    key = several(machine, n=3, decodes=True, max_tokens=3)
+    machine.on(Tokens(key, 2, (102,), (), 2), 0.5)
+    commands = machine.on(WorkerDown(D1), 1.0)
+    assert Complete(1, 2, "length") in commands, "it had all of its tokens"
+    offers = [c.message for c in commands if isinstance(c, ToOne) and isinstance(c.message, Offer)]
+    assert [offer.ticket.attempt for offer in offers] == [2, 3]
+    machine.check()
+    seeds = [Sampling(1, seed=5).branch(branch).seed for branch in (0, 1)]
+    for offer, seed in zip(offers, seeds, strict=True):
+        (prompt,) = machine.on(Accept(offer.ticket), 1.0)
+        request = prompt.message.request
+        assert request.prompt == (*range(6), 100, 101)
+        assert (request.sampling, request.generated) == (Sampling(1, seed=seed), 2)
+    one, other = (offer.ticket for offer in offers)
+    assert machine.on(Tokens(one, 0, (102,)), 2.0) == [Deliver(1, (102,), (), 0)]
+    assert machine.on(Finished(one, "length", 1), 2.0) == [Complete(1, 0, "length")]
+    machine.check()
+    assert machine.on(Tokens(other, 0, (103,)), 2.0) == [Deliver(1, (103,), (), 1)]
+    end = only_end(machine.on(Finished(other, "length", 1), 2.0))
+    assert (end.branch, end.attempts) == (1, 2)
+
+
+def test_a_continuation_that_cannot_be_placed_again_fails_the_request_and_recalls_the_others():
+    machine = router(UP[0], UP[2], UP[3])
+    several(machine, decodes=True)
+    offers = [c.message for c in machine.on(WorkerDown(D1), 1.0) if isinstance(c, ToOne) and c.worker == P1][1:]
+    machine.on(Accept(offers[0].ticket), 1.0)
+    commands = machine.on(Reject(offers[1].ticket, "busy", 1.0), 1.0)
+    recalled = [c.message.ticket for c in commands if isinstance(c, ToOne)]
+    assert set(recalled) == {offers[0].ticket}
+    assert commands[-1].phase is Phase.FAILED
+    assert len(machine) == 0
+
+
+def test_a_client_that_leaves_takes_all_continuations_along():
+    machine = router()
+    several(machine, decodes=True)
+    offers = [
+        c.message for c in machine.on(WorkerDown(D1), 1.0) if isinstance(c, ToOne) and isinstance(c.message, Offer)
+    ]
+    commands = machine.on(ClientGone(1, "left"), 1.0)
+    assert {c.message.ticket for c in commands[:-1]} == {offer.ticket for offer in offers}
+    assert machine.deadline() is None
+
+
+def test_continuations_need_room_for_all_of_them():
+    machine = router(worker(P1, Role.PREFILL), worker(D1, Role.DECODE, pages=7))
+    machine.on(Arrived(1, ask()), 0.0)
+    end = only_end(machine.on(Arrived(2, replace(ask(), sampling=Sampling(8, n=2))), 0.0))
+    assert end.reason == "prompt and max_tokens: got 32 tokens, no decode worker holds more than 28"
+
+
+def test_a_mixed_worker_never_hands_over_to_another():
+    """Each could promise the other memory that it needs itself to begin: found by the simulation of all machines."""
+    other = replace(MIXED, name="mixed-2")
+    machine = router(worker(MIXED, Role.MIXED, pages=4), worker(other, Role.MIXED, pages=4), worker(D1, Role.DECODE))
+    offer = machine.on(Arrived(1, ask()), 0.0)[0].message
+    assert (offer.ticket.source, offer.ticket.sink) == (MIXED, D1)
+    assert machine.on(Accept(offer.ticket), 0.0)[0].message.second is None

@@ -21,7 +21,7 @@ from core.kv import pages_of
 from core.messages import Cancel, First, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken, Tokens
 from core.pages import Owner, Pages
 from core.request import Phase, Request, Ticket
-from core.sampling import Sampling
+from core.sampling import Logprobs, Sampling
 from core.worker import Identity, Role
 from scheduler import decode_policy as decode
 from scheduler import prefill_policy as prefill
@@ -47,6 +47,11 @@ def next_token(rows: list[int], seed: int) -> int:
 def mark(token: int) -> int:
     """Stands for the hash of the logits that gave a token."""
     return token * 7 + 1
+
+
+def likely(prompt: tuple[int, ...]) -> tuple[Logprobs | None, ...]:
+    """Stands for the logprobs of a prompt."""
+    return (None, *(Logprobs(token, -1.0) for token in prompt[1:]))
 
 
 def text(request: Request, branch: int) -> tuple[list[int], str]:
@@ -150,6 +155,8 @@ class Gateway(Process):
         self.stops: dict[int, list[int]] = {}
         """Tokens after which a client has its stop string, for each continuation."""
         self.complete: dict[int, set[int]] = {}
+        self.begun: set[int] = set()
+        """Requests of which something came."""
         self.ends: dict[int, front.End] = {}
 
     def ask(self, request: Request) -> int:
@@ -163,7 +170,11 @@ class Gateway(Process):
         match command:
             case front.ToOne(who, message):
                 self.world.send(self.me, who, message)
-            case front.Deliver(counter, tokens, hashes, branch):
+            case front.Deliver(counter, tokens, hashes, branch, _, told):
+                wanted = self.requests[counter].sampling.prompt_logprobs is not None
+                first = counter not in self.begun
+                assert told == (likely(self.requests[counter].prompt) if wanted and first else ())
+                self.begun.add(counter)
                 assert hashes == tuple(mark(token) for token in tokens)
                 assert branch not in self.complete[counter]
                 got = self.got[counter][branch]
@@ -312,8 +323,11 @@ class Worker(Process):
                     alone = replace(sequence, tokens=list(sequence.tokens), sampling=sequence.sampling.branch(branch))
                     token, finish = self.sample(alone)
                     firsts.append(prefill.Began(span.key, First(token, mark(token), branch), finish))
-                    if finish != "stop":
-                        first = Tokens(sequence.ticket, 0, (token,), (mark(token),), branch)
+                    said = () if finish == "stop" else (token,)
+                    asked = sequence.sampling.prompt_logprobs is not None and branch == 0
+                    told = likely(tuple(sequence.tokens)) if asked else ()
+                    if said or told:
+                        first = Tokens(sequence.ticket, 0, said, tuple(map(mark, said)), branch, (), told)
                         self.world.send(self.me, sequence.ticket.minter, first)
         self.next_job()
         self.post("prefill", prefill.ChunkDone(command.run_id, tuple(firsts)))
@@ -624,7 +638,8 @@ def live(deployment: str, seed: int, faults: float) -> None:
             return
         prompt = tuple(dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 20)))
         stops = (dice.randrange(VOCABULARY),) * dice.randint(0, 1)
-        sampling = Sampling(dice.randint(1, 12), stop_token_ids=stops, n=dice.choice((1, 1, 1, 2, 3)))
+        length, n = dice.randint(1, 12), dice.choice((1, 1, 1, 2, 3))
+        sampling = Sampling(length, stop_token_ids=stops, n=n, prompt_logprobs=dice.choice((None, None, 0)))
         gateway = dice.choice(gateways)
         counter = gateway.ask(Request("r", prompt, sampling, timeout_s=500.0))
         if dice.random() < 0.15:

@@ -186,18 +186,20 @@ class PromptPiece(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
-    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints")
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated")
     ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     SLO_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
     id: str
     sampling: _common_pb2.Sampling
     timeout_s: float
     slo: _common_pb2.Slo
     hints: _common_pb2.Hints
-    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
+    generated: int
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket", "reason", "report", "branch")
@@ -212,34 +214,52 @@ class Cancel(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ...) -> None: ...
 
 class Tokens(_message.Message):
-    __slots__ = ("ticket", "index", "tokens", "logits_hashes", "branch")
+    __slots__ = ("ticket", "index", "tokens", "logits_hashes", "branch", "logprobs", "prompt_logprobs")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOGITS_HASHES_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     index: int
     tokens: _containers.RepeatedScalarFieldContainer[int]
     logits_hashes: _containers.RepeatedScalarFieldContainer[int]
     branch: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logits_hashes: _Optional[_Iterable[int]] = ..., branch: _Optional[int] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., index: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., logits_hashes: _Optional[_Iterable[int]] = ..., branch: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ...) -> None: ...
+
+class Logprobs(_message.Message):
+    __slots__ = ("token", "logprob", "top_ids", "top_logprobs")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    TOP_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    token: int
+    logprob: float
+    top_ids: _containers.RepeatedScalarFieldContainer[int]
+    top_logprobs: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, token: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages", "branch")
+    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages", "branch", "decoded")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
+    DECODED_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     completion_tokens: int
     stop_token_id: int
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
     branch: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., branch: _Optional[int] = ...) -> None: ...
+    decoded: bool
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., branch: _Optional[int] = ..., decoded: _Optional[bool] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("ticket", "code", "message", "stages")
@@ -296,14 +316,16 @@ class PageRun(_message.Message):
     def __init__(self, start: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class First(_message.Message):
-    __slots__ = ("token", "logits_hash", "branch")
+    __slots__ = ("token", "logits_hash", "branch", "logprobs")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     LOGITS_HASH_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     token: int
     logits_hash: int
     branch: int
-    def __init__(self, token: _Optional[int] = ..., logits_hash: _Optional[int] = ..., branch: _Optional[int] = ...) -> None: ...
+    logprobs: Logprobs
+    def __init__(self, token: _Optional[int] = ..., logits_hash: _Optional[int] = ..., branch: _Optional[int] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
     __slots__ = ("ticket", "first_page", "runs", "digests", "firsts")

@@ -1,0 +1,93 @@
+"""What a gateway knows of its requests under way: a call has continuations, flights carry them through workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from core.messages import Failed, Finished, Handed, Reject, ToGateway
+from core.request import Phase, Request, Stage, Ticket
+from core.worker import Identity, Role
+
+
+@dataclass(slots=True)
+class Branch:
+    """One continuation, as its client knows it."""
+
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """A client's request."""
+
+    counter: int
+    request: Request
+    arrived_at: float
+    branches: list[Branch]
+    prompt_due: bool
+    """The prompt's logprobs are wanted and have not come; until then nothing is delivered."""
+    flights: list[Flight] = field(default_factory=list)
+    offers: int = 0
+    """Numbers the offers, so that a late answer to an old one is told apart."""
+    cached_tokens: int = 0
+    stages: list[Stage] = field(default_factory=list)
+    placements: int = 0
+    """Of its most often placed flight."""
+
+    @property
+    def deadline(self) -> float:
+        return self.arrived_at + self.request.timeout_s
+
+
+@dataclass(slots=True)
+class Flight:
+    """One or all continuations of a request, on their way through one prefill and one decode worker."""
+
+    call: Call
+    branches: tuple[int, ...]
+    """Which of the call's; messages count them from 0."""
+    request: Request
+    """What is left to do; made anew for each offer."""
+    phase: Phase = Phase.QUEUED
+    placements: int = 0
+    """Offers that were accepted."""
+    placed: Ticket | None = None
+    second: Identity | None = None
+    tried: set[Identity] = field(default_factory=set)
+    refusals: list[Reject] = field(default_factory=list)
+    queued_at: float = 0.0
+    offered_at: float = 0.0
+    base: int = 0
+    """Tokens delivered before this attempt began; its own count starts there."""
+    broken: set[Identity] = field(default_factory=set)
+    """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
+    untold: list[int] = field(default_factory=list)
+    """Of `branches`: done while the sink could not be told yet."""
+    held: list[ToGateway] = field(default_factory=list)
+    """A decode worker's, that have overtaken the prompt's logprobs from the prefill worker."""
+    handed: bool = False
+    """The prefill worker has reported its stages for this attempt."""
+    finished: Finished | None = None
+    """All tokens are here; only reports of stages may still be on their way."""
+    owing: dict[Role, Identity] = field(default_factory=dict)
+    """Whose reports are awaited."""
+    finished_at: float = 0.0
+    reports: dict[Role, tuple[Stage, ...]] = field(default_factory=dict)
+    """The stages that came last from the prefill and from the decode worker."""
+
+    @property
+    def ticket(self) -> Ticket:
+        """Of the attempt under way."""
+        assert self.placed is not None
+        return self.placed
+
+    def part(self, message: Handed | Finished | Failed) -> Role:
+        """Whose word it is."""
+        if isinstance(message, Finished):
+            return Role.DECODE if message.decoded else Role.PREFILL
+        return Role.PREFILL if isinstance(message, Handed) or self.phase is not Phase.DECODING else Role.DECODE
+
+    def live(self) -> list[int]:
+        """Continuations that go on."""
+        return [branch for branch in self.branches if not self.call.branches[branch].done]
