@@ -14,10 +14,10 @@ help:
 	@echo "make protos  generate the gRPC stubs anew"
 
 venv:
-	@$(PYTHON) deploy/bootstrap.py
+	@$(PYTHON) deploy/bootstrap.py --extra http
 
 venv-test:
-	@$(PYTHON) deploy/bootstrap.py --extra test
+	@$(PYTHON) deploy/bootstrap.py --extra http --extra test
 
 demo: venv
 	@$(BIN)/python -m control.demo

@@ -67,7 +67,7 @@ def _cpu_name() -> str:
 def machine() -> dict[str, Any]:
     """What the figures were taken on: CPU, cores, memory, load, versions and the thread settings in force."""
     versions = {}
-    for name in ("torch", "numpy", "grpcio", "pyzmq", "nixl-cu13"):
+    for name in ("torch", "numpy", "grpcio", "pyzmq", "nixl-cu13", "transformers"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

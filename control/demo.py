@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NEXT = """
 Next, paste these one after the other:
   .venv/bin/baton doctor --model deploy/demo/model
-  .venv/bin/baton up --detach --model deploy/demo/model --prefill 2 --decode 1
+  .venv/bin/baton up --detach --model deploy/demo/model --prefill 2 --decode 1 --http 8000
+  curl -s http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '
+    {"model": "model", "temperature": 0, "messages": [{"role": "user", "content": "What does textwrap.dedent do?"}]}'
   .venv/bin/baton status
   .venv/bin/baton generate --chat --waterfall "What does textwrap.dedent do?"
   .venv/bin/baton down

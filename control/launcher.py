@@ -16,7 +16,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from core.config import CoordinatorConfig, DeploymentConfig, GatewayConfig, ProcessConfig, WorkerConfig, nbytes, to_json
+from core.config import (
+    CoordinatorConfig,
+    DeploymentConfig,
+    GatewayConfig,
+    HttpConfig,
+    ProcessConfig,
+    WorkerConfig,
+    nbytes,
+    to_json,
+)
 from core.errors import SetupError
 from core.worker import Role
 from runtime import log as logs
@@ -168,14 +177,28 @@ class Deployment:
         """Addresses of the gateways."""
         return [each.address for each in self.running.values() if isinstance(each.config, GatewayConfig)]
 
+    @property
+    def http(self) -> str:
+        """Address of the HTTP server, empty without one."""
+        return next((each.address for each in self.running.values() if isinstance(each.config, HttpConfig)), "")
+
     def start(self) -> None:
-        """Start everything and wait until each process listens; raises SetupError with the child's own sentence."""
+        """Start all but HTTP and wait until each process listens; raises SetupError with the child's own sentence."""
         self._spawn(CoordinatorConfig(listen=f"{LOOPBACK}:0"))
         self._await_words(["coordinator"])
         configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
         for config in configs:
             self._spawn(config)
         self._await_words([name for name in self.running if name != "coordinator"])
+
+    def open_http(self) -> None:
+        """Start the HTTP server, if one is wanted, and wait until it serves: what is behind it must be ready."""
+        c = self.config
+        if c.http < 0:
+            return
+        listen = f"{_bracketed(c.host)}:{c.http}"
+        self._spawn(HttpConfig("http", ",".join(map(reached, self.gateways)), listen, c.timeout_s))
+        self._await_words(["http"])
 
     def restart(self, name: str) -> None:
         """Start a process that has ended again, under its name, settings and address."""
@@ -194,11 +217,10 @@ class Deployment:
         return {each.name: code for each in self.running.values() if (code := each.process.poll()) is not None}
 
     def stop(self) -> None:
-        """End everything: gateways first, coordinator last; who does not end in time is killed."""
-        order = sorted(
-            self.running.values(), key=lambda each: ("gateway", "worker", "coordinator").index(each.config.process)
-        )
-        for kind in ("gateway", "worker", "coordinator"):
+        """End everything: HTTP and gateways first, coordinator last; who does not end in time is killed."""
+        kinds = ("http", "gateway", "worker", "coordinator")
+        order = sorted(self.running.values(), key=lambda each: kinds.index(each.config.process))
+        for kind in kinds:
             group = [each for each in order if each.config.process == kind]
             for each in group:
                 if each.process.poll() is None:
@@ -223,7 +245,7 @@ class Deployment:
 
     def _gateways(self) -> list[GatewayConfig]:
         c = self.config
-        host = f"[{c.host}]" if ":" in c.host else c.host
+        host = _bracketed(c.host)
         return [
             GatewayConfig(
                 name=f"gateway-{i}",
@@ -272,8 +294,9 @@ class Deployment:
 
     def _spawn(self, config: ProcessConfig) -> None:
         threads = config.threads if isinstance(config, WorkerConfig) else 1
+        entry = "control.http" if isinstance(config, HttpConfig) else "control.process"
         process = subprocess.Popen(
-            [sys.executable, "-m", "control.process", to_json(config)],
+            [sys.executable, "-m", entry, to_json(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -301,6 +324,16 @@ class Deployment:
                 raise SetupError(f"{name}: {word['error']}", exit_code=int(word["exit_code"]))
             each.address, each.metrics = word["address"], word["metrics"]
             self._say(f"{name} on {each.address}")
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def reached(address: str) -> str:
+    """How this machine reaches what listens on `address`: where that is all addresses, loopback is one of them."""
+    host, _, port = address.rpartition(":")
+    return {"0.0.0.0": LOOPBACK, "[::]": "[::1]"}.get(host, host) + f":{port}"
 
 
 def _listen(running: Running) -> None:

@@ -1,4 +1,4 @@
-"""The entry of every process: reads its settings, serves, says where it listens, ends cleanly.
+"""The entry of every process but HTTP's: reads its settings, serves, says where it listens, ends cleanly.
 
 Run as ``python -m control.process SETTINGS`` with the JSON of `core.config.to_json`. Writes one JSON line to stdout
 once it listens: {"name", "address", "metrics", "pid"}. Ends at SIGTERM or SIGINT, and when its standard input ends,
@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.config import CoordinatorConfig, GatewayConfig, ProcessConfig, WorkerConfig, from_json
-from core.errors import SetupError
+from core.config import CoordinatorConfig, GatewayConfig, HttpConfig, ProcessConfig, WorkerConfig, from_json
+from core.errors import LocalError, SetupError
 from core.worker import Identity
 from runtime import log as logs
 
@@ -111,6 +111,8 @@ def make(config: ProcessConfig, me: Identity, bug: Callable[[BaseException], Non
             from control.worker import Worker
 
             return Worker(config, me, build_version(), load, bug)
+        case HttpConfig():
+            raise LocalError("http: has an entry of its own, control/http.py")
 
 
 def _gateway(config: GatewayConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:

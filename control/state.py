@@ -23,6 +23,8 @@ class State:
     gateways: list[str]
     served_name: str
     log: str
+    http: str = ""
+    """URL of the HTTP server, empty without one."""
 
 
 def directory(given: str | None) -> Path:
@@ -36,10 +38,13 @@ def directory(given: str | None) -> Path:
 
 def write(where: Path, state: State) -> None:
     """Leave word; complete or not at all."""
-    where.mkdir(parents=True, exist_ok=True)
     fresh = where / "deployment.json.new"
-    fresh.write_text(json.dumps(asdict(state)))
-    fresh.replace(where / "deployment.json")
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(asdict(state)))
+        fresh.replace(where / "deployment.json")
+    except OSError as error:
+        raise SetupError(f"{fresh}: {error.strerror}", exit_code=1) from error
 
 
 def read(where: Path) -> State:
@@ -70,6 +75,7 @@ def lock(where: Path) -> IO[str]:
     except OSError:
         held.close()
         raise SetupError(f"a deployment is running already in {where}; `baton down` ends it") from None
+    remove(where)  # what a dead one left: its process number must not pass for ours while we start
     return held
 
 

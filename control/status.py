@@ -6,6 +6,7 @@ import json
 
 from google.protobuf.json_format import MessageToDict
 
+from control import http
 from control.client import members
 from control.state import State
 from protos.baton.v1 import registry_pb2
@@ -14,17 +15,21 @@ from protos.baton.v1 import registry_pb2
 def status(state: State, *, as_json: bool) -> int:
     """Print the membership; exit code 0 if all are ready, else 1."""
     known = members(state.coordinator)
-    ready = bool(known) and all(member.ready for member in known)
+    serves = bool(state.http) and http.ready(state.http.removeprefix("http://"))
+    ready = bool(known) and all(member.ready for member in known) and (serves or not state.http)
     if as_json:
         rows = [
             MessageToDict(m, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for m in known
         ]
-        print(json.dumps({"coordinator": state.coordinator, "ready": ready, "members": rows}))
+        front = {"url": state.http, "ready": serves} if state.http else None
+        print(json.dumps({"coordinator": state.coordinator, "ready": ready, "members": rows, "http": front}))
         return 0 if ready else 1
     print(f"{'NAME':<14} {'ROLE':<8} {'READY':<6} {'ADDRESS':<22} {'METRICS':<22} {'KV TOKENS':>10}  LANES")
     print(f"{'coordinator':<14} {'':<8} {'yes':<6} {state.coordinator:<22}")
     for member in known:
         print(_row(member))
+    if state.http:
+        print(f"{'http':<14} {'':<8} {'yes' if serves else 'no':<6} {state.http}")
     return 0 if ready else 1
 
 

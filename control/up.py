@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from control import state
 from control.client import members
+from control.http import require
 from control.hub import model_name, resolve_model
 from control.launcher import Deployment
 from core.config import DeploymentConfig
@@ -39,20 +41,21 @@ def wait_ready(deployment: Deployment, timeout_s: float = READY_S) -> None:
 
 
 def say(line: str) -> None:
-    """A line for people."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for people; lost if they are gone or their disk is full, because a deployment goes on without them."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, argv: list[str]) -> int:
     """Start the deployment and stay with it until SIGINT, SIGTERM or `baton down`; exit code 0 then."""
     if state.taken(where):
         raise SetupError(f"a deployment is running already in {where}; `baton down` ends it")
+    if config.http >= 0:
+        require()
     model = resolve_model(config.model, config.download)
     name = config.served_name or model_name(config.model)
     where.mkdir(parents=True, exist_ok=True)
     log = where / "baton.log"
-    if detach:
-        return _detached(where, argv, as_json=as_json)
     stop: list[int] = []
 
     def interrupted(number: int, frame: object) -> None:
@@ -64,17 +67,22 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
     ready = False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupted)
+    if detach:
+        return _detached(where, argv, as_json=as_json)
     held = state.lock(where)
     deployment = Deployment(config, model, name, log_path=log, say=say)
     if deployment.transport_reason:
         say(f"KV goes over {deployment.transport}, not UCX: {deployment.transport_reason}")
-    with deployment:
+    with held, deployment:
         wait_ready(deployment)
-        word = state.State(os.getpid(), deployment.coordinator, deployment.gateways, name, str(log))
-        state.write(where, word)
-        ready = True
+        deployment.open_http()
+        url = f"http://{deployment.http}" if deployment.http else ""
+        word = state.State(os.getpid(), deployment.coordinator, deployment.gateways, name, str(log), url)
         try:
-            say(f"ready: {name} on {', '.join(deployment.gateways)}; log in {log}")
+            state.write(where, word)
+            ready = True
+            served = [*deployment.gateways, *([f"{url}/v1 (OpenAI API)"] if url else [])]
+            say(f"ready: {name} on {', '.join(served)}; log in {log}")
             if as_json:
                 print(
                     json.dumps(
@@ -84,6 +92,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
                             "served_name": name,
                             "pid": os.getpid(),
                             "transport": deployment.transport,
+                            "http": url,
                         }
                     ),
                     flush=True,
@@ -98,14 +107,14 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
         finally:
             state.remove(where)
     say("all processes have ended")
-    held.close()
     return 0
 
 
 def down(where: Path, timeout_s: float = 30.0) -> int:
     """End the running deployment and wait for it."""
     running = state.read(where)
-    os.kill(running.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
+        os.kill(running.pid, signal.SIGTERM)
     until = time.monotonic() + timeout_s
     while state.taken(where):
         if time.monotonic() > until:
@@ -129,8 +138,13 @@ def _detached(where: Path, argv: list[str], *, as_json: bool) -> int:
             start_new_session=True,
         )
     # It prints one JSON document when it is ready; what it says to people goes to a file, so nobody has to stay.
-    with child.stdout as answers:  # type: ignore[union-attr]
-        word = answers.readline()
+    try:
+        with child.stdout as answers:  # type: ignore[union-attr]
+            word = answers.readline()
+    except KeyboardInterrupt:
+        child.terminate()
+        child.wait()
+        raise
     code = 0 if word.strip() else child.wait()
     say(said.read_text().rstrip())
     if as_json and word:

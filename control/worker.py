@@ -80,6 +80,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._metrics = Metrics(self._gauges)
         self._step_s = self._metrics.histogram("decode_step_seconds", "Engine time of one decode step.")
         self._healthy = False
+        self._retries: set[str] = set()
         self._lag_s = 0.0
         self.address = self._server.address
         self.metrics_address = ""
@@ -272,15 +273,19 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._transfer.probe(peer, PageRun(0, count), PageRun(0, count))
 
     def _retry(self, peer: str) -> None:
-        """Try a lane again in a while, as long as its peer is there."""
+        """Try a lane again in a while, once for all its calls that failed, as long as its peer is there."""
 
         def again() -> None:
-            greeting = self._peers.greeting(Identity.parse(peer))
-            if greeting is not None:
+            self._retries.discard(peer)
+            identity = Identity.parse(peer)
+            greeting = self._greeting if identity == self._me else self._peers.greeting(identity)
+            if greeting is not None and identity not in self._lanes:
                 self._transfer.disconnect(peer)
                 self._connect(greeting)
 
-        self._loop.call_later(RETRY_S, again)
+        if peer not in self._retries:
+            self._retries.add(peer)
+            self._loop.call_later(RETRY_S, again)
 
     def _peer_heard(self, peer: Identity, message: ToPeer | Lane) -> None:
         if isinstance(message, Lane):

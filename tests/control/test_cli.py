@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +56,7 @@ def test_help_loads_neither_torch_nor_grpc_nor_numpy():
         (["up", "--model", "x", "--kv-memory", "lots"], 2, "kv_memory: got 'lots'"),
         (["up", "--model", "x", "--page-tokens", "7"], 2, "page_tokens: got 7"),
         (["up", "--model", "x", "--port", "70000"], 2, "port: got 70000"),
+        (["up", "--model", "x", "--http", "70000"], 2, "http: got 70000"),
         (["up", "--model", "x", "--transport", "pigeon"], 2, "transport: got 'pigeon'"),
         (["up", "--config", "missing.toml"], 2, "missing.toml"),
         (["up", "--model", "/nowhere/at/all"], 5, "/nowhere/at/all"),
@@ -107,20 +111,29 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
 
     printed = [line.split("baton ", 1)[1] for line in NEXT.splitlines() if "bin/baton" in line]
     assert [line.split()[0] for line in printed] == ["doctor", "up", "status", "generate", "down"]
+    assert "--http 8000" in printed[1]
+    curl = shlex.split(NEXT[NEXT.index("curl") : NEXT.index("]}'") + 3])
+    assert curl[0] == "curl"
+    assert NEXT.index("--http") < NEXT.index("curl") < NEXT.index("down")
     try:
         up = baton(
             "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "1", "--port", "0",
-            "--kv-memory", "32M", "-o", "json", state=tmp_path,
+            "--kv-memory", "32M", "--http", "0", "-o", "json", state=tmp_path,
         )  # fmt: skip
         assert up.returncode == 0, up.stderr
         word = json.loads(up.stdout)
         assert len(word["gateways"]) == 1
+        assert f"{word['http']}/v1 (OpenAI API)" in up.stderr
 
         again = baton("up", "--model", str(DEMO), "--port", "0", state=tmp_path)
         assert again.returncode == 2
         assert "running already" in again.stderr
 
+        answer = _curl([argument.replace("http://127.0.0.1:8000", word["http"]) for argument in curl])
+        assert answer["choices"][0]["message"]["content"].startswith("textwrap.dedent removes any common leading")
+
         status = baton("status", "-o", "json", state=tmp_path)
+        assert json.loads(status.stdout)["http"] == {"url": word["http"], "ready": True}
         members = json.loads(status.stdout)["members"]
         assert status.returncode == 0
         assert sorted(member["role"] for member in members) == ["decode", "gateway", "prefill", "prefill"]
@@ -128,7 +141,9 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         decode = next(member for member in members if member["role"] == "decode")
         assert len(decode["lanes"]) == 2
         assert all(lane["gbytes_per_s"] > 0 for lane in decode["lanes"])
-        assert "decode-0" in baton("status", state=tmp_path).stdout
+        table = baton("status", state=tmp_path).stdout
+        assert "decode-0" in table
+        assert word["http"] in table
 
         doctor = baton("doctor", "-o", "json", state=tmp_path)
         lanes = [f for f in json.loads(doctor.stdout)["findings"] if f["topic"] == "lane"]
@@ -156,6 +171,16 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         wrong = baton("generate", "--model", "other", "hello", state=tmp_path)
         assert wrong.returncode == 1
         assert "NOT_FOUND" in wrong.stderr
+
+        front = next(pid for pid in _children(word["pid"]) if "smg" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(front, signal.SIGKILL)
+        until = time.monotonic() + 10
+        while "http ended with exit code -9" not in (tmp_path / "up.log").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "http ended with exit code -9" in (tmp_path / "up.log").read_text()
+        status = baton("status", "-o", "json", state=tmp_path)
+        assert status.returncode == 1
+        assert json.loads(status.stdout)["http"] == {"url": word["http"], "ready": False}
     finally:
         down = baton("down", state=tmp_path)
     assert down.returncode == 0, down.stderr
@@ -190,6 +215,17 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path):
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def _curl(words: list[str]) -> Any:
+    """The JSON that `curl` would print, so that no test needs one."""
+    assert words[1] == "-s"
+    url, options = words[2], dict(zip(words[3::2], words[4::2], strict=True))
+    assert options.keys() == {"-H", "-d"}
+    name, _, value = options["-H"].partition(": ")
+    request = urllib.request.Request(url, options["-d"].encode(), {name: value})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        return json.loads(answer.read())
 
 
 def _children(pid: int) -> list[int]:

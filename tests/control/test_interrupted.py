@@ -1,0 +1,185 @@
+"""`baton up` interrupted or killed at any time: no process, no word of it and no lock is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from control import state
+from control import up as upping
+from core.config import DeploymentConfig
+from tests.live.cluster import until
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "deploy" / "demo" / "model"
+
+
+class Up:
+    """`baton up`, and the processes that came of it: all inherit the name of its directory."""
+
+    def __init__(self, where: Path, *words: str) -> None:
+        self.where = where
+        command = ["up", "--model", str(DEMO), "--port", "0", "--kv-memory", "16M", *words]
+        self.process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "control.cli", *command],
+            cwd=ROOT,
+            env={**os.environ, "BATON_STATE": str(where)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def all(self, containing: str = "") -> list[int]:
+        """Its live processes whose command line has `containing` in it."""
+        found = []
+        mark = f"BATON_STATE={self.where}".encode()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    ours = mark in (entry / "environ").read_bytes().split(b"\0")
+                    if ours and containing in (entry / "cmdline").read_text():
+                        found.append(int(entry.name))
+        return found
+
+    def await_process(self, containing: str) -> int:
+        """Its process with that in its command line, once it is there."""
+        until(lambda: bool(self.all(containing)), f"{containing} is there", 60)
+        return self.all(containing)[0]
+
+    def read_to(self, text: str) -> None:
+        """Read what it says up to the line with `text`."""
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"it ended before {text!r}")
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit code and the rest of what it said, once it has ended and everybody with it."""
+        code = self.process.wait(60)
+        until(lambda: not self.all(), "all processes have ended", 60, self.all)
+        return code, self.process.stdout.read()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Up]]:
+    """Starts an `Up` with those words."""
+    started: list[Up] = []
+
+    def begin(*words: str) -> Up:
+        started.append(Up(tmp_path, *words))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        for pid in each.all():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        each.process.wait(20)
+        each.process.stdout.close()
+
+
+def spawned(up: Up) -> None:
+    """Its first child has only just been started."""
+    up.await_process("control.process")
+
+
+def loading(up: Up) -> None:
+    """One worker stands still before it listens; all others do."""
+    os.kill(up.await_process('"decode-0"'), signal.SIGSTOP)
+    up.read_to("prefill-0 on")
+
+
+def joining(up: Up) -> None:
+    """All listen, and the coordinator does not answer them."""
+    up.read_to("coordinator on")
+    os.kill(up.await_process('"process": "coordinator"'), signal.SIGSTOP)
+    up.read_to("decode-0 on")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [(signal.SIGINT, spawned), (signal.SIGTERM, loading), (signal.SIGINT, joining)],
+)
+def test_an_interrupted_start_leaves_nothing(tmp_path, start, number, stage):
+    state.write(tmp_path, state.State(2**22 + 1, "", [], "", ""))  # a dead one's word
+    up = start()
+    stage(up)
+    up.process.send_signal(number)
+    code, said = up.ended()
+    assert code == 130
+    assert "Traceback" not in said
+    assert "was killed" not in said
+    assert not [*tmp_path.glob("deployment.json*")]
+    assert not state.taken(tmp_path)
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_so_does_an_interrupted_start_behind(tmp_path, start, number):
+    """The process behind is in a session of its own: it hears of this from the one in front only."""
+    up = start("--detach")
+    os.kill(up.await_process('"decode-0"'), signal.SIGSTOP)
+    up.process.send_signal(number)
+    code, said = up.ended()
+    assert code == 130
+    assert "Traceback" not in said
+    assert not [*tmp_path.glob("deployment.json*")]
+    assert not state.taken(tmp_path)
+
+
+@pytest.mark.live
+def test_a_killed_launcher_takes_its_processes_along(tmp_path, start):
+    """Nobody could take its word back, so nobody believes it."""
+    up = start()
+    up.read_to("ready")
+    assert state.taken(tmp_path)
+    assert len(up.all()) >= 5
+    up.process.kill()
+    assert up.ended()[0] == -signal.SIGKILL
+    assert (tmp_path / "deployment.json").exists()
+    assert not state.taken(tmp_path)
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signals do again what they did before."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+class Empty(contextlib.nullcontext[None]):
+    """A deployment without processes."""
+
+    transport_reason = coordinator = ""
+    gateways = ("",)
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+
+def test_an_interrupt_in_the_moment_of_becoming_ready_leaves_no_word(tmp_path, monkeypatch, handlers):
+    write = state.write
+
+    def interrupted(*arguments):
+        write(*arguments)
+        assert (tmp_path / "deployment.json").exists()
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(upping, "Deployment", Empty)
+    monkeypatch.setattr(upping, "wait_ready", lambda deployment: None)
+    monkeypatch.setattr(state, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        upping.up(DeploymentConfig(model=str(DEMO)), tmp_path, as_json=False, detach=False, argv=[])
+    assert not [*tmp_path.glob("deployment.json*")]
+    assert not state.taken(tmp_path)

@@ -1,0 +1,127 @@
+"""A lane that failed at first is tried again: real workers in one process, over a transport that fails once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from control import worker as working
+from control.client import members
+from control.coordinator import Coordinator
+from control.worker import Worker
+from core.config import CoordinatorConfig, WorkerConfig
+from core.errors import RemoteError
+from core.kv import PageRun
+from core.worker import Identity, Numerics, Role
+from tests.cast import SHAPE
+from tests.live.cluster import until
+from transfer import thread as lanes
+from transfer.inprocess import InProcess
+from transfer.transport import ReadFailed, ReadFenced
+
+PAGES = 40
+
+
+class Flaky(InProcess):
+    """Its first reads and then two connections fail, each in a way of its own."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.faults = ["refused", "broken", "silent", "no connection", "connected all the same"]
+        self.connected: list[str] = []
+        self.silent = 0
+        """The read that never ends."""
+
+    def failing(self, *faults: str) -> str:
+        """The next fault if it is one of these, once."""
+        return self.faults.pop(0) if self.faults and self.faults[0] in faults else ""
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        self.connected.append(peer)
+        fault = self.failing("no connection", "connected all the same")
+        if fault != "no connection":
+            super().connect(peer, metadata)
+        if fault:
+            raise RemoteError(fault)
+
+    def read(
+        self,
+        read_id: int,
+        peer: str,
+        source: Sequence[PageRun],
+        target: Sequence[PageRun],
+        nbytes: int | None = None,
+    ) -> None:
+        match self.failing("refused", "broken", "silent"):
+            case "refused":
+                raise RemoteError("no such pages")
+            case "broken":
+                self._ended.append(ReadFailed(read_id, "broken", in_doubt=False))
+            case "silent":
+                self.silent = read_id
+            case _:
+                super().read(read_id, peer, source, target, nbytes)
+
+    def abandon(self, read_id: int) -> None:
+        if read_id == self.silent:
+            self._ended.append(ReadFailed(read_id, "abandoned", in_doubt=True))
+        super().abandon(read_id)
+
+    def fence(self, read_ids: Sequence[int]) -> None:
+        if self.silent in read_ids:
+            self._ended.append(ReadFenced(self.silent))
+            self.silent = 0
+        super().fence(read_ids)
+
+
+def load(config: WorkerConfig) -> tuple[Any, Numerics, str, int]:
+    """An engine that computes nothing: its memory is all that a lane needs."""
+    arena = memoryview(bytearray(PAGES * SHAPE.page_nbytes))
+    return SimpleNamespace(kv=SHAPE, pages=PAGES, arena=arena), Numerics(False, SHAPE.dtype, 1, "none"), "f", 100
+
+
+def ready(coordinator: str) -> set[str]:
+    """The workers that call themselves ready."""
+    return {member.role for member in members(coordinator) if member.ready}
+
+
+@pytest.mark.parametrize("roles", [(Role.PREFILL, Role.DECODE), (Role.MIXED,)], ids=["two", "alone"])
+def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, roles):
+    """The last one reads from the first, or from itself."""
+    transports: dict[str, Flaky] = {}
+    bugs: list[BaseException] = []
+
+    def make(kind: str, me: Identity) -> Flaky:
+        transports[me.name] = Flaky(str(me))
+        return transports[me.name]
+
+    monkeypatch.setattr(working, "make_transport", make)
+    monkeypatch.setattr(working, "RETRY_S", 0.05)
+    monkeypatch.setattr(lanes, "PROBE_ANSWER_S", 0.05)
+
+    async def run() -> None:
+        coordinator = Coordinator(CoordinatorConfig())
+        await coordinator.start()
+        workers = []
+        for number, role in enumerate(roles):
+            config = WorkerConfig(role, role, coordinator.address, "", "m", transport="inprocess", check=True)
+            workers.append(Worker(config, Identity(role, number + 1), "b", load, bugs.append))
+        try:
+            for worker in workers:
+                await worker.start()
+            await asyncio.to_thread(until, lambda: ready(coordinator.address) == {*roles}, "all are ready")
+        finally:
+            for worker in workers:
+                await worker.stop("the test is over")
+            await coordinator.stop("the test is over")
+
+    asyncio.run(run())
+    reader = transports[roles[-1]]
+    assert reader.faults == []
+    assert reader.connected == [f"{roles[0]}#000000000001"] * 5
+    assert not reader.silent, "nothing is in doubt"
+    assert not bugs
