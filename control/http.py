@@ -161,7 +161,9 @@ class Front:
             if sum(worker["is_healthy"] for worker in known) == wanted and ready(self.address):
                 break
             time.sleep(0.1)
-        self.say({"address": self.address, "metrics": f"{LOOPBACK}:{self._metrics_port}", "pid": os.getpid()})
+        metrics = f"{LOOPBACK}:{self._metrics_port}"
+        log.info("serving on %s before %d gateways, metrics on %s", self.address, wanted, metrics)
+        self.say({"address": self.address, "metrics": metrics, "pid": os.getpid()})
 
 
 def _each_line(source: int, take: Callable[[str], None]) -> None:

@@ -35,6 +35,7 @@ IGNORED = frozenset(
         "id2label",
         "initializer_range",
         "is_decoder",
+        "is_llama_config",
         "label2id",
         "max_length",
         "model_type",
@@ -43,6 +44,7 @@ IGNORED = frozenset(
         "return_dict",
         "sep_token_id",
         "tokenizer_class",
+        "transformers.js_config",
         "transformers_version",
         "use_cache",
     }
@@ -63,6 +65,7 @@ ONLY: dict[str, tuple[object, ...]] = {
     "pretraining_tp": (1,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
+    "rope_interleaved": (False,),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False,),
     "torchscript": (False,),

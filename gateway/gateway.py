@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
+
+import grpc
 
 from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
@@ -56,6 +59,8 @@ class _Client:
     arrived_at: float
     task: asyncio.Task[Any]
     """Serves the call."""
+    refuse: Callable[[RequestError], Awaitable[object]] | None
+    """Ends the call from beside that task, which may be waiting for the client to read."""
 
 
 def response(index: int, batch: Batch, end: inference_pb2.End | None = None) -> inference_pb2.GenerateResponse:
@@ -113,6 +118,7 @@ class Gateway:
         self._bug = bug
         self._tasks: list[asyncio.Task[None]] = []
         self._clients: dict[int, _Client] = {}
+        self._hang_ups: set[asyncio.Task[None]] = set()
         self._names: dict[str, int] = {}
         self._next = 0
         self._healthy = False
@@ -163,11 +169,15 @@ class Gateway:
         self._metrics.close()
 
     async def generate(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None
+        self,
+        asked: inference_pb2.GenerateRequest,
+        remaining_s: float | None,
+        refuse: Callable[[RequestError], Awaitable[object]] | None = None,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
         """The request's messages, each continuation's last with `end`; `RequestError` if it is refused or fails.
 
-        `remaining_s` is the call's own deadline. Closing the iterator ends the request.
+        `remaining_s` is the call's own deadline; `refuse` ends the call if its client does not read the response.
+        Closing the iterator ends the request.
         """
         counter = self._next = self._next + 1
         arrived_at = self._driver.now()
@@ -183,7 +193,7 @@ class Gateway:
         assert task is not None
         sampling = request.sampling
         streams = [TextStream(self.tokenizer, stops, min_tokens=sampling.min_tokens) for _ in range(sampling.n)]
-        client = _Client(Flights(streams), request, arrived_at, task)
+        client = _Client(Flights(streams), request, arrived_at, task, refuse)
         self._clients[counter], self._names[request.id] = client, counter
         try:
             self._driver.post("router", Arrived(counter, request))
@@ -275,7 +285,16 @@ class Gateway:
         client = self._clients.get(counter)
         if client is not None:
             log.info("hung up on a client that does not read", extra={"request": client.request.id})
+            # Cancelling alone would leave the call open: its client, should it read one day, would wait for ever.
+            if client.refuse is not None:
+                self._hang_ups.add(hang_up := asyncio.create_task(self._hang_up(client.refuse)))
+                hang_up.add_done_callback(self._hang_ups.discard)
             client.task.cancel()
+
+    async def _hang_up(self, refuse: Callable[[RequestError], Awaitable[object]]) -> None:
+        """Ends when the client has read what was sent before, or is gone."""
+        with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):
+            await refuse(RequestError("ABORTED", f"the response was not read within {UNREAD_S:g} s of its end"))
 
     def _observe(self, client: _Client, flight: Flight, tokens: int) -> None:
         now = self._driver.now()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import grpc
@@ -28,7 +29,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         try:
-            async with aclosing(self._gateway.generate(request, context.time_remaining())) as responses:
+            refuse = partial(rpc.refuse, context)
+            async with aclosing(self._gateway.generate(request, context.time_remaining(), refuse)) as responses:
                 async for response in responses:
                     yield response
         except RequestError as error:

@@ -16,7 +16,7 @@ A row sees its own position and those before; with a window w, only the last w o
 all windows of a step's rows of a sequence are not read.
 
 Backends: `kernels.reference` (plain torch, any device), `kernels.fast_cpu` and, where a compiler is at hand,
-`kernels.native_cpu` on top of it, `kernels.exact_cpu`. A GPU backend is one more module with these names.
+`kernels.native_cpu` on top of it, `kernels.exact_cpu` and `kernels.exact_native`, and for GPUs `kernels.triton_ops`.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ class Flight:
     placed: Ticket | None = None
     second: Identity | None = None
     tried: set[Identity] = field(default_factory=set)
+    silent: set[Identity] = field(default_factory=set)
+    """Those tried who did not answer in time."""
     refusals: list[Reject] = field(default_factory=list)
     queued_at: float = 0.0
     offered_at: float = 0.0

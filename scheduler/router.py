@@ -242,12 +242,17 @@ class Router:
         """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
         call = flight.call
         flight.request = self._rest(flight, now)
+        wait_s = max(0.0, call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s) - now)
         for source in self._workers.sources(flight.tried):
             sinks = self._workers.sinks(source, flight.request)
             if sinks:
                 break
         else:
-            return self._shed(flight)
+            if not flight.silent or not wait_s:
+                return self._shed(flight)
+            flight.tried -= flight.silent  # busy, not lost: they are asked again as long as that is soon enough
+            flight.silent.clear()
+            return self._offer(flight, now)
         call.offers += 1
         flight.tried.add(source)
         flight.placed = ticket = Ticket(self._me, call.counter, call.offers, source, sinks[0])
@@ -257,7 +262,6 @@ class Router:
         self._enter(flight, Phase.OFFERED)
         heappush(self._alarms, (self._until(flight), ticket.key))
         heappush(self._alarms, (call.deadline, ticket.key))
-        wait_s = max(0.0, call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s) - now)
         request = flight.request
         offer = Offer(ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
         return [ToOne(source, offer)]
@@ -533,6 +537,7 @@ class Router:
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
                 commands += self._end(call, Phase.FAILED, why, "DEADLINE_EXCEEDED")
             else:
+                flight.silent.add(flight.ticket.source)
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
 

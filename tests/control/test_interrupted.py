@@ -161,11 +161,14 @@ def handlers() -> Iterator[None]:
 class Empty(contextlib.nullcontext[None]):
     """A deployment without processes."""
 
-    transport_reason = coordinator = ""
+    transport_reason = coordinator = http = ""
     gateways = ("",)
 
     def __init__(self, *_: object, **__: object) -> None:
         super().__init__()
+
+    def open_http(self) -> None:
+        pass
 
 
 def test_an_interrupt_in_the_moment_of_becoming_ready_leaves_no_word(tmp_path, monkeypatch, handlers):

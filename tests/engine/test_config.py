@@ -53,6 +53,7 @@ REFUSED = [
     ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale": "x"}}, "rope_scaling: mscale: got 'x'"),
     ({"rope_scaling": LLAMA3_ROPE, "rope_parameters": LLAMA3}, "beside rope_parameters, want one of the two"),
     ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention: got {}"),
+    ({"rope_interleaved": True}, "rope_interleaved: got True, want False"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: got 0.5"),
     ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: got 50.0, want None"),
     ({"layer_types": ["full_attention"] * 2}, "layer_types: got ['full_attention', 'full_attention'], a key"),

@@ -1,0 +1,85 @@
+"""The coordinator is not on the request path: it may die, come back and stand still while streams run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from contextlib import asynccontextmanager
+
+import pytest
+
+from tests.live.asks import case
+from tests.live.cluster import Client, together, until
+
+STREAMS = [case(30 + 50 * n, 700, n, forever=True) for n in range(4)]
+NEW = [case(20 + 40 * n, 30, n, forever=True) for n in range(6)]
+
+
+@pytest.fixture(scope="module")
+def apart(launch, model):
+    """Two gateways, one prefill and one decode worker: who loses one of these has nobody else."""
+    live = launch("coordinator", model, gateways=2, dtype="float32", kv_memory="8M")
+    yield live
+    live.stop()
+
+
+@asynccontextmanager
+async def traffic(live, reference):
+    """Every gateway's client; meanwhile streams run, one after the other in four lines, and all are right."""
+    over = asyncio.Event()
+
+    async def line(client, each):
+        replies = []
+        while not over.is_set():
+            replies.append(await client.generate(each.request))
+        return replies
+
+    first, second = live.deployment.gateways
+    async with Client(first) as one, Client(second) as two:
+        lines = [asyncio.create_task(line((one, two)[n % 2], each)) for n, each in enumerate(STREAMS)]
+        await asyncio.to_thread(until, lambda: sum(live.phases().values()) == len(STREAMS), "all streams run")
+        yield one, two
+        over.set()
+        for each, replies in zip(STREAMS, await asyncio.gather(*lines), strict=True):
+            check([each] * len(replies), replies, reference)
+
+
+async def ask_all(clients, reference):
+    """New requests at both gateways are served."""
+    check(NEW, await together(*(clients[n % 2].generate(each.request) for n, each in enumerate(NEW))), reference)
+
+
+def check(cases, replies, reference):
+    """Each is what one engine says, and nobody was lost on its way."""
+    for each, reply in zip(cases, replies, strict=True):
+        each.check(reply, reference)
+        assert reply.last.attempts == 1
+
+
+def test_streams_and_new_requests_go_on_while_the_coordinator_is_killed_and_comes_back(apart, reference):
+    async def run():
+        async with traffic(apart, reference) as clients:
+            apart.kill("coordinator", signal.SIGKILL)
+            await ask_all(clients, reference)
+            await asyncio.to_thread(apart.restart, "coordinator")
+            await ask_all(clients, reference)
+
+    asyncio.run(run())
+
+
+def test_streams_and_new_requests_go_on_while_the_coordinator_stands_still(apart, reference):
+    """For longer than the leases that it gives."""
+
+    async def run():
+        async with traffic(apart, reference) as clients:
+            apart.kill("coordinator", signal.SIGSTOP)
+            over = asyncio.create_task(asyncio.sleep(5))
+            try:
+                while not over.done():
+                    await ask_all(clients, reference)
+            finally:
+                apart.kill("coordinator", signal.SIGCONT)
+            await asyncio.to_thread(apart.wait_ready)
+            await ask_all(clients, reference)
+
+    asyncio.run(run())
