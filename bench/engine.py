@@ -45,7 +45,7 @@ class Ours:
     def __init__(self, folder: str, device: str, threads: int, native: bool = True) -> None:
         from engine.engine import TorchEngine
 
-        self.engine = TorchEngine(folder, kv_memory=1024 * 2**20, threads=threads, native=native)
+        self.engine = TorchEngine(folder, kv_memory=1024 * 2**20, threads=threads, native=native, device=device)
 
     def prefill(self, tokens: int) -> Timed:
         from core.sampling import Sampling
@@ -211,7 +211,6 @@ def main() -> None:
         make_llama(folder, vocab=VOCAB, dtype="bfloat16", **sizes)
         ours = Ours(folder, options.device, options.threads)
         peer = Transformers(folder, options.device, options.threads)
-        plain = Ours(folder, options.device, options.threads, native=False)
         for tokens in PREFILLS:
             case = f"prefill {tokens}"
             rows.append(compare(case, ours.prefill(tokens), peer.prefill(tokens), "transformers", repeats))
@@ -221,10 +220,13 @@ def main() -> None:
         case = f"continuous batching, {requests} requests of {PROMPT}+{OUTPUT}"
         few = max(1, repeats // 2)
         rows.append(compare(case, ours.serve(requests), peer.serve(requests), "transformers", few))
-        for tokens in PREFILLS:
+        plain = Ours(folder, "cpu", options.threads, native=False) if options.device == "cpu" else None
+        for tokens in PREFILLS if plain else ():
+            assert plain is not None
             case = f"native operations, prefill {tokens}"
             rows.append(compare(case, ours.prefill(tokens), plain.prefill(tokens), "plain torch", repeats))
-        for count in DECODES:
+        for count in DECODES if plain else ():
+            assert plain is not None
             case = f"native operations, decode batch {count}"
             rows.append(compare(case, ours.decode(count), plain.decode(count), "plain torch", repeats))
     emit("engine", rows, options.json)

@@ -15,16 +15,24 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 class Arena:
     """As many pages as fit into `kv_memory` bytes, at an address that never changes.
 
-    Page-major (core/kv.py): `pages` is the view ``[page, layer, K|V, kv_head, token, dim]``. The memory is anonymous
-    and zero at first; huge pages are asked for where the system has them. Raises `SetupError` if not even one page
-    fits or the memory cannot be had.
+    Page-major (core/kv.py): `pages` is the view ``[page, layer, K|V, kv_head, token, dim]``. The memory is zero at
+    first; the host's is anonymous, in huge pages where the system has them, and `memory` are its bytes. Raises
+    `SetupError` if not even one page fits or the memory cannot be had.
     """
 
-    def __init__(self, kv: KvShape, kv_memory: int) -> None:
+    def __init__(self, kv: KvShape, kv_memory: int, device: torch.device | None = None) -> None:
         self.kv = kv
         self.count = kv_memory // kv.page_nbytes
         if self.count < 1:
             raise SetupError(f"kv_memory: got {kv_memory} bytes, want at least one page of {kv.page_nbytes} bytes")
+        self.memory: memoryview | None = None
+        shape = self.count, kv.layers, 2, kv.kv_heads, kv.page_tokens, kv.head_dim
+        if device is not None and device.type == "cuda":
+            try:
+                self.pages = torch.zeros(shape, dtype=TORCH_DTYPES[kv.dtype], device=device)
+            except torch.OutOfMemoryError as error:
+                raise SetupError(f"kv_memory: {self.count * kv.page_nbytes} bytes cannot be had: {error}") from None
+            return
         try:
             self._map = mmap.mmap(-1, self.count * kv.page_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -35,9 +43,7 @@ class Arena:
             except OSError:
                 pass  # a kernel without huge pages: slower, not wrong
         self.memory = memoryview(self._map)
-        self.pages = torch.frombuffer(self._map, dtype=TORCH_DTYPES[kv.dtype]).view(
-            self.count, kv.layers, 2, kv.kv_heads, kv.page_tokens, kv.head_dim
-        )
+        self.pages = torch.frombuffer(self._map, dtype=TORCH_DTYPES[kv.dtype]).view(shape)
 
     def layer(self, index: int) -> torch.Tensor:
         """One layer of every page: ``[page, K|V, kv_head, token, dim]``, strided, in place."""

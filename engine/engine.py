@@ -13,24 +13,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.errors import LocalError, ModelError, SetupError
+from core.errors import LocalError, ModelError
 from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
+from engine import backend
 from engine.api import Row, Sampled
-from engine.arena import TORCH_DTYPES, Arena
+from engine.arena import Arena
 from engine.config import ModelConfig
 from engine.model import Decoder
 from engine.penalties import Penalties
 from engine.sampler import Sampler, logprobs
-from engine.weights import Progress, Weights, load
+from engine.weights import Progress, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
-from kernels.exact_cpu import ExactOps, row_independent
-from kernels.exact_native import ExactNativeOps
-from kernels.fast_cpu import FastOps
-from kernels.native import NativeMissing
-from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
-from kernels.ops import Ops
 
 PROMPT_LOGITS_NBYTES = 128 * 2**20
 """Logits of a prompt are computed for as many rows at a time as fit into this."""
@@ -63,13 +58,13 @@ class _Sequence:
 
 
 class TorchEngine:
-    """Runs a Hugging Face checkpoint on the CPU over page-major KV.
+    """Runs a Hugging Face checkpoint over page-major KV, on the CPU or on a GPU (`device` "cuda").
 
-    `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32`` or ``bfloat16``); by
-    default bf16 if the checkpoint is bf16 and this CPU multiplies bf16, else fp32. With `exact`, a sequence's logits
-    are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with equal `threads`, CPU and
-    `backend`. `native` allows native code where a compiler is at hand; `backend` says what came of it.
-    `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
+    `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32``, ``bfloat16``, on a GPU
+    also ``float16``); by default the checkpoint's, but on a CPU bf16 only if it is multiplied in hardware, else fp32.
+    With `exact`, a sequence's logits are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with
+    equal `threads`, CPU and `backend`. `native` allows native code where a compiler is at hand; `backend` says what
+    came of it. `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
     Raises `ModelError` if the model directory cannot be served, `SetupError` if the arena cannot be had.
     """
 
@@ -80,6 +75,7 @@ class TorchEngine:
         kv_memory: int,
         page_tokens: int = 64,
         dtype: str | None = None,
+        device: str = "cpu",
         exact: bool = False,
         native: bool = True,
         threads: int | None = None,
@@ -89,21 +85,29 @@ class TorchEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         self.config = ModelConfig.read(model_dir)
-        self.dtype = dtype or default_dtype(self.config.dtype)
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ModelError(f"dtype: got {self.dtype!r}, want 'float32' or 'bfloat16' on a CPU")
+        if device not in backend.DEVICES:
+            raise ModelError(f"device: got {device!r}, want one of {sorted(backend.DEVICES)}")
+        self.dtype = dtype or backend.default_dtype(self.config.dtype, device)
+        if self.dtype not in backend.DEVICES[device]:
+            want = " or ".join(map(repr, backend.DEVICES[device]))
+            raise ModelError(f"dtype: got {self.dtype!r}, want {want} on {device}")
         if exact and BLOCK_TOKENS % page_tokens:
             raise ModelError(f"page_tokens: got {page_tokens}, want a divisor of {BLOCK_TOKENS} in exact mode")
         self.exact = exact
         self.hash_logits = hash_logits
         self._kv = self.config.kv(page_tokens, self.dtype)
-        ops, self.backend = _backend(self.config, exact, native)
-        self._arena = Arena(self._kv, kv_memory)
+        ops, self.backend = backend.choose(self.config, device, exact, native)
+        where = backend.place(device)
+        self._arena = Arena(self._kv, kv_memory, device=where)
+        self._skips_unwritten = device == "cuda"
+        """Its kernels never read a slot behind a sequence's newest token."""
         with torch.inference_mode():
-            weights = load(model_dir, self.config, ops, self.dtype, progress)
+            weights = load(model_dir, self.config, ops, self.dtype, progress, device=where)
             if exact:
-                _prove(weights, self.dtype)
+                backend.prove(weights, self.dtype)
             self._model = Decoder(self.config, weights, ops, self._arena)
+            longest = min(self._kv.pages_for(self.config.context), self._arena.count)
+            self._forward = backend.forward(self._model, device, longest)
         self._sampler = Sampler(self.config.vocab)
         self._sequences: dict[str, _Sequence] = {}
 
@@ -119,7 +123,9 @@ class TorchEngine:
 
     @property
     def arena(self) -> memoryview:
-        """The arena's bytes, writable, at one address for life."""
+        """The arena's bytes, writable, at one address for life; those of a GPU's are not the host's."""
+        if self._arena.memory is None:
+            raise LocalError("arena: got a GPU's, want the host's")
         return self._arena.memory
 
     @property
@@ -181,10 +187,10 @@ class TorchEngine:
         sequences = self._check(rows)
         if any(known.prompt_logprobs for known in sequences):
             rows = [self._tell(row, known) for row, known in zip(rows, sequences, strict=True)]
-        logits = self._model.forward(self._batch(rows, sequences))
+        logits = self._forward(self._batch(rows, sequences))
         if logits is None:
             return []
-        lines = iter(logits.numpy())
+        lines = iter(logits)
         chosen: list[tuple[Row, _Sequence, NDArray[np.float32], int, int]] = []
         for row, known in zip(rows, sequences, strict=True):
             if known.prompt_logprobs:
@@ -229,9 +235,9 @@ class TorchEngine:
         start = row.start
         while start + rows < row.stop and start < len(known.prompt_logprobs) - 1:
             part = Row(row.sequence, start, start + rows)
-            logits = self._model.forward(self._batch([part], [known]))
+            logits = self._forward(self._batch([part], [known]))
             assert logits is not None
-            self._note(part, known, iter(logits.numpy()))
+            self._note(part, known, iter(logits))
             start = part.stop
         return Row(row.sequence, start, row.stop)
 
@@ -323,43 +329,9 @@ class TorchEngine:
     def _clear_behind(self, known: _Sequence, stop: int) -> None:
         """Zero the slots behind a sequence's newest token, once a page: nobody owns them, and they may hold NaN."""
         place, slot = divmod(stop - 1, self._kv.page_tokens)
-        if known.cleared < place:
+        if known.cleared < place and not self._skips_unwritten:
             self._arena.clear(int(known.pages[place]), slot + 1)
             known.cleared = place
-
-
-def _backend(config: ModelConfig, exact: bool, native: bool) -> tuple[Ops, str]:
-    """The table of operations and its name: "native", "torch", "exact-native" or "exact-torch".
-
-    Where native code was wanted and cannot be had, ": why" follows the name.
-    """
-    why = ""
-    if native and (config.group > MAX_GROUP or config.head_dim > MAX_DIM):
-        why = f": native attention has room for {MAX_GROUP} heads to a KV head and {MAX_DIM} numbers to a head"
-    elif native:
-        try:
-            return (ExactNativeOps(), "exact-native") if exact else (NativeOps(), "native")
-        except NativeMissing as missing:
-            why = f": {missing}"
-    return (ExactOps(), "exact-torch" + why) if exact else (FastOps(), "torch" + why)
-
-
-def _prove(weights: Weights, dtype: str) -> None:
-    """Raise `SetupError` if a product of this model's shapes is not exact on this CPU."""
-    layer = weights.layers[0]
-    for weight in (layer.qkv, layer.out, layer.gate_up, layer.down, weights.lm_head):
-        if not row_independent(weight, TORCH_DTYPES[dtype]):
-            raise SetupError(
-                f"exact: got a CPU whose {dtype} product with a [{weight.rows}, {weight.cols}] matrix depends on the "
-                "row's place, want one where it does not"
-            )
-
-
-def default_dtype(checkpoint: str) -> str:
-    """bf16 if the checkpoint is bf16 and this CPU multiplies it in hardware, else fp32."""
-    cpu = torch.cpu
-    fast = any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return "bfloat16" if checkpoint == "bfloat16" and fast else "float32"
 
 
 def _hash(line: NDArray[np.float32]) -> int:

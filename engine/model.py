@@ -35,7 +35,9 @@ class Decoder:
         self.turned_by = [distinct.index(rotation) for rotation in rotations]
         """Which of `tables` rotates each layer's q and k."""
         positions = min(config.context, arena.count * arena.kv.page_tokens)
-        self.tables = [table(rotation, config.head_dim, positions) for rotation in distinct]
+        where = arena.pages.device
+        tables = [table(rotation, config.head_dim, positions) for rotation in distinct]
+        self.tables = [(cos.to(where), sin.to(where)) for cos, sin in tables]
 
     def forward(self, batch: Batch) -> Tensor | None:
         """fp32 logits ``[samples, vocab]``; None if no row is sampled. Writes all rows' K and V into their pages."""

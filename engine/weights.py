@@ -107,9 +107,16 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return want
 
 
-def load(model_dir: str | Path, config: ModelConfig, ops: Ops, dtype: str, progress: Progress | None = None) -> Weights:
+def load(
+    model_dir: str | Path,
+    config: ModelConfig,
+    ops: Ops,
+    dtype: str,
+    progress: Progress | None = None,
+    device: torch.device | None = None,
+) -> Weights:
     """The model's weights in `dtype`, packed by `ops`; `ModelError` names what is missing, left over or misshapen."""
-    reader = _Reader(model_dir, config, TORCH_DTYPES[dtype], progress)
+    reader = _Reader(model_dir, config, TORCH_DTYPES[dtype], progress, device)
     embedding = reader.tensor(EMBEDDING)
     norms = FOUR_NORMS if config.post_norms else NORMS
     layers = []
@@ -139,8 +146,14 @@ class _Reader:
     """Reads tensors by name after the whole index has been checked against the config."""
 
     def __init__(
-        self, model_dir: str | Path, config: ModelConfig, dtype: torch.dtype, progress: Progress | None
+        self,
+        model_dir: str | Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        progress: Progress | None,
+        device: torch.device | None,
     ) -> None:
+        self._device = device
         self._slots = tensor_index(model_dir)
         self._dtype = dtype
         self._norm_offset = config.norm_offset
@@ -166,7 +179,7 @@ class _Reader:
         """One tensor in the compute dtype, in memory of its own."""
         slot = self._slots[name]
         mapped = _mapped(slot)
-        out = torch.empty(slot.shape, dtype=self._dtype)
+        out = torch.empty(slot.shape, dtype=self._dtype, device=self._device)
         out.copy_(mapped)
         self._done += slot.nbytes
         if self._progress is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 from contextlib import asynccontextmanager
 
@@ -25,8 +26,8 @@ def apart(launch, model):
 
 @asynccontextmanager
 async def traffic(live, reference):
-    """Every gateway's client; meanwhile streams run, one after the other in four lines, and all are right."""
-    over = asyncio.Event()
+    """Clients of both gateways, while streams run in four lines; all streams are right, and nobody is lost."""
+    over, before = asyncio.Event(), len(live.lines())
 
     async def line(client, each):
         replies = []
@@ -42,6 +43,7 @@ async def traffic(live, reference):
         over.set()
         for each, replies in zip(STREAMS, await asyncio.gather(*lines), strict=True):
             check([each] * len(replies), replies, reference)
+    assert not [line["message"] for line in live.lines()[before:] if re.search(r"\blost\b", line["message"])]
 
 
 async def ask_all(clients, reference):
@@ -50,7 +52,7 @@ async def ask_all(clients, reference):
 
 
 def check(cases, replies, reference):
-    """Each is what one engine says, and nobody was lost on its way."""
+    """Each is what one engine says, at the first attempt."""
     for each, reply in zip(cases, replies, strict=True):
         each.check(reply, reference)
         assert reply.last.attempts == 1
@@ -81,5 +83,18 @@ def test_streams_and_new_requests_go_on_while_the_coordinator_stands_still(apart
                 apart.kill("coordinator", signal.SIGCONT)
             await asyncio.to_thread(apart.wait_ready)
             await ask_all(clients, reference)
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_starts_after_that_is_found(apart, reference):
+    """All processes watch the coordinator that came back."""
+    apart.kill("prefill-0", signal.SIGKILL)
+    apart.restart("prefill-0")
+
+    async def run():
+        first, second = apart.deployment.gateways
+        async with Client(first) as one, Client(second) as two:
+            await ask_all((one, two), reference)
 
     asyncio.run(run())

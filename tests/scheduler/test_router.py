@@ -114,7 +114,7 @@ def test_an_offer_that_is_not_answered_is_recalled_and_goes_to_the_next_worker()
     assert machine.on(None, 2.0)[1] == ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 28.0)), "busy, not lost"
     now = 2.0
     while not (ends := [command for command in machine.on(None, now) if isinstance(command, End)]):
-        now = machine.deadline()
+        now = machine.deadline() or 0.0
     assert (now, ends[0].code, ends[0].reason) == (30.0, "UNAVAILABLE", "no worker with room for it answers")
 
 

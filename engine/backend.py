@@ -1,0 +1,118 @@
+"""Which operations run a model, on which device, and how a step gets there and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import ModelError, SetupError
+from engine.arena import TORCH_DTYPES
+from engine.config import ModelConfig
+from engine.model import Decoder
+from engine.weights import Weights
+from kernels.batch import Batch
+from kernels.exact_cpu import ExactOps, row_independent
+from kernels.exact_native import ExactNativeOps
+from kernels.fast_cpu import FastOps
+from kernels.native import NativeMissing
+from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
+from kernels.ops import Ops
+
+DEVICES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+"""Devices, and the dtypes that each computes in."""
+STEP_ROWS, STEP_SEQUENCES = 8192, 256
+"""Room on a GPU for one step."""
+
+Forward = Callable[[Batch], NDArray[np.float32] | None]
+"""fp32 logits ``[samples, vocab]`` of a step, None if no row is sampled."""
+
+
+def choose(config: ModelConfig, device: str, exact: bool, native: bool) -> tuple[Ops, str]:
+    """The table of operations and its name: "native", "torch", "exact-native", "exact-torch" or "cuda".
+
+    Where native code was wanted and cannot be had, ": why" follows the name.
+    """
+    if device == "cuda":
+        return _cuda(exact), "cuda"
+    why = ""
+    if native and (config.group > MAX_GROUP or config.head_dim > MAX_DIM):
+        why = f": native attention has room for {MAX_GROUP} heads to a KV head and {MAX_DIM} numbers to a head"
+    elif native:
+        try:
+            return (ExactNativeOps(), "exact-native") if exact else (NativeOps(), "native")
+        except NativeMissing as missing:
+            why = f": {missing}"
+    return (ExactOps(), "exact-torch" + why) if exact else (FastOps(), "torch" + why)
+
+
+def place(device: str) -> torch.device:
+    """Where tensors are: a GPU's kernels are interpreted on the CPU with TRITON_INTERPRET=1, for tests."""
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else device)
+
+
+def forward(model: Decoder, device: str, tables: int) -> Forward:
+    """The model's forward pass, from a step's description on the host to logits on the host.
+
+    `tables` is the length of the longest page table. On a GPU decode steps are recorded as graphs here, once.
+    """
+    if device == "cuda":
+        return _on_gpu(model, tables)
+
+    def on_host(batch: Batch) -> NDArray[np.float32] | None:
+        logits = model.forward(batch)
+        return None if logits is None else logits.numpy()
+
+    return on_host
+
+
+def default_dtype(checkpoint: str, device: str) -> str:
+    """The checkpoint's own on a GPU; on a CPU bf16 if the checkpoint is bf16 and it is multiplied in hardware."""
+    if device == "cuda":
+        return checkpoint
+    cpu = torch.cpu
+    fast = any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return "bfloat16" if checkpoint == "bfloat16" and fast else "float32"
+
+
+def prove(weights: Weights, dtype: str) -> None:
+    """Raise `SetupError` if a product of this model's shapes is not exact on this CPU."""
+    layer = weights.layers[0]
+    for weight in (layer.qkv, layer.out, layer.gate_up, layer.down, weights.lm_head):
+        if not row_independent(weight, TORCH_DTYPES[dtype]):
+            raise SetupError(
+                f"exact: got a CPU whose {dtype} product with a [{weight.rows}, {weight.cols}] matrix depends on the "
+                "row's place, want one where it does not"
+            )
+
+
+def _cuda(exact: bool) -> Ops:
+    if exact:
+        raise ModelError("exact: got true on a GPU, want false: its products have no fixed tile yet")
+    try:
+        from kernels.triton_ops import TritonOps
+    except ImportError as error:
+        raise SetupError(f"device: cuda needs Triton: {error}") from None
+    if place("cuda").type == "cuda" and not torch.cuda.is_available():
+        raise SetupError("device: got cuda, but this torch sees no GPU")
+    return TritonOps()
+
+
+def _on_gpu(model: Decoder, tables: int) -> Forward:
+    from kernels.triton_batch import StaticBatch
+    from kernels.triton_graphs import DecodeGraphs
+
+    where = place("cuda")
+    static = StaticBatch(STEP_ROWS, STEP_SEQUENCES, tables, where)
+    graphs = DecodeGraphs(static, model.forward) if where.type == "cuda" else None
+
+    def on_gpu(batch: Batch) -> NDArray[np.float32] | None:
+        if graphs is not None and graphs.takes(batch):
+            return graphs.run(batch).cpu().numpy()
+        logits = model.forward(static.fill(batch))
+        return None if logits is None else logits.cpu().numpy()
+
+    return on_gpu
