@@ -301,6 +301,7 @@ class Deployment:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
             env={**environment(threads), **self._env},
             cwd=Path(__file__).resolve().parent.parent,
             start_new_session=True,

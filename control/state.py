@@ -6,11 +6,15 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 from core.errors import SetupError
+
+ASKING_S = 0.2
+"""`taken` holds the lock for a moment; nobody who only asks holds it longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,15 @@ def directory(given: str | None) -> Path:
         return Path(chosen)
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "baton"
+
+
+def make(where: Path) -> None:
+    """The directory, writable; raises SetupError if it cannot be had."""
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "deployment.lock").open("a").close()
+    except OSError as error:
+        raise SetupError(f"state: {where} cannot be written: {error.strerror}") from None
 
 
 def write(where: Path, state: State) -> None:
@@ -70,11 +83,16 @@ def remove(where: Path) -> None:
 def lock(where: Path) -> IO[str]:
     """Hold the directory for one deployment; the lock goes with the file or the process, whichever ends first."""
     held = (where / "deployment.lock").open("w")
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        held.close()
-        raise SetupError(f"a deployment is running already in {where}; `baton down` ends it") from None
+    until = time.monotonic() + ASKING_S
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > until:
+                held.close()
+                raise SetupError(f"a deployment is running already in {where}; `baton down` ends it") from None
+            time.sleep(0.01)
     remove(where)  # what a dead one left: its process number must not pass for ours while we start
     return held
 

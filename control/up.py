@@ -54,7 +54,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
         require()
     model = resolve_model(config.model, config.download)
     name = config.served_name or model_name(config.model)
-    where.mkdir(parents=True, exist_ok=True)
+    state.make(where)
     log = where / "baton.log"
     stop: list[int] = []
 

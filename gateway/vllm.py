@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,7 +236,8 @@ class VllmEngine:
                 ids = await self._gateway.aside(ours, self._gateway.intake.tokens, "text", ours)
                 ours.token_ids.ids.extend(ids)
             replies = Replies(ours.token_ids.ids, request.stream)
-            async with aclosing(self._gateway.generate(ours, context.time_remaining())) as responses:
+            refuse = partial(rpc.refuse, context)
+            async with aclosing(self._gateway.generate(ours, context.time_remaining(), refuse)) as responses:
                 async for response in responses:
                     for reply in replies.take(response):
                         yield reply

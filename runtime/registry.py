@@ -83,8 +83,11 @@ class Registry:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     return
                 log.info("heartbeat: %s", error.code().name)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._soon.wait(), heartbeat_s)
+            with contextlib.suppress(
+                TimeoutError
+            ):  # `wait_for` of Python 3.11 would swallow a cancel that meets `renew`
+                async with asyncio.timeout(heartbeat_s):
+                    await self._soon.wait()
 
     async def _watch(self) -> None:
         while True:

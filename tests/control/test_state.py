@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,18 @@ def test_a_word_that_does_not_fit_on_the_disk_is_one_sentence(tmp_path):
         leave(tmp_path, os.getpid())
     assert failed.value.exit_code == 1
     assert not (tmp_path / "deployment.json").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match=r"state: .*file/state cannot be written"):
+        state.make(tmp_path / "file" / "state")
+
+
+def test_who_only_asks_does_not_refuse_a_deployment(tmp_path):
+    """`status` holds the lock for a moment."""
+    state.make(tmp_path)
+    asking = (tmp_path / "deployment.lock").open("r")
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    threading.Timer(0.05, asking.close).start()
+    state.lock(tmp_path).close()

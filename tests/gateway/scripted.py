@@ -37,7 +37,7 @@ class Scripted:
         self.live = dict.fromkeys(Phase, 0)
 
     async def generate(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None
+        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, refuse: object = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
         self.asked.append(asked)
         self.remaining_s.append(remaining_s)
