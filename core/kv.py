@@ -57,6 +57,13 @@ class KvShape:
         whole = self.pages_for(prompt + max_tokens)
         return whole if n == 1 else self.pages_for(prompt) + n * (whole - prompt // self.page_tokens)
 
+    def most_tokens(self, room: int, prompt: int, n: int) -> int:
+        """The largest `max_tokens` for which `pages_for_branches` fit into room for `room` tokens; below 1 if none."""
+        if n == 1:
+            return room - prompt
+        own = (room // self.page_tokens - self.pages_for(prompt)) // n
+        return (prompt // self.page_tokens + own) * self.page_tokens - prompt
+
     def pages_for(self, tokens: int) -> int:
         """Pages needed for `tokens` tokens."""
         return -(-tokens // self.page_tokens)

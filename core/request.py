@@ -16,7 +16,7 @@ class Slo:
     ttft_s: float = 0.0
     """Time to first token."""
     gap_s: float = 0.0
-    """Tail of the gaps between tokens."""
+    """Tail of the gaps between tokens; carried everywhere, no policy acts on it yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
@@ -21,6 +22,8 @@ from kernels.fast_cpu import FastOps
 from kernels.native import NativeMissing
 from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
 from kernels.ops import Ops
+
+log = logging.getLogger("baton.engine")
 
 DEVICES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 """Devices, and the dtypes that each computes in."""
@@ -98,6 +101,8 @@ def _cuda(exact: bool) -> Ops:
         raise SetupError(f"device: cuda needs Triton: {error}") from None
     if place("cuda").type == "cuda" and not torch.cuda.is_available():
         raise SetupError("device: got cuda, but this torch sees no GPU")
+    if place("cuda").type == "cpu":
+        log.warning("TRITON_INTERPRET=1: a GPU's kernels are interpreted on the CPU, which is for tests")
     return TritonOps()
 
 

@@ -105,6 +105,11 @@ class Flight:
         self._over = True
         self._changed.set()
 
+    @property
+    def ends_request(self) -> bool:
+        """True for the continuation that the whole request ended with: its last message comes last."""
+        return self.outcome is not None and self.outcome.end is not None
+
     def take(self) -> Batch | None:
         """What is new; None if nothing is. The last batch comes once."""
         over = self._over and not self.read
@@ -140,4 +145,4 @@ class Flights:
                 return []
             self._changed.clear()
             await self._changed.wait()
-        return news
+        return sorted(news, key=lambda item: item[1].last and self.all[item[0]].ends_request)

@@ -182,8 +182,8 @@ class Gateway:
         counter = self._next = self._next + 1
         arrived_at = self._driver.now()
         try:
-            tokens = self._sessions.decode_tokens()
-            request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, tokens)
+            most = self._router.most_tokens()
+            request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most)
             if request.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {request.id!r} is live")
         except RequestError as error:
@@ -298,10 +298,10 @@ class Gateway:
 
     def _observe(self, client: _Client, flight: Flight, tokens: int) -> None:
         now = self._driver.now()
-        if flight.last_token_at is None:
-            self._ttft.observe(now - client.arrived_at)
-        else:
+        if flight.last_token_at is not None:
             self._gap.observe((now - flight.last_token_at) / tokens)
+        elif all(each.last_token_at is None for each in client.flights.all):
+            self._ttft.observe(now - client.arrived_at)
         flight.last_token_at = now
 
     def _last(self, client: _Client, index: int, batch: Batch, outcome: Outcome) -> inference_pb2.GenerateResponse:

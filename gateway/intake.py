@@ -15,8 +15,10 @@ from gateway.chat import ChatTemplate
 from gateway.text import Tokenizer
 from protos.baton.v1 import inference_pb2
 from runtime import wire
+from scheduler.placement import MostTokens
 
 MAX_STOPS = 64
+MAX_NAME = 256
 MAX_PROMPT_LOGPROBS = 65_536
 """Most numbers that are given of a prompt: about 1 MB, so that tokens do not wait long behind them."""
 
@@ -89,11 +91,12 @@ class Intake:
         return self.ids("token_ids", ids)
 
     def request(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, decode_tokens: int
+        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, most_tokens: MostTokens
     ) -> tuple[Request, tuple[str, ...]]:
         """The request and its stop strings; without `max_tokens` it may fill the context or the largest decode worker.
 
-        `remaining_s` is the call's deadline, `decode_tokens` what one decode worker holds (0: not known).
+        `remaining_s` is the call's deadline, `most_tokens` says the largest `max_tokens` that
+        workers have room for, given the prompt's tokens and `n`.
         """
         self.model(asked.model)
         prompt = self.tokens(asked.WhichOneof("prompt"), asked)
@@ -112,19 +115,25 @@ class Intake:
                 f"max_tokens: got {asked.max_tokens}, want at most {room}, as the prompt has {len(prompt)} tokens "
                 f"and the context holds {context}",
             )
+        n = asked.n if asked.HasField("n") else 1
+
+        def implied() -> int:
+            """All that context and memory hold."""
+            most = most_tokens(len(prompt), n) if n > 0 else None
+            return room if most is None else min(room, most)
+
         stops = self._stops(asked.stop)
         biased = sorted(asked.logit_bias)
         ends = () if asked.ignore_eos else self._facts.eos
-        implied = max(1, min(room, decode_tokens - len(prompt))) if decode_tokens else room
         sampling = Sampling(
-            max_tokens=asked.max_tokens if asked.HasField("max_tokens") else implied,
+            max_tokens=asked.max_tokens if asked.HasField("max_tokens") else implied(),
             temperature=asked.temperature if asked.HasField("temperature") else 0.0,
             top_k=asked.top_k if asked.HasField("top_k") else 0,
             top_p=asked.top_p if asked.HasField("top_p") else 1.0,
             seed=asked.seed if asked.HasField("seed") else secrets.randbits(63),
             stop_token_ids=tuple(dict.fromkeys((*self.ids("stop_token_ids", asked.stop_token_ids), *ends))),
             ignore_eos=asked.ignore_eos,
-            n=asked.n if asked.HasField("n") else 1,
+            n=n,
             min_p=asked.min_p,
             repetition_penalty=asked.repetition_penalty if asked.HasField("repetition_penalty") else 1.0,
             presence_penalty=asked.presence_penalty,
@@ -148,7 +157,16 @@ class Intake:
             if not 0 <= goal_s < math.inf:
                 raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
         name = asked.request_id or f"req-{secrets.token_hex(8)}"
-        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(asked.hints)), stops
+        hints = asked.hints
+        for field in ("session", "tenant", "group", "tool"):
+            self._short(f"hints.{field}", getattr(hints, field))
+        self._short("request_id", name)
+        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(hints)), stops
+
+    def _short(self, field: str, name: str) -> None:
+        """Names travel with every offer and stand in every log line."""
+        if len(name) > MAX_NAME:
+            raise RequestError("INVALID_ARGUMENT", f"{field}: got {len(name)} characters, want at most {MAX_NAME}")
 
     def _stops(self, stops: Sequence[str]) -> tuple[str, ...]:
         if len(stops) > MAX_STOPS:

@@ -47,10 +47,6 @@ class Sessions:
         for identity in list(self._streams):
             self._settle(identity)
 
-    def decode_tokens(self) -> int:
-        """Most tokens of KV that one ready decode worker holds, 0 without any."""
-        return max((m.kv_tokens for m in self._up.values() if m.role.decodes and m.ready), default=0)
-
     def tell(self, worker: Identity, message: ToWorker) -> None:
         """Send a message if the worker is there; if not, the router is about to hear that it is lost."""
         stream = self._streams.get(worker)

@@ -134,7 +134,7 @@ class Replies:
                 prompt_tokens=len(self._prompt),
                 completion_tokens=len(reply.ids),
                 output_logprobs=output_logprobs(reply.logprobs[reply.sent :]),
-                input_logprobs=None if reply.sent else self._input_logprobs(),
+                input_logprobs=None if reply.sent or response.index else self._input_logprobs(),
                 index=response.index,
             )
             reply.sent = len(reply.ids)
@@ -160,7 +160,7 @@ class Replies:
             completion_tokens=end.completion_tokens,
             cached_tokens=end.cached_tokens,
             output_logprobs=output_logprobs(reply.logprobs),
-            input_logprobs=self._input_logprobs(),
+            input_logprobs=None if index else self._input_logprobs(),
             index=index,
         )
         match end.WhichOneof("matched"):

@@ -41,7 +41,7 @@ def held(layer, table, page_stride, kv_head, position, there, PAGE: tl.constexpr
 def fold(q, keys, values, seen, top, total, mixed, SCALE: tl.constexpr, CAP: tl.constexpr):
     """Take a block of keys into the running maximum ``[row]``, sum ``[row]`` and mix ``[row, dim]``.
 
-    fp32 is multiplied as fp32 ("ieee"), not as tf32; narrower types do not care.
+    fp32 is multiplied as three tf32 products, which keeps its precision; narrower types do not care.
     """
     scores = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * SCALE
     if CAP > 0:

@@ -24,7 +24,9 @@ class DecodeGraphs:
         self, static: StaticBatch, forward: Callable[[Batch], Tensor | None], sizes: Sequence[int] = SIZES
     ) -> None:
         self._static = static
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._logits: Tensor | None = None
+        """Of the step replayed last, for all sizes: what a graph kept for itself the others could not use."""
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         room = min(static.rows, static.slots)
@@ -32,13 +34,18 @@ class DecodeGraphs:
             batch = static.blank(size)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # compiles, and lets the libraries allocate what must not be recorded
-                forward(batch)
+                logits = forward(batch)
+                assert logits is not None
+                if self._logits is None:
+                    self._logits = torch.empty_like(logits)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 logits = forward(batch)
-            assert logits is not None
-            self._graphs[size] = graph, logits
+                assert logits is not None
+                self._logits[:size].copy_(logits)
+            del logits
+            self._graphs[size] = graph
         self._sizes = sorted(self._graphs)
 
     def takes(self, batch: Batch) -> bool:
@@ -49,6 +56,6 @@ class DecodeGraphs:
         """fp32 logits ``[samples, vocab]``, valid until the next step."""
         size = next(size for size in self._sizes if size >= batch.rows)
         self._static.fill(batch, padded=size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[: batch.samples]
+        self._graphs[size].replay()
+        assert self._logits is not None
+        return self._logits[: batch.samples]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from core.request import Request
 from core.worker import Identity, Member
+
+MostTokens = Callable[[int, int], int | None]
+"""The largest `max_tokens`, at least 1, that a worker can hold for a prompt's tokens and `n`; None without workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,16 @@ class Workers:
         if size > room:
             return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
         return None
+
+    def most_tokens(self) -> MostTokens:
+        """As of now; what it returns may be called on any thread."""
+        pairs = [(source, sink, sink.kv) for source, sink in self._pairs() if sink.kv is not None]
+
+        def most(prompt: int, n: int) -> int | None:
+            rooms = [(self._room(source, sink, prompt), shape) for source, sink, shape in pairs]
+            return max((max(1, shape.most_tokens(room, prompt, n)) for room, shape in rooms), default=None)
+
+        return most
 
     def size(self, request: Request) -> int:
         """Tokens of KV it may come to, all continuations together."""

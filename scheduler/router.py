@@ -29,7 +29,7 @@ from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.sampling import Logprobs
 from core.worker import Identity, Member, Role
 from scheduler.calls import Branch, Call, Flight
-from scheduler.placement import Load, Workers
+from scheduler.placement import Load, MostTokens, Workers
 
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
@@ -171,6 +171,10 @@ class Router:
         """What the deployment lacks to serve anything, None if nothing."""
         return self._workers.missing()
 
+    def most_tokens(self) -> MostTokens:
+        """What workers have room for, as of now."""
+        return self._workers.most_tokens()
+
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
         match event:
             case None:
@@ -242,7 +246,7 @@ class Router:
         """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
         call = flight.call
         flight.request = self._rest(flight, now)
-        wait_s = max(0.0, call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s) - now)
+        wait_s = max(0.0, self._patience(flight) - now)
         for source in self._workers.sources(flight.tried):
             sinks = self._workers.sinks(source, flight.request)
             if sinks:
@@ -265,6 +269,13 @@ class Router:
         request = flight.request
         offer = Offer(ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
         return [ToOne(source, offer)]
+
+    def _patience(self, flight: Flight) -> float:
+        """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
+        call = flight.call
+        if flight.placements:
+            return call.deadline
+        return call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s)
 
     def _rest(self, flight: Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
@@ -302,7 +313,8 @@ class Router:
         flight = self._flights.get(message.ticket.key)
         if flight is None:
             return self._ignore()
-        if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not isinstance(message, Handed):
+        by_source = isinstance(message, Handed) or (isinstance(message, Finished) and not message.decoded)
+        if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not by_source:
             return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
         if flight.finished is not None:
             return self._reported(flight, message)

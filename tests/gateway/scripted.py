@@ -33,13 +33,16 @@ class Scripted:
         self.aborted: list[str] = []
         self.left: asyncio.Queue[str] = asyncio.Queue()
         """Requests whose caller went before the end."""
+        self.refuse: Any = None
+        """Ends the last call with a status."""
         self.lacks: str | None = None
         self.live = dict.fromkeys(Phase, 0)
 
     async def generate(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, refuse: object = None
+        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, refuse: Any = None
     ) -> AsyncGenerator[inference_pb2.GenerateResponse]:
         self.asked.append(asked)
+        self.refuse = refuse
         self.remaining_s.append(remaining_s)
         over = False
         try:

@@ -33,14 +33,34 @@ def asked(**fields) -> inference_pb2.GenerateRequest:
     return made
 
 
-@pytest.mark.parametrize(("decode_tokens", "max_tokens"), [(0, 80), (10_000, 80), (100, 80), (50, 30), (21, 1), (5, 1)])
-def test_without_max_tokens_a_request_fills_what_there_is(tokenizer, decode_tokens: int, max_tokens: int):
-    request, _ = intake(tokenizer).request(asked(), None, decode_tokens)
+def nobody(prompt: int, n: int) -> None:
+    """No worker is there to say how much it holds."""
+
+
+@pytest.mark.parametrize(("most", "max_tokens"), [(None, 80), (10_000, 80), (80, 80), (30, 30), (1, 1)])
+@pytest.mark.parametrize("n", [1, 3])
+def test_without_max_tokens_a_request_fills_what_there_is(tokenizer, most: int | None, max_tokens: int, n: int):
+    told = []
+
+    def room(prompt: int, n: int) -> int | None:
+        told.append((prompt, n))
+        return most
+
+    request, _ = intake(tokenizer).request(asked(n=n), None, room)
     assert request.sampling.max_tokens == max_tokens
+    assert told == [(20, n)]
+
+
+@pytest.mark.parametrize("field", ["request_id", "session", "tenant", "group", "tool"])
+def test_a_name_of_any_length_is_not_carried_about(tokenizer, field: str):
+    hints = {} if field == "request_id" else {"hints": {field: "x" * 257}}
+    made = asked(max_tokens=5, **hints, **({field: "x" * 257} if not hints else {}))
+    with pytest.raises(RequestError, match=f"{field}: got 257 characters, want at most 256"):
+        intake(tokenizer).request(made, None, nobody)
 
 
 def test_max_tokens_that_was_asked_for_is_never_changed(tokenizer):
-    request, _ = intake(tokenizer).request(asked(max_tokens=70), None, 30)
+    request, _ = intake(tokenizer).request(asked(max_tokens=70), None, lambda prompt, n: 30)
     assert request.sampling.max_tokens == 70
 
 
@@ -62,7 +82,7 @@ def test_every_option_of_sampling_reaches_it(tokenizer):
         prompt_logprobs=20,
         n=1,
     )
-    request, _ = intake(tokenizer).request(made, None, 0)
+    request, _ = intake(tokenizer).request(made, None, nobody)
     assert request.sampling == Sampling(
         70,
         temperature=0.5,
@@ -79,7 +99,7 @@ def test_every_option_of_sampling_reaches_it(tokenizer):
         logprobs=0,
         prompt_logprobs=20,
     )
-    plain, _ = intake(tokenizer).request(asked(max_tokens=70, seed=3), None, 0)
+    plain, _ = intake(tokenizer).request(asked(max_tokens=70, seed=3), None, nobody)
     assert plain.sampling == Sampling(70, seed=3, stop_token_ids=(1,))
     assert not plain.sampling.bends
 
@@ -108,7 +128,7 @@ def test_every_option_of_sampling_reaches_it(tokenizer):
 )
 def test_a_bad_option_is_the_callers_error_and_says_what_was_wanted(tokenizer, fields, message):
     with pytest.raises(RequestError, match=message) as error:
-        intake(tokenizer).request(asked(max_tokens=70, **fields), None, 0)
+        intake(tokenizer).request(asked(max_tokens=70, **fields), None, nobody)
     assert error.value.code == "INVALID_ARGUMENT"
 
 
@@ -117,15 +137,15 @@ def test_no_more_numbers_are_given_of_a_prompt_than_fit_into_a_message(tokenizer
     made = inference_pb2.GenerateRequest(max_tokens=1, prompt_logprobs=most)
     made.token_ids.ids.extend([5] * length)
     here = intake(tokenizer, context=200_000)
-    assert here.request(made, None, 0)[0].sampling.prompt_logprobs == most
+    assert here.request(made, None, nobody)[0].sampling.prompt_logprobs == most
     made.prompt_logprobs = most + 1
     if most < 20:
         with pytest.raises(RequestError, match=f"got {most + 1}, want at most {most} for {length} tokens"):
-            here.request(made, None, 0)
+            here.request(made, None, nobody)
     made.token_ids.ids.extend([5] * 65536)
     made.prompt_logprobs = 0
     with pytest.raises(RequestError, match="prompt_logprobs: got 0, want none for"):
-        here.request(made, None, 0)
+        here.request(made, None, nobody)
 
 
 def test_text_with_a_token_that_the_model_does_not_know_is_refused(tokenizer):
@@ -133,7 +153,7 @@ def test_text_with_a_token_that_the_model_does_not_know_is_refused(tokenizer):
     made = inference_pb2.GenerateRequest(text="What does textwrap.dedent do?")
     highest = max(tokenizer.encode(made.text))
     with pytest.raises(RequestError, match=f"prompt: got {highest}, want 0..{highest - 1}"):
-        intake(tokenizer, vocabulary=highest).request(made, None, 0)
+        intake(tokenizer, vocabulary=highest).request(made, None, nobody)
 
 
 def test_more_ids_than_a_context_holds_are_not_turned_into_text(tokenizer):
@@ -144,12 +164,12 @@ def test_more_ids_than_a_context_holds_are_not_turned_into_text(tokenizer):
 
 @pytest.mark.parametrize(("call_s", "timeout_s"), [(None, 60.0), (5.0, 5.0), (500.0, 60.0)])
 def test_a_request_lives_as_long_as_its_call_or_the_deployment_allows(tokenizer, call_s, timeout_s: float):
-    request, _ = intake(tokenizer, timeout_s=60.0).request(asked(), call_s, 0)
+    request, _ = intake(tokenizer, timeout_s=60.0).request(asked(), call_s, nobody)
     assert request.timeout_s == timeout_s
 
 
 def test_a_request_without_goals_gets_the_deployments(tokenizer):
     made = asked()
     made.slo.gap_s = 0.5
-    request, _ = intake(tokenizer, ttft_s=2.0, gap_s=0.1).request(made, None, 0)
+    request, _ = intake(tokenizer, ttft_s=2.0, gap_s=0.1).request(made, None, nobody)
     assert (request.slo.ttft_s, request.slo.gap_s) == (2.0, 0.5)

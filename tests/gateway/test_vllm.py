@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -295,7 +296,7 @@ def test_log_probabilities_wait_for_the_text_that_carries_them(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_the_prompts_log_probabilities_are_in_each_first_chunk_and_complete(model, stream):
+def test_the_prompts_log_probabilities_are_in_the_first_chunk_and_complete(model, stream):
     first = inference_pb2.GenerateResponse()
     first.prompt_logprobs.add()
     first.prompt_logprobs.add(token_id=6, logprob=-1.5, top_ids=(6,), top_logprobs=(-1.5,))
@@ -305,12 +306,30 @@ def test_the_prompts_log_probabilities_are_in_each_first_chunk_and_complete(mode
         first, piece(10), piece(11), piece(20, index=1), end(2), end(1, index=1),
     )  # fmt: skip
     chunks = [each.chunk for each in got if each.HasField("chunk")]
-    assert [chunk.HasField("input_logprobs") for chunk in chunks] == ([True, False, True] if stream else [])
-    for complete in (each.complete for each in got if each.HasField("complete")):
-        known = complete.input_logprobs
-        assert list(known.token_ids) == [5, 6, 7]
-        assert [each.value if each.HasField("value") else None for each in known.token_logprobs] == [None, -1.5, -2.5]
-        assert [list(top.token_ids) for top in known.top_logprobs] == [[], [6], [8]]
+    assert [chunk.HasField("input_logprobs") for chunk in chunks] == ([True, False, False] if stream else [])
+    complete, other = (each.complete for each in got if each.HasField("complete"))
+    assert not other.HasField("input_logprobs"), "once is enough: they may be many"
+    known = complete.input_logprobs
+    assert list(known.token_ids) == [5, 6, 7]
+    assert [each.value if each.HasField("value") else None for each in known.token_logprobs] == [None, -1.5, -2.5]
+    assert [list(top.token_ids) for top in known.top_logprobs] == [[], [6], [8]]
+
+
+def test_an_answer_that_is_not_read_can_be_hung_up_on(model):
+    async def call(stub, scripted):
+        stream = stub.Generate(request())
+        await stream.read()
+        with contextlib.suppress(grpc.aio.AbortError):
+            await scripted.refuse(RequestError("ABORTED", "not read"))
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stream.read()
+        return failed.value.code()
+
+    async def play(asked):
+        yield piece(10)
+        await asyncio.sleep(3600)
+
+    assert called(model, play, call) is grpc.StatusCode.ABORTED
 
 
 @pytest.mark.parametrize(

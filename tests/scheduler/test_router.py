@@ -216,7 +216,7 @@ def test_a_prefill_worker_that_is_lost_before_the_hand_over_is_replaced(first_to
     commands = machine.on(WorkerDown(P1), 2.0)
     again = ticket(1, attempt=2, source=P2)
     recalled = [ToOne(who, Cancel(key, "prefill-1 was lost")) for who in (D1, D2)]
-    assert commands == [*recalled, ToOne(P2, Offer(again, 6 + first_token, 8 - first_token, 28.0))]
+    assert commands == [*recalled, ToOne(P2, Offer(again, 6 + first_token, 8 - first_token, 98.0))]
     (prompt,) = machine.on(Accept(again), 2.0)
     assert prompt.message.request.prompt == (*range(6), *[100] * first_token)
     assert machine.on(Tokens(again, 0, (101,)), 3.0) == [Deliver(1, (101,), ())]
@@ -249,7 +249,7 @@ def test_a_hand_over_to_a_decode_worker_that_has_been_lost_starts_anew():
     assert commands == [
         ToOne(P1, Cancel(key, reason)),
         ToOne(D2, Cancel(key, reason)),
-        ToOne(P1, Offer(again, 7, 7, 29.0)),
+        ToOne(P1, Offer(again, 7, 7, 99.0)),
     ]
 
 
@@ -258,7 +258,7 @@ def test_a_decode_worker_that_is_lost_while_decoding_is_replaced_and_no_token_is
     key = decoding(machine)
     commands = machine.on(WorkerDown(D1), 2.0)
     again = ticket(1, attempt=2, sink=D2)
-    assert commands[-1] == ToOne(P1, Offer(again, 8, 6, 28.0))
+    assert commands[-1] == ToOne(P1, Offer(again, 8, 6, 98.0))
     assert machine.on(Tokens(key, 2, (999,)), 2.0) == []
     (prompt,) = machine.on(Accept(again), 2.0)
     assert prompt.message.request.prompt == (*range(6), 100, 101)
@@ -302,7 +302,7 @@ def test_a_failed_attempt_is_tried_again(code):
     commands = machine.on(Failed(key, code, "oh"), 1.0)
     again = ticket(1, attempt=2, source=P2)
     assert commands[:-1] == [ToOne(who, Cancel(key, "oh")) for who in (P1, D1, D2)]
-    assert commands[-1] == ToOne(P2, Offer(again, 6, 8, 29.0))
+    assert commands[-1] == ToOne(P2, Offer(again, 6, 8, 99.0))
 
 
 def test_a_failure_of_the_request_itself_is_not_tried_again():
@@ -345,7 +345,7 @@ def test_a_gap_in_the_tokens_loses_the_attempt_not_the_gateway():
     machine.on(Tokens(key, 0, (100,)), 0.0)
     commands = machine.on(Tokens(key, 5, (105,)), 1.0)
     assert [command.message for command in commands[:-1]] == [Cancel(key, "token 5 came after 1 tokens")] * 3
-    assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 7, 7, 29.0))
+    assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 7, 7, 99.0))
 
 
 def test_an_end_that_counts_more_tokens_than_came_loses_the_attempt():
@@ -860,3 +860,40 @@ def test_a_mixed_worker_never_hands_over_to_another():
     offer = machine.on(Arrived(1, ask()), 0.0)[0].message
     assert (offer.ticket.source, offer.ticket.sink) == (MIXED, D1)
     assert machine.on(Accept(offer.ticket), 0.0)[0].message.second is None
+
+
+def test_a_request_that_was_begun_waits_for_its_second_worker_as_long_as_it_may():
+    """However late in its life: the goal for its first token was met long ago."""
+    machine = router()
+    prompt = replace(ask(), slo=replace(ask().slo, ttft_s=0.5))
+    key = machine.on(Arrived(1, prompt), 0.0)[0].message.ticket
+    machine.on(Accept(key), 0.0)
+    machine.on(Tokens(key, 0, (100, 101)), 0.4)
+    offer = machine.on(WorkerDown(D1), 40.0)[-1].message
+    assert offer.wait_s == 60.0
+
+
+def test_the_prefill_worker_ends_a_continuation_although_the_kv_went_elsewhere():
+    """The second sink's tokens overtook it."""
+    machine = router()
+    key = several(machine)
+    moved = replace(key, sink=D2)
+    assert machine.on(Tokens(moved, 0, (100, 101), (), 0), 0.5) == [Deliver(1, (101,), (), 0)]
+    assert machine.on(Finished(key, "length", 1, None, (), 1), 0.6) == [Complete(1, 1, "length")]
+    machine.on(Handed(moved, ()), 0.7)
+    assert only_end(machine.on(finished(moved, "length", 2), 0.8)).branch == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("prompt", [1, 4, 6, 11])
+@pytest.mark.parametrize("members", [UP, [worker(MIXED, Role.MIXED)]], ids=["apart", "mixed"])
+def test_what_is_said_to_fit_does_and_one_token_more_does_not(members, prompt, n):
+    machine = router(*members)
+    most = machine.most_tokens()(prompt, n) or 0
+    fits, more = (replace(ask(prompt), sampling=Sampling(most + extra, n=n)) for extra in (0, 1))
+    assert isinstance(machine.on(Arrived(1, fits), 0.0)[0], ToOne)
+    assert only_end(machine.on(Arrived(2, more), 0.0)).code == "INVALID_ARGUMENT"
+
+
+def test_nobody_is_there_to_say_what_fits():
+    assert Router(GATEWAY, RouterConfig()).most_tokens()(5, 1) is None

@@ -1,0 +1,1 @@
+"""Workloads, scenarios, and the simulator that serves them with the real policies."""
