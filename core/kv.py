@@ -85,11 +85,15 @@ class PageRun:
 def page_runs(pages: Sequence[int]) -> tuple[PageRun, ...]:
     """The pages in their given order, joined where the next page is the next number."""
     runs: list[PageRun] = []
+    start = stop = -1
     for page in pages:
-        if runs and runs[-1].stop == page:
-            runs[-1] = PageRun(runs[-1].start, runs[-1].count + 1)
-        else:
-            runs.append(PageRun(page, 1))
+        if page != stop:
+            if stop >= 0:
+                runs.append(PageRun(start, stop - start))
+            start = page
+        stop = page + 1
+    if stop >= 0:
+        runs.append(PageRun(start, stop - start))
     return tuple(runs)
 
 

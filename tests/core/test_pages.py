@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.errors import LocalError
-from core.kv import page_runs
+from core.free import FreeRuns, joined, numbers
+from core.kv import PageRun, page_runs
 from core.pages import Owner, Pages
-from tests.cast import efforts
+from tests.cast import QUICK, efforts
 
 STATES = [Owner.PREFILLING, Owner.PULLING, Owner.DECODING]
 
@@ -110,6 +112,64 @@ def test_freed_neighbours_become_one_run_again():
     for name in "acb":
         ledger.release(name)
     assert ledger.bind("all", 9, Owner.DECODING) == tuple(range(9))
+
+
+def plainly(free: set[int], count: int, after: int | None) -> list[int]:
+    """Pages in the order of preference that `FreeRuns.take` promises, found by looking at all runs."""
+    taken: list[int] = []
+    while len(taken) < count:
+        runs, need = page_runs(sorted(free - set(taken))), count - len(taken)
+        behind = [run for run in runs if run.start == after and not taken]
+        fitting = sorted((run.count, run.start) for run in runs if run.count >= need)
+        longest = sorted((-run.count, run.start) for run in runs)
+        start = behind[0].start if behind else (fitting or longest)[0][1]
+        length = next(run.count for run in runs if run.start == start)
+        taken += range(start, start + min(need, length))
+    return taken
+
+
+@given(st.sets(st.integers(0, 59), min_size=1), st.integers(0, 59), st.none() | st.integers(0, 60), st.randoms())
+@settings(QUICK, max_examples=300)
+def test_free_runs_are_taken_in_the_order_of_preference_and_given_back_in_any_order(free, count, after, rng):
+    count = min(count, len(free))
+    space = FreeRuns(60)
+    space.take(60)
+    pages = list(free)
+    rng.shuffle(pages)
+    for some in (pages[::2], pages[1::2]):
+        space.give(joined(some))
+        space.check()
+    assert numbers(space.runs()) == tuple(sorted(free))
+    taken = space.take(count, after)
+    assert list(numbers(taken)) == plainly(free, count, after)
+    space.check()
+    space.give(taken)
+    space.check()
+    assert space.runs() == tuple(joined(sorted(free)))
+
+
+def test_a_table_is_numbers_and_runs_of_neighbours():
+    ledger = Pages(20)
+    for name, count in [("a", 3), ("b", 1), ("a", 2), ("c", 1), ("a", 1)]:
+        ledger.bind(name, count, Owner.DECODING)
+    assert ledger.pages("a") == (0, 1, 2, 4, 5, 7)
+    assert ledger.runs("a") == (PageRun(0, 3), PageRun(4, 2), PageRun(7, 1))
+    assert ledger.count("a") == 6
+    assert (ledger.pages("x"), ledger.runs("x"), ledger.count("x")) == ((), (), 0)
+
+
+@pytest.mark.parametrize(("count", "left"), [(0, 6), (1, 5), (2, 4), (3, 3), (5, 1), (6, 0), (9, 0)])
+def test_trimming_frees_the_end_of_a_table_and_leaves_its_promise(count, left):
+    ledger = Pages(20)
+    ledger.promise("a", 8, Owner.DECODING)
+    for name, more in [("a", 3), ("b", 1), ("a", 2), ("c", 1), ("a", 1)]:
+        ledger.bind(name, more, Owner.DECODING)
+    assert ledger.trim("a", count) == 6 - left
+    assert ledger.pages("a") == (0, 1, 2, 4, 5, 7)[:left]
+    assert (ledger.available, ledger.promised) == (16 - left, 2)
+    ledger.check()
+    assert len(ledger.bind("a", 18 - left, Owner.DECODING)) == 18 - left
+    ledger.check()
 
 
 @dataclass
