@@ -1,6 +1,7 @@
 """What our processes say to each other about a request. One frozen dataclass a message; the wire form is in protos/.
 
-Gateway to worker: Offer, Prompt, Cancel. Worker to gateway: Accept, Reject, Tokens, Handed, Finished, Failed.
+Gateway to worker: Offer, Prompt, Cancel. Worker to gateway: Accept, Reject, Tokens, Handed, Finished, Failed, and
+SlotFree, which alone is about no request.
 Prefill to decode worker: Reserve, Ready. Decode to prefill worker: Grant, Refuse, Taken. Either way: Release.
 """
 
@@ -24,6 +25,8 @@ class Offer:
     wait_s: float
     """The first token is wanted within this time; the worker refuses what it cannot start soon enough."""
     hints: Hints = field(default=Hints())
+    prefix: tuple[int, ...] = ()
+    """Chained 64-bit hashes of the prompt's full pages, first page first; empty if the gateway has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,14 @@ class Reject:
     ticket: Ticket
     reason: str
     wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFree:
+    """After a refusal: an offer of up to this many new tokens may be accepted now."""
+
+    worker: Identity
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +193,7 @@ class Release:
 
 
 ToWorker = Offer | Prompt | Cancel
-ToGateway = Accept | Reject | Tokens | Handed | Finished | Failed
+Answer = Accept | Reject | Tokens | Handed | Finished | Failed
+ToGateway = Answer | SlotFree
 ToPeer = Reserve | Grant | Refuse | Ready | Taken | Release
 Message = ToWorker | ToGateway | ToPeer

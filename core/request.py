@@ -16,7 +16,7 @@ class Slo:
     ttft_s: float = 0.0
     """Time to first token."""
     gap_s: float = 0.0
-    """Tail of the gaps between tokens; carried everywhere, no policy acts on it yet."""
+    """Tail of the gaps between tokens; a decode policy that is given a cost model keeps its batches below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,12 @@ class Ticket:
     """The worker that holds the KV first."""
     sink: Identity
     """The worker that pulls it; equal to `source` where nothing has to move."""
+    key: str = field(init=False, repr=False, compare=False)
+    """Names the request and attempt inside a worker: the same for either choice of sink."""
 
-    @property
-    def key(self) -> str:
-        """Names the request and attempt inside a worker: the same for either choice of sink."""
-        return f"{self.minter}/{self.counter}.{self.attempt}"
+    def __post_init__(self) -> None:
+        # Asked for at every event of a request: made once.
+        object.__setattr__(self, "key", f"{self.minter}/{self.counter}.{self.attempt}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class Request:
     hints: Hints = field(default=Hints())
     generated: int = 0
     """The last this many tokens of `prompt` are output of earlier attempts; penalties count them as such."""
+    prefix: tuple[int, ...] = ()
+    """Chained 64-bit hashes of the prompt's full pages, first page first; empty where nobody has computed them."""
 
 
 class Phase(StrEnum):
@@ -90,7 +93,7 @@ class Phase(StrEnum):
 
 _ENDS = (Phase.CANCELLED, Phase.FAILED)
 PHASE_NEXT: dict[Phase, tuple[Phase, ...]] = {
-    Phase.QUEUED: (Phase.OFFERED, Phase.REJECTED, *_ENDS),
+    Phase.QUEUED: (Phase.OFFERED, Phase.DONE, Phase.REJECTED, *_ENDS),
     Phase.OFFERED: (Phase.PREFILLING, Phase.QUEUED, Phase.DONE, *_ENDS),
     Phase.PREFILLING: (Phase.HANDING_OFF, Phase.DONE, Phase.QUEUED, *_ENDS),
     Phase.HANDING_OFF: (Phase.DECODING, Phase.DONE, Phase.QUEUED, *_ENDS),

@@ -8,7 +8,7 @@ from enum import StrEnum
 from core.errors import LocalError
 from core.kv import KvShape
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raised when a message between our own processes changes its meaning; unequal versions are refused at join."""
 
 

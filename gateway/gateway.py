@@ -18,8 +18,8 @@ from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
 from core.worker import Greeting, Identity, Member, Role
-from gateway.flights import Batch, Flight, Flights, Outcome
 from gateway.intake import Intake, ModelFacts
+from gateway.replies import Batch, Outcome, Replies, Reply
 from gateway.service import SERVICE, InferenceService
 from gateway.sessions import Sessions
 from gateway.text import TextStream, Tokenizer
@@ -28,18 +28,8 @@ from runtime import rpc, wire
 from runtime.driver import Driver
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
-from scheduler.router import (
-    Arrived,
-    ClientGone,
-    Complete,
-    Deliver,
-    End,
-    Router,
-    RouterCommand,
-    RouterConfig,
-    Satisfied,
-    ToOne,
-)
+from scheduler.router import Router, RouterConfig
+from scheduler.router_events import Arrived, ClientGone, Complete, Deliver, End, RouterCommand, Satisfied, ToOne
 
 log = logging.getLogger("baton.gateway")
 
@@ -54,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Client:
-    flights: Flights
+    replies: Replies
     request: Request
     arrived_at: float
     task: asyncio.Task[Any]
@@ -193,14 +183,14 @@ class Gateway:
         assert task is not None
         sampling = request.sampling
         streams = [TextStream(self.tokenizer, stops, min_tokens=sampling.min_tokens) for _ in range(sampling.n)]
-        client = _Client(Flights(streams), request, arrived_at, task, refuse)
+        client = _Client(Replies(streams), request, arrived_at, task, refuse)
         self._clients[counter], self._names[request.id] = client, counter
         try:
             self._driver.post("router", Arrived(counter, request))
             failed: End | None = None
-            while news := await client.flights.next():
+            while news := await client.replies.next():
                 for index, batch in news:
-                    outcome = client.flights[index].outcome if batch.last else None
+                    outcome = client.replies[index].outcome if batch.last else None
                     if outcome is not None and outcome.served:
                         yield self._last(client, index, batch, outcome)
                         continue
@@ -228,8 +218,8 @@ class Gateway:
         counter = self._names.get(request_id)
         if counter is None:
             return False
-        for flight in self._clients[counter].flights.all:
-            flight.aborted = True
+        for reply in self._clients[counter].replies.all:
+            reply.aborted = True
         self._driver.post("router", ClientGone(counter, "aborted"))
         return True
 
@@ -252,15 +242,15 @@ class Gateway:
             case Deliver(counter, tokens, hashes, branch, logprobs, prompt_logprobs):
                 client = self._clients.get(counter)
                 if client is not None:
-                    flight = client.flights[branch]
+                    reply = client.replies[branch]
                     if tokens:
-                        self._observe(client, flight, len(tokens))
-                    if flight.deliver(tokens, hashes, logprobs, prompt_logprobs):
+                        self._observe(client, reply, len(tokens))
+                    if reply.deliver(tokens, hashes, logprobs, prompt_logprobs):
                         self._driver.post("router", Satisfied(counter, branch))
             case Complete(counter, branch, reason, stop_token_id):
                 client = self._clients.get(counter)
                 if client is not None:
-                    client.flights[branch].end(reason, stop_token_id)
+                    client.replies[branch].end(reason, stop_token_id)
             case End():
                 client = self._clients.get(command.counter)
                 if client is None:
@@ -269,14 +259,14 @@ class Gateway:
                     self._e2e.observe(self._driver.now() - client.arrived_at)
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
-                    client.flights.end(command)
+                    client.replies.end(command)
                     self._requests.labels(command.phase, command.code).inc()
                     asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
                     log.info(
                         "%s: %s after %d tokens",
                         command.phase,
                         command.reason,
-                        sum(flight.completion_tokens for flight in client.flights.all),
+                        sum(reply.completion_tokens for reply in client.replies.all),
                         extra={"request": client.request.id},
                     )
 
@@ -296,24 +286,24 @@ class Gateway:
         with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):
             await refuse(RequestError("ABORTED", f"the response was not read within {UNREAD_S:g} s of its end"))
 
-    def _observe(self, client: _Client, flight: Flight, tokens: int) -> None:
+    def _observe(self, client: _Client, reply: Reply, tokens: int) -> None:
         now = self._driver.now()
-        if flight.last_token_at is not None:
-            self._gap.observe((now - flight.last_token_at) / tokens)
-        elif all(each.last_token_at is None for each in client.flights.all):
+        if reply.last_token_at is not None:
+            self._gap.observe((now - reply.last_token_at) / tokens)
+        elif all(each.last_token_at is None for each in client.replies.all):
             self._ttft.observe(now - client.arrived_at)
-        flight.last_token_at = now
+        reply.last_token_at = now
 
     def _last(self, client: _Client, index: int, batch: Batch, outcome: Outcome) -> inference_pb2.GenerateResponse:
         """A continuation's last message; the request's own last one says where the time went."""
-        request, flight = client.request, client.flights[index]
+        request, reply = client.request, client.replies[index]
         last = inference_pb2.End(
             finish_reason=outcome.reason,
             prompt_tokens=len(request.prompt),
             completion_tokens=outcome.completion_tokens,
             request_id=request.id,
             seed=request.sampling.seed,
-            logits_hashes=flight.hashes if any(flight.hashes) else (),
+            logits_hashes=reply.hashes if any(reply.hashes) else (),
         )
         if outcome.stop_string is not None:
             last.stop_string = outcome.stop_string

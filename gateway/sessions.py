@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from core.errors import RemoteError
-from core.messages import Accept, Failed, Finished, Handed, Reject, Tokens, ToWorker
+from core.messages import Accept, Failed, Finished, Handed, Reject, SlotFree, Tokens, ToWorker
 from core.worker import Greeting, Identity, Member, Role
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
@@ -15,7 +15,7 @@ from runtime import rpc, streams, wire
 from runtime.driver import Driver
 from runtime.streams import SILENCE_S, Dials, Stream
 from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
-from scheduler.router import WorkerDown, WorkerUp
+from scheduler.router_events import WorkerDown, WorkerUp
 
 log = logging.getLogger("baton.sessions")
 
@@ -79,8 +79,10 @@ class Sessions:
         if frame.WhichOneof("body") == "heartbeat":
             return
         message = stream.reader.message(frame)
-        if not isinstance(message, Accept | Reject | Tokens | Handed | Finished | Failed):
+        if not isinstance(message, Accept | Reject | Tokens | Handed | Finished | Failed | SlotFree):
             raise RemoteError(f"{worker} sent {type(message).__name__}")
+        if isinstance(message, SlotFree) and message.worker != worker:
+            raise RemoteError(f"{worker} says that {message.worker} has room")
         self._driver.post("router", message)
 
     def ended(self, stream: Stream, goodbye: bool) -> None:

@@ -129,11 +129,18 @@ def member_from(body: registry_pb2.Member) -> Member:
 
 def frames(message: m.Message) -> list[Frame]:
     """A message as frames: one, but for a prompt, which travels in pieces of `PIECE_TOKENS`."""
+    if isinstance(message, m.SlotFree):
+        return [Frame(slot_free=worker_pb2.SlotFree(worker=str(message.worker), tokens=message.tokens))]
     ticket = _ticket(message.ticket)
     match message:
-        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints):
+        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix):
             offer = worker_pb2.Offer(
-                ticket=ticket, prompt_tokens=prompt_tokens, max_tokens=max_tokens, wait_s=wait_s, hints=_hints(hints)
+                ticket=ticket,
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                wait_s=wait_s,
+                hints=_hints(hints),
+                prefix=prefix,
             )
             return [Frame(offer=offer)]
         case m.Accept(_, cached_tokens, wait_s):
@@ -216,12 +223,20 @@ class Reader:
         match frame.WhichOneof("body"):
             case "offer":
                 offer = frame.offer
-                ticket = _ticket_from(offer.ticket)
-                return m.Offer(ticket, offer.prompt_tokens, offer.max_tokens, offer.wait_s, _hints_from(offer.hints))
+                return m.Offer(
+                    _ticket_from(offer.ticket),
+                    offer.prompt_tokens,
+                    offer.max_tokens,
+                    offer.wait_s,
+                    _hints_from(offer.hints),
+                    tuple(offer.prefix),
+                )
             case "accept":
                 return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)
             case "reject":
                 return m.Reject(_ticket_from(frame.reject.ticket), frame.reject.reason, frame.reject.wait_s)
+            case "slot_free":
+                return m.SlotFree(identity(frame.slot_free.worker), frame.slot_free.tokens)
             case "prompt":
                 return self._prompt(frame.prompt)
             case "cancel":
@@ -429,6 +444,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
         slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
         hints=_hints(request.hints),
         generated=request.generated,
+        prefix=request.prefix,
     )
 
 
@@ -453,4 +469,5 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
         prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
     )
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
-    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, _hints_from(meta.hints), meta.generated)
+    hints = _hints_from(meta.hints)
+    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, tuple(meta.prefix))

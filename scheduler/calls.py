@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from core.messages import Failed, Finished, Handed, Reject, ToGateway
+from core.messages import Answer, Finished, Reject
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
+from scheduler.placement import Load, Need
 
 
 @dataclass(slots=True)
@@ -24,6 +25,7 @@ class Call:
     counter: int
     request: Request
     arrived_at: float
+    deadline: float
     branches: list[Branch]
     prompt_due: bool
     """The prompt's logprobs are wanted and have not come; until then nothing is delivered."""
@@ -35,10 +37,6 @@ class Call:
     placements: int = 0
     """Of its most often placed flight."""
 
-    @property
-    def deadline(self) -> float:
-        return self.arrived_at + self.request.timeout_s
-
 
 @dataclass(slots=True)
 class Flight:
@@ -47,9 +45,17 @@ class Flight:
     call: Call
     branches: tuple[int, ...]
     """Which of the call's; messages count them from 0."""
-    request: Request
-    """What is left to do; made anew for each offer."""
+    need: Need
+    """What is left to do, as far as it matters where."""
+    key: str = ""
+    """Of its last ticket."""
     phase: Phase = Phase.QUEUED
+    parked: bool = False
+    """Everyone refused: it waits for a worker that says it has room."""
+    called: bool = False
+    """Its offer is the answer to such a word."""
+    load: Load | None = None
+    """While a worker has it."""
     placements: int = 0
     """Offers that were accepted."""
     placed: Ticket | None = None
@@ -57,16 +63,21 @@ class Flight:
     tried: set[Identity] = field(default_factory=set)
     silent: set[Identity] = field(default_factory=set)
     """Those tried who did not answer in time."""
-    refusals: list[Reject] = field(default_factory=list)
+    refusals: dict[Identity, Reject] = field(default_factory=dict)
+    """The last one of each worker."""
+    tries: int = 0
+    """Offers that were refused since it began to be placed."""
     queued_at: float = 0.0
     offered_at: float = 0.0
+    ahead_tokens: int = 0
+    """New tokens that were queued there when it was offered."""
     base: int = 0
     """Tokens delivered before this attempt began; its own count starts there."""
     broken: set[Identity] = field(default_factory=set)
     """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
     untold: list[int] = field(default_factory=list)
     """Of `branches`: done while the sink could not be told yet."""
-    held: list[ToGateway] = field(default_factory=list)
+    held: list[Answer] = field(default_factory=list)
     """A decode worker's, that have overtaken the prompt's logprobs from the prefill worker."""
     handed: bool = False
     """The prefill worker has reported its stages for this attempt."""
@@ -83,12 +94,6 @@ class Flight:
         """Of the attempt under way."""
         assert self.placed is not None
         return self.placed
-
-    def part(self, message: Handed | Finished | Failed) -> Role:
-        """Whose word it is."""
-        if isinstance(message, Finished):
-            return Role.DECODE if message.decoded else Role.PREFILL
-        return Role.PREFILL if isinstance(message, Handed) or self.phase is not Phase.DECODING else Role.DECODE
 
     def live(self) -> list[int]:
         """Continuations that go on."""

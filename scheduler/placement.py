@@ -1,11 +1,17 @@
-"""Where a request may go: the workers that a gateway knows, and what it has under way at each. Pure."""
+"""Where a request may go: the workers that a gateway knows, what it has under way at each, and who ranks them. Pure.
+
+`Workers` keeps members and loads; a `Placement` is a strategy over them, one file each. All loads are this gateway's
+own: nobody's report is trusted to be fresh (after P/D-Serve), and a worker that is busier than it looks refuses.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
+from core.kv import KvShape
 from core.request import Request
 from core.worker import Identity, Member
 
@@ -13,67 +19,260 @@ MostTokens = Callable[[int, int], int | None]
 """The largest `max_tokens`, at least 1, that a worker can hold for a prompt's tokens and `n`; None without workers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one placement puts on its workers, in tokens."""
+@dataclass(slots=True, eq=False)
+class Post:
+    """A worker, and what this gateway has under way there."""
 
-    source: Identity
-    prompt: int
-    """0 once the prompt is computed."""
-    sink: Identity
+    member: Member
+    identity: Identity
+    prefills: bool = False
+    decodes: bool = False
+    room: int = 0
+    """Tokens of KV that it holds."""
+    order: int = 0
+    """Its place among all by identity: of equals, the lowest is taken."""
+    queue: int = 0
+    """Prompts that are not computed yet."""
+    queue_tokens: int = 0
+    """New tokens of these."""
+    rows: int = 0
+    """Placements that it decodes, or will."""
+    held_tokens: int = 0
+    """KV that these may come to."""
+    free: int = 0
+    """New tokens of the largest offer that it said it may accept now; 0 once it has refused one since."""
+    gone: bool = False
+
+    @property
+    def mixed(self) -> bool:
+        """True if it can keep what it prefills."""
+        return self.prefills and self.decodes
+
+
+@dataclass(slots=True, eq=False)
+class Need:
+    """What one placement asks of its workers."""
+
+    tokens: int
+    """Of the prompt."""
     size: int
+    """Tokens of KV it may come to, all continuations together."""
+    prefix: tuple[int, ...] = ()
+    wait_s: float = 0.0
+    """The first token is wanted within this time from now."""
+    gap_s: float = 0.0
+    """Tail of the gaps between tokens that was promised; 0: none."""
+    note: object = None
+    """A strategy's own, from one try to the next."""
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """What one placement puts on its workers."""
+
+    source: Post
+    sink: Post
+    tokens: int
+    """New tokens of the prompt."""
+    size: int
+    queued: bool = True
+    """False once the prompt is computed."""
+
+
+class Ranking:
+    """Posts in order of a load, the lightest first; a change costs O(log n) comparisons."""
+
+    __slots__ = ("_entries", "_load", "_sorted", "posts")
+
+    def __init__(self, load: Callable[[Post], float], posts: Iterable[Post] = ()) -> None:
+        self._load = load
+        self.posts = tuple(sorted(posts, key=lambda post: post.order))
+        """All of them, in order of identity."""
+        self._entries = {post.order: (load(post), post.order, post) for post in self.posts}
+        self._sorted = sorted(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def __iter__(self) -> Iterator[Post]:
+        for entry in self._sorted:
+            yield entry[2]
+
+    def first(self) -> Post | None:
+        """The lightest."""
+        return self._sorted[0][2] if self._sorted else None
+
+    def moved(self, post: Post) -> None:
+        """Its load is not what it was; one that is not ranked is not now, either."""
+        order = post.order
+        before = self._entries.get(order)
+        if before is None or before[2] is not post:
+            return
+        load = self._load(post)
+        if load != before[0]:
+            ranked = self._sorted
+            del ranked[bisect_left(ranked, before)]
+            after = self._entries[order] = (load, order, post)
+            insort(ranked, after)
+
+    def check(self) -> None:
+        """Invariant: every load is as it was ranked."""
+        assert self._sorted == sorted((self._load(post), post.order, post) for post in self)
+
+
+class Placement(Protocol):
+    """Chooses workers among those that are ready; one instance serves one gateway.
+
+    Deterministic: same members, loads and calls, same choice. It keeps nothing of single requests except in their
+    `Need.note`, so what it remembers (`document`) is all that a copy has to know beside members and loads.
+    """
+
+    def queue_load(self, post: Post) -> float:
+        """What prefill workers are ranked by, from `post` alone."""
+        ...
+
+    def decode_load(self, post: Post) -> float:
+        """What decode workers are ranked by, from `post` alone."""
+        ...
+
+    def sources(self, need: Need, workers: Workers) -> Iterable[Post]:
+        """Prefill workers in the order in which they are to be asked; asked anew for each try."""
+        ...
+
+    def sinks(self, source: Post, need: Need, workers: Workers) -> tuple[Post, ...]:
+        """Decode workers for what `source` prefills, the best first; at most two are used."""
+        ...
+
+    def fewest(self, need: Need, workers: Workers) -> int:
+        """The fewest new tokens it may come to anywhere, by what is known of caches."""
+        ...
+
+    def accepted(self, source: Post, need: Need) -> None:
+        """`source` will compute it."""
+        ...
+
+    def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
+        """`source` took so long, from offer to first token, for what was queued there and the request's new tokens."""
+        ...
+
+    def document(self) -> dict[str, Any]:
+        """What it remembers, as JSON."""
+        ...
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        """Remember that instead."""
+        ...
 
 
 class Workers:
-    """Ranks workers by the tokens that this gateway has in flight there; only those that are ready get new requests."""
+    """The workers that a gateway knows; only those that are ready get new requests.
 
-    def __init__(self) -> None:
-        self._members: dict[Identity, Member] = {}
-        self._loads: dict[str, Load] = {}
-        self._prompts: Counter[Identity] = Counter()
-        self._sizes: Counter[Identity] = Counter()
+    What depends on the members alone is worked out once a change of them, on the first question after it.
+    """
+
+    def __init__(self, queue_load: Callable[[Post], float], decode_load: Callable[[Post], float]) -> None:
+        self._loads = (queue_load, decode_load)
+        self._posts: dict[Identity, Post] = {}
+        self._gone: dict[Identity, Post] = {}
+        """Lost while they had loads, in case they come back with these."""
+        self._stale = True
+        self._version = 0
+        self._prefills = Ranking(queue_load)
+        self._decodes = Ranking(decode_load)
+        self._free = Ranking(_least_free)
+        self._shape: KvShape | None = None
+        self._missing: str | None = None
+        self._prompt_room = 0
+        self._rooms: tuple[tuple[int, KvShape | None, bool], ...] = ()
+        """(tokens, shape, hands over to itself) of every kind of pair that there is."""
+        self._elsewhere = 0
+        """The most tokens that a worker may be handed by another one."""
+        self._apart = False
+        """Somebody only decodes."""
 
     def __contains__(self, identity: Identity) -> bool:
-        return identity in self._members
+        return identity in self._posts
 
-    def up(self, member: Member) -> None:
-        """A worker's session stands, or what it says of itself has changed."""
-        self._members[member.identity] = member
+    def get(self, identity: Identity) -> Post | None:
+        """A worker whose session stands, ready or not."""
+        return self._posts.get(identity)
+
+    def up(self, member: Member) -> Post | None:
+        """A worker's session stands, or what it says of itself has changed; it, if it takes prompts from now on."""
+        post = self._posts.get(member.identity)
+        took = post is not None and post.prefills and post.member.ready
+        if post is None:
+            post = self._gone.pop(member.identity, None) or Post(member, member.identity)
+            self._posts[member.identity] = post
+        post.member, post.gone, post.free = member, False, post.free if took else 0
+        post.prefills, post.decodes, post.room = member.role.prefills, member.role.decodes, member.kv_tokens
+        self._stale = True
+        return post if post.prefills and member.ready and not took else None
 
     def down(self, identity: Identity) -> None:
         """This life of a worker cannot be used any more."""
-        self._members.pop(identity, None)
+        post = self._posts.pop(identity, None)
+        if post is not None:
+            self._stale = True
+            post.gone = True
+            self._forget(post)
+
+    @property
+    def version(self) -> int:
+        """Another one whenever the members are."""
+        self._refresh()
+        return self._version
+
+    @property
+    def prefills(self) -> Ranking:
+        """Those that take prompts."""
+        self._refresh()
+        return self._prefills
+
+    @property
+    def decodes(self) -> Ranking:
+        """Those that take hand-overs."""
+        self._refresh()
+        return self._decodes
+
+    def freest(self) -> Post | None:
+        """The one that said it may accept the largest offer; None if nobody said anything since it refused."""
+        self._refresh()
+        post = self._free.first()
+        return post if post is not None and post.free else None
+
+    def said(self, post: Post, free: int) -> None:
+        """It may accept an offer of so many new tokens; 0: it has refused one."""
+        if post.free != free:
+            post.free = free
+            self._refresh()
+            self._free.moved(post)
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
-        roles = [member.role for member in self._ready()]
-        lacking = [
-            name
-            for name, there in (
-                ("prefill", any(role.prefills for role in roles)),
-                ("decode", any(role.decodes for role in roles)),
-            )
-            if not there
-        ]
-        return f"no {' and no '.join(lacking)} worker is ready" if lacking else None
+        self._refresh()
+        return self._missing
 
     def too_large(self, request: Request) -> str | None:
         """Why no worker can ever hold it, with both numbers; None if one can. Nothing may be missing."""
+        self._refresh()
         prompt, size = len(request.prompt), self.size(request)
-        room = max(member.kv_tokens for member in self._ready() if member.role.prefills)
-        if prompt > room:
-            return f"prompt: got {prompt} tokens, no worker holds more than {room}"
-        room = max((self._room(source, sink, prompt) for source, sink in self._pairs()), default=0)
+        if prompt > self._prompt_room:
+            return f"prompt: got {prompt} tokens, no worker holds more than {self._prompt_room}"
+        if size <= self._elsewhere:
+            return None
+        room = max((_room(*kind, prompt) for kind in self._rooms), default=0)
         if size > room:
             return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
         return None
 
     def most_tokens(self) -> MostTokens:
         """As of now; what it returns may be called on any thread."""
-        pairs = [(source, sink, sink.kv) for source, sink in self._pairs() if sink.kv is not None]
+        self._refresh()
+        kinds = [(room, shape, own) for room, shape, own in self._rooms if shape is not None]
 
         def most(prompt: int, n: int) -> int | None:
-            rooms = [(self._room(source, sink, prompt), shape) for source, sink, shape in pairs]
+            rooms = [(_room(room, shape, own, prompt), shape) for room, shape, own in kinds]
             return max((max(1, shape.most_tokens(room, prompt, n)) for room, shape in rooms), default=None)
 
         return most
@@ -81,68 +280,156 @@ class Workers:
     def size(self, request: Request) -> int:
         """Tokens of KV it may come to, all continuations together."""
         prompt, sampling = len(request.prompt), request.sampling
-        shape = next((member.kv for member in self._members.values() if member.kv is not None), None)
-        if sampling.n == 1 or shape is None:
+        if sampling.n == 1:
             return prompt + sampling.max_tokens
-        return shape.pages_for_branches(prompt, sampling.max_tokens, sampling.n) * shape.page_tokens
+        self._refresh()
+        if self._shape is None:
+            return prompt + sampling.max_tokens
+        pages = self._shape.pages_for_branches(prompt, sampling.max_tokens, sampling.n)
+        return pages * self._shape.page_tokens
 
-    def sources(self, tried: Iterable[Identity]) -> list[Identity]:
-        """Prefill workers that were not tried yet, best first."""
-        prefills = (member.identity for member in self._ready() if member.role.prefills)
-        untried = [identity for identity in prefills if identity not in tried]
-        return sorted(untried, key=lambda identity: (self._prompts[identity], identity))
+    @property
+    def page_tokens(self) -> int:
+        """Tokens that one hash of a prefix stands for."""
+        self._refresh()
+        return self._shape.page_tokens if self._shape is not None else 1
 
-    def sinks(self, source: Identity, request: Request) -> list[Identity]:
-        """Decode workers with room for it, best first; a mixed worker keeps its own."""
-        prompt, size = len(request.prompt), self.size(request)
-        mine = [sink for giver, sink in self._pairs() if giver == source]
-        fitting = [sink for sink in mine if self._room(source, sink, prompt) >= size]
-        if any(member.identity == source for member in fitting):
-            return [source]
-        fitting.sort(key=lambda member: (self._sizes[member.identity] / member.kv_tokens, member.identity))
-        return [member.identity for member in fitting]
+    def takes(self, source: Post, sink: Post, need: Need) -> bool:
+        """May `source` hand this over to `sink`? Two mixed workers never do: each could keep for the other what it
+        needs itself."""
+        if sink is source:
+            return _room(sink.room, sink.member.kv, True, need.tokens) >= need.size
+        return sink.room >= need.size and not (source.decodes and sink.prefills)
+
+    def keeps(self, source: Post, need: Need) -> bool:
+        """True if `source` is mixed and can hold both parts."""
+        return source.decodes and source.member.ready and self.takes(source, source, need)
+
+    def lightest(self, source: Post, need: Need, count: int) -> tuple[Post, ...]:
+        """Up to `count` decode workers for what `source` prefills, in order of their load."""
+        self._refresh()
+        if source.decodes and not self._apart:
+            return ()
+        found: list[Post] = []
+        for post in self._decodes:
+            if post is not source and self.takes(source, post, need):
+                found.append(post)
+                if len(found) == count:
+                    break
+        return tuple(found)
 
     def others(self, blamed: Identity | None) -> bool:
         """True if another prefill worker than this takes new requests."""
-        return any(member.role.prefills and member.identity != blamed for member in self._ready())
+        count = len(self.prefills)
+        post = self._posts.get(blamed) if blamed is not None else None
+        return count - (post is not None and post.prefills and post.member.ready) > 0
 
-    def hold(self, key: str, load: Load | None) -> None:
-        """Count a placement's load in place of what it was before; None: it is over."""
-        before = self._loads.pop(key, None)
-        if before is not None:
-            self._prompts[before.source] -= before.prompt
-            self._sizes[before.sink] -= before.size
-        if load is not None:
-            self._loads[key] = load
-            self._prompts[load.source] += load.prompt
-            self._sizes[load.sink] += load.size
+    # Loads.
+    def put(self, load: Load) -> None:
+        """A placement begins."""
+        source, sink = load.source, load.sink
+        source.queue += 1
+        source.queue_tokens += load.tokens
+        sink.rows += 1
+        sink.held_tokens += load.size
+        self._prefills.moved(source)
+        self._decodes.moved(sink)
 
-    def check(self, keys: Iterable[str]) -> None:
-        """Invariants: exactly the placements named are counted."""
-        assert self._loads.keys() == set(keys)
-        for counts, who in ((self._prompts, "source"), (self._sizes, "sink")):
-            amount = "prompt" if who == "source" else "size"
-            for identity, count in counts.items():
-                mine = [load for load in self._loads.values() if getattr(load, who) == identity]
-                assert count == sum(getattr(load, amount) for load in mine)
+    def cached(self, load: Load, tokens: int) -> None:
+        """So many of its prompt's tokens need not be computed."""
+        tokens = min(tokens, load.tokens)
+        if tokens and load.queued:
+            load.tokens -= tokens
+            load.source.queue_tokens -= tokens
+            self._prefills.moved(load.source)
 
-    def _ready(self) -> list[Member]:
-        """Workers that take new requests; one that is not ready goes on with those it has."""
-        return [member for member in self._members.values() if member.ready]
+    def computed(self, load: Load) -> None:
+        """Its prompt is."""
+        if load.queued:
+            load.queued = False
+            source = load.source
+            source.queue -= 1
+            source.queue_tokens -= load.tokens
+            self._prefills.moved(source)
+            if source.gone:
+                self._forget(source)
 
-    def _pairs(self) -> list[tuple[Identity, Member]]:
-        """Who may hand over to whom: two mixed workers never, as each could keep for the other what it needs itself."""
-        ready = self._ready()
-        return [
-            (source.identity, sink)
-            for source in ready
-            if source.role.prefills
-            for sink in ready
-            if sink.role.decodes and (sink is source or not (source.role.decodes and sink.role.prefills))
-        ]
+    def moved(self, load: Load, sink: Post) -> None:
+        """Another decode worker has it."""
+        for post, sign in ((load.sink, -1), (sink, 1)):
+            post.rows += sign
+            post.held_tokens += sign * load.size
+            self._decodes.moved(post)
+        before, load.sink = load.sink, sink
+        if before.gone:
+            self._forget(before)
 
-    def _room(self, source: Identity, sink: Member, prompt: int) -> int:
-        """Tokens of it that `sink` can hold; while a worker hands over to itself it holds the prompt twice."""
-        if sink.identity != source or sink.kv is None:
-            return sink.kv_tokens
-        return sink.kv_tokens - sink.kv.pages_for(prompt) * sink.kv.page_tokens
+    def over(self, load: Load) -> None:
+        """It ended."""
+        self.computed(load)
+        sink = load.sink
+        sink.rows -= 1
+        sink.held_tokens -= load.size
+        self._decodes.moved(sink)
+        if sink.gone:
+            self._forget(sink)
+
+    def check(self, loads: Iterable[Load]) -> None:
+        """Invariants: exactly these placements are counted, and every rank is right."""
+        self._refresh()
+        counts: dict[int, list[int]] = {}
+        posts = {id(post): post for post in (*self._posts.values(), *self._gone.values())}
+        for load in loads:
+            posts[id(load.sink)] = load.sink
+            if load.queued:
+                posts[id(load.source)] = load.source
+                count = counts.setdefault(id(load.source), [0, 0, 0, 0])
+                count[0], count[1] = count[0] + 1, count[1] + load.tokens
+            count = counts.setdefault(id(load.sink), [0, 0, 0, 0])
+            count[2], count[3] = count[2] + 1, count[3] + load.size
+        for key, post in posts.items():
+            assert [post.queue, post.queue_tokens, post.rows, post.held_tokens] == counts.get(key, [0, 0, 0, 0])
+            assert post is (self._gone if post.gone else self._posts).get(post.identity)
+        for ranking in (self._prefills, self._decodes, self._free):
+            ranking.check()
+
+    def _forget(self, post: Post) -> None:
+        """One that is gone is kept while it has loads."""
+        if post.queue or post.rows:
+            self._gone[post.identity] = post
+        else:
+            self._gone.pop(post.identity, None)
+
+    def _refresh(self) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        self._version += 1
+        everyone = sorted(self._posts.values(), key=lambda post: post.identity)
+        for order, post in enumerate(everyone):
+            post.order = order
+        # One that is not ready goes on with those it has, and gets nothing new.
+        ready = [post for post in everyone if post.member.ready]
+        sources, sinks = [post for post in ready if post.prefills], [post for post in ready if post.decodes]
+        self._prefills = Ranking(self._loads[0], sources)
+        self._decodes = Ranking(self._loads[1], sinks)
+        self._free = Ranking(_least_free, sources)
+        self._apart = any(not post.prefills for post in sinks)
+        self._shape = next((post.member.kv for post in self._posts.values() if post.member.kv is not None), None)
+        lacking = [name for name, there in (("prefill", sources), ("decode", sinks)) if not there]
+        self._missing = f"no {' and no '.join(lacking)} worker is ready" if lacking else None
+        self._prompt_room = max((post.room for post in sources), default=0)
+        apart = any(not post.decodes for post in sources)
+        kinds = [(post.room, post.member.kv, True) for post in sinks if post.prefills]
+        kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
+        self._rooms = tuple(dict.fromkeys(kinds))
+        self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
+
+
+def _least_free(post: Post) -> float:
+    return -post.free
+
+
+def _room(room: int, shape: KvShape | None, own: bool, prompt: int) -> int:
+    """Tokens that a worker can hold of it; while it hands over to itself it holds the prompt twice."""
+    return room - shape.pages_for(prompt) * shape.page_tokens if own and shape is not None else room

@@ -1,19 +1,22 @@
 """Where a request goes, and what becomes of it: the gateway's one decision maker. Pure.
 
-Offers a request to prefill workers, least loaded first, until one accepts (after P/D-Serve, "on-demand forwarding
-upon rejections"); chooses its decode worker; puts tokens in order and drops duplicates; places it again, with the
-tokens so far, when a worker that it needs is lost. Continuations of one prompt travel together as long as they are
-alike: when their placement is lost after the first token, each goes on by itself.
+Offers a request to prefill workers, in the order of a `Placement`, until one accepts (after P/D-Serve, "on-demand
+forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
+it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
+order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost.
+Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
+token, each goes on by itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
 
 from core.errors import LocalError
 from core.messages import (
     Accept,
+    Answer,
     Cancel,
     Failed,
     Finished,
@@ -21,113 +24,32 @@ from core.messages import (
     Offer,
     Prompt,
     Reject,
-    ToGateway,
+    SlotFree,
     Tokens,
-    ToWorker,
 )
+from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
-from core.sampling import Logprobs
-from core.worker import Identity, Member, Role
+from core.worker import Identity, Role
 from scheduler.calls import Branch, Call, Flight
-from scheduler.placement import Load, MostTokens, Workers
+from scheduler.least_loaded import LeastLoaded
+from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
+from scheduler.router_events import (
+    Arrived,
+    ClientGone,
+    Complete,
+    Deliver,
+    End,
+    RouterCommand,
+    RouterEvent,
+    Satisfied,
+    ToOne,
+    WorkerDown,
+    WorkerUp,
+)
+from scheduler.waiting import Waiting
 
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
-
-
-# Events (beside the messages from workers).
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A client's request; `counter` is new in this gateway's life."""
-
-    counter: int
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class ClientGone:
-    """Nobody wants the rest of it: the client left, aborted or was too slow."""
-
-    counter: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Satisfied:
-    """A continuation has its stop string: the rest of it is not wanted, the stages of what was done are."""
-
-    counter: int
-    branch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerUp:
-    """A worker's session stands; new requests go there while the member is `ready`. Comes again when that changes."""
-
-    member: Member
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerDown:
-    """This life of a worker cannot be used any more."""
-
-    identity: Identity
-
-
-# Commands.
-@dataclass(frozen=True, slots=True)
-class ToOne:
-    """Send a message to a worker."""
-
-    worker: Identity
-    message: ToWorker
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """Give the client these tokens of a continuation, which follow those delivered before."""
-
-    counter: int
-    tokens: tuple[int, ...]
-    logits_hashes: tuple[int, ...]
-    branch: int = 0
-    logprobs: tuple[Logprobs, ...] = ()
-    """One for each of `tokens`, if they were asked for."""
-    prompt_logprobs: tuple[Logprobs | None, ...] = ()
-    """One for each token of the prompt, if they were asked for; once, before any token or with the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Complete:
-    """A continuation is done while others go on; the last one's end is the request's `End`."""
-
-    counter: int
-    branch: int
-    reason: str
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The request is over. `phase` is DONE, REJECTED, CANCELLED or FAILED."""
-
-    counter: int
-    phase: Phase
-    reason: str
-    """Finish reason of the last continuation if DONE, else a sentence."""
-    code: str = "OK"
-    """Name of a gRPC status."""
-    retry_s: float | None = None
-    stop_token_id: int | None = None
-    cached_tokens: int = 0
-    stages: tuple[Stage, ...] = ()
-    attempts: int = 1
-    branch: int = 0
-    """The last continuation."""
-
-
-RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
-RouterCommand = ToOne | Deliver | Complete | End
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +62,30 @@ class RouterConfig:
     """A worker that does not answer an offer within this time is passed over."""
     max_attempts: int = 4
     """Placements of one request before it fails."""
+    max_tries: int = 4
+    """Refusals after which a request that is being placed waits for a worker to say that it has room."""
+    offer_pages: int = 1024
+    """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
 
 
 class Router:
     """All requests of one gateway. Each `Arrived` ends in exactly one `End`."""
 
-    def __init__(self, me: Identity, config: RouterConfig) -> None:
+    def __init__(self, me: Identity, config: RouterConfig, placement: Placement | None = None) -> None:
         self._me = me
         self._config = config
-        self._workers = Workers()
+        self._placement = placement if placement is not None else LeastLoaded()
+        self._workers = Workers(self._placement.queue_load, self._placement.decode_load)
         self._calls: dict[int, Call] = {}
         self._flights: dict[str, Flight] = {}
-        """By the key of their ticket: at rest, everyone has one."""
-        self._alarms: list[tuple[float, str]] = []
-        """A heap of when each flight may need a look; stale entries are dropped when they come up."""
+        """By the key of their last ticket: at rest, everyone has one."""
+        self._alarms = Ranked()
+        """When each flight needs a look, by the same key."""
+        self._parked = Waiting()
+        self._called: dict[Identity, Flight] = {}
+        """Workers that said they have room, and the parked request that each was offered and has not answered."""
+        self._roomy: list[Identity] = []
+        """Workers that may have room for someone who waits; looked at when an event has been dealt with."""
         self.ignored = 0
         """Messages about old attempts or ended requests."""
 
@@ -176,6 +108,14 @@ class Router:
         return self._workers.most_tokens()
 
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
+        commands = self._on(event, now)
+        if self._roomy:
+            roomy, self._roomy = self._roomy, []
+            for identity in roomy:
+                commands += self._call(identity, now)
+        return commands
+
+    def _on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
         match event:
             case None:
                 return self._overdue(now)
@@ -190,30 +130,37 @@ class Router:
                 call = self._calls.get(counter)
                 return self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
-                self._workers.up(member)
-                return []
+                post = self._workers.up(member)
+                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
+                return self._has_room(post, post.room) if post is not None and len(self._parked) else []
             case WorkerDown(identity):
                 return self._worker_down(identity, now)
+            case SlotFree(identity, tokens):
+                post = self._workers.get(identity)
+                return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
             case _:
                 return self._heard(event, now)
 
     def deadline(self) -> float | None:
-        while self._alarms:
-            when, key = self._alarms[0]
-            flight = self._flights.get(key)
-            if flight is not None and self._until(flight) <= when:
-                return when
-            heappop(self._alarms)  # ended, or its offer was answered: a later alarm of it is further down
-        return None
+        return None if self._alarms.first() is None else self._alarms.lowest()
 
     def check(self) -> None:
-        assert self.deadline() == min((self._until(flight) for flight in self._flights.values()), default=None)
-        self._workers.check(self._flights)
+        assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
+        self._workers.check(flight.load for flight in self._flights.values() if flight.load is not None)
         for key, flight in self._flights.items():
-            assert key == flight.ticket.key
+            assert key == flight.key
             assert flight in flight.call.flights
             assert not flight.phase.ended
             assert flight.live() or flight.finished is not None
+            assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == (key in self._parked)
+            assert not flight.called or self._called.get(flight.ticket.source) is flight
+        parked = [flight for flight in self._flights.values() if flight.parked]
+        assert len(parked) == len(self._parked)
+        assert not self._roomy
+        for identity, flight in self._called.items():
+            assert flight.called
+            assert flight.phase is Phase.OFFERED
+            assert flight.ticket.source == identity
         for counter, call in self._calls.items():
             assert counter == call.counter
             carried = [branch for flight in call.flights for branch in flight.live()]
@@ -227,8 +174,8 @@ class Router:
     def _arrived(self, counter: int, request: Request, now: float) -> list[RouterCommand]:
         branches = [Branch() for _ in range(request.sampling.n)]
         due = request.sampling.prompt_logprobs is not None
-        call = self._calls[counter] = Call(counter, request, now, branches, due)
-        if missing := self.missing():
+        call = self._calls[counter] = Call(counter, request, now, now + request.timeout_s, branches, due)
+        if missing := self._workers.missing():
             return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
         if why := self._workers.too_large(request):
             return self._end(call, Phase.REJECTED, why, "INVALID_ARGUMENT")
@@ -238,37 +185,49 @@ class Router:
         self, call: Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
     ) -> list[RouterCommand]:
         """Put continuations on their way: all of them with the prompt alone, or one with its tokens so far."""
-        flight = Flight(call, branches, call.request, placements=placements, tried=tried, queued_at=now)
+        request = call.request
+        done = len(call.branches[branches[0]].tokens) if len(branches) == 1 else 0
+        # A rest is never more than the whole, and all continuations together are placed without tokens only.
+        size = self._workers.size(request) if len(branches) > 1 else len(request.prompt) + request.sampling.max_tokens
+        need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s)
+        flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
         return self._offer(flight, now)
 
     def _offer(self, flight: Flight, now: float) -> list[RouterCommand]:
-        """Offer to the next best prefill worker; when all refused, say so early and when to come back."""
-        call = flight.call
-        flight.request = self._rest(flight, now)
-        wait_s = max(0.0, self._patience(flight) - now)
-        for source in self._workers.sources(flight.tried):
-            sinks = self._workers.sinks(source, flight.request)
-            if sinks:
-                break
-        else:
-            if not flight.silent or not wait_s:
-                return self._shed(flight)
+        """Offer to the next best prefill worker; when enough of them refused, wait for room or say early that it is
+        no use."""
+        need = flight.need
+        need.wait_s = max(0.0, self._patience(flight) - now)
+        if flight.tries < self._config.max_tries:
+            for source in self._placement.sources(need, self._workers):
+                if source.identity in flight.tried or source.room < need.tokens:
+                    continue
+                if sinks := self._placement.sinks(source, need, self._workers):
+                    return [self._offer_to(flight, source, sinks, now)]
+        if flight.silent and need.wait_s:
             flight.tried -= flight.silent  # busy, not lost: they are asked again as long as that is soon enough
             flight.silent.clear()
             return self._offer(flight, now)
+        if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
+            return self._shed(flight)
+        return self._park(flight)
+
+    def _offer_to(self, flight: Flight, source: Post, sinks: Sequence[Post], now: float) -> ToOne:
+        call, need = flight.call, flight.need
         call.offers += 1
-        flight.tried.add(source)
-        flight.placed = ticket = Ticket(self._me, call.counter, call.offers, source, sinks[0])
-        flight.second = sinks[1] if len(sinks) > 1 else None
-        flight.offered_at = now
+        flight.tried.add(source.identity)
+        flight.placed = ticket = Ticket(self._me, call.counter, call.offers, source.identity, sinks[0].identity)
+        flight.second = sinks[1].identity if len(sinks) > 1 else None
+        flight.key, flight.offered_at, flight.ahead_tokens = ticket.key, now, source.queue_tokens
+        flight.load = load = Load(source, sinks[0], need.tokens, need.size)
+        self._workers.put(load)
         self._flights[ticket.key] = flight
         self._enter(flight, Phase.OFFERED)
-        heappush(self._alarms, (self._until(flight), ticket.key))
-        heappush(self._alarms, (call.deadline, ticket.key))
-        request = flight.request
-        offer = Offer(ticket, len(request.prompt), request.sampling.max_tokens, wait_s, request.hints)
-        return [ToOne(source, offer)]
+        self._alarms.put(ticket.key, min(now + self._config.offer_s, call.deadline))
+        request, prefix = call.request, need.prefix[: self._config.offer_pages]
+        left = request.sampling.max_tokens - flight.base
+        return ToOne(source.identity, Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix))
 
     def _patience(self, flight: Flight) -> float:
         """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
@@ -280,22 +239,27 @@ class Router:
     def _rest(self, flight: Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
         call, request = flight.call, flight.call.request
-        request = replace(request, timeout_s=max(0.0, call.deadline - now))
-        if request.sampling.prompt_logprobs is not None and not call.prompt_due:
-            request = replace(request, sampling=replace(request.sampling, prompt_logprobs=None))
-        if len(flight.branches) > 1:
-            flight.base = 0
-            return request
-        (branch,) = flight.branches
-        done = tuple(call.branches[branch].tokens)
-        flight.base = len(done)
-        sampling = request.sampling.branch(branch)
-        most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
-        return replace(
-            request,
-            prompt=request.prompt + done,
-            sampling=replace(sampling, max_tokens=most, min_tokens=least),
-            generated=request.generated + len(done),
+        sampling, left_s = request.sampling, max(0.0, call.deadline - now)
+        if sampling.prompt_logprobs is not None and not call.prompt_due:
+            sampling = replace(sampling, prompt_logprobs=None)
+        done: tuple[int, ...] = ()
+        if len(flight.branches) == 1:
+            (branch,) = flight.branches
+            if branch or sampling.n > 1:
+                sampling = sampling.branch(branch)
+            if flight.base:
+                done = tuple(call.branches[branch].tokens)
+                most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
+                sampling = replace(sampling, max_tokens=most, min_tokens=least)
+        return Request(
+            request.id,
+            request.prompt + done,
+            sampling,
+            left_s,
+            request.slo,
+            request.hints,
+            request.generated + len(done),
+            request.prefix,
         )
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
@@ -304,26 +268,79 @@ class Router:
         if not flight.refusals:
             why = self.missing() or "no worker with room for it answers"
             return self._end(call, phase, why, "UNAVAILABLE")
-        best = min(flight.refusals, key=lambda reject: reject.wait_s)
-        why = f"all {len(flight.refusals)} prefill workers refused; {best.ticket.source.name}: {best.reason}"
+        best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
+        asked, there = len(flight.refusals), len(self._workers.prefills)
+        who = f"all {asked}" if asked >= there else f"{asked} of {there}"
+        why = f"{who} prefill workers refused; {best.ticket.source.name}: {best.reason}"
         return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
 
+    # Waiting for room.
+    def _park(self, flight: Flight) -> list[RouterCommand]:
+        """Wait; a worker may have said, since it refused, that it has room again."""
+        flight.parked = True
+        self._flights[flight.key] = flight
+        self._alarms.put(flight.key, self._until(flight))
+        tokens = self._placement.fewest(flight.need, self._workers)
+        self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
+        post = self._workers.freest()
+        if post is not None and post.free >= tokens:
+            self._roomy.append(post.identity)
+        return []
+
+    def _has_room(self, post: Post, tokens: int) -> list[RouterCommand]:
+        """`post` may accept offers of up to so many new tokens, until it refuses one."""
+        self._workers.said(post, max(0, tokens))
+        self._roomy.append(post.identity)
+        return []
+
+    def _call(self, identity: Identity, now: float) -> list[RouterCommand]:
+        """Offer a worker with room the most urgent of those that may fit, and the next when that is accepted: in the
+        end it refuses one, and will say when it has room again, or nobody waits."""
+        post = self._workers.get(identity)
+        if post is None or not post.free or not post.member.ready or identity in self._called:
+            return []
+        commands: list[RouterCommand] = []
+        aside: list[tuple[Flight, int]] = []
+        while (key := self._parked.first(post.free)) is not None:
+            flight = self._flights[key]
+            need, tokens = flight.need, self._parked.remove(key)
+            sinks = self._placement.sinks(post, need, self._workers) if post.room >= need.tokens else ()
+            if sinks:
+                self._leave(flight)
+                need.wait_s = max(0.0, self._patience(flight) - now)
+                flight.called, self._called[identity] = True, flight
+                commands = [self._offer_to(flight, post, sinks, now)]
+                break
+            aside.append((flight, tokens))
+        for flight, tokens in aside:
+            self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
+        return commands
+
+    def _leave(self, flight: Flight) -> None:
+        """This flight has no ticket any more, and does not wait."""
+        del self._flights[flight.key]
+        self._alarms.drop(flight.key)
+        if flight.parked:
+            flight.parked = False
+            if flight.key in self._parked:
+                self._parked.remove(flight.key)
+
     # Messages of workers.
-    def _heard(self, message: ToGateway, now: float) -> list[RouterCommand]:
+    def _heard(self, message: Answer, now: float) -> list[RouterCommand]:
         flight = self._flights.get(message.ticket.key)
-        if flight is None:
+        if flight is None or flight.parked:
             return self._ignore()
-        by_source = isinstance(message, Handed) or (isinstance(message, Finished) and not message.decoded)
-        if flight.phase is Phase.DECODING and message.ticket != flight.ticket and not by_source:
-            return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
+        if flight.phase is Phase.DECODING and message.ticket != flight.placed:
+            by_source = isinstance(message, Handed) or (isinstance(message, Finished) and not message.decoded)
+            if not by_source:
+                return self._ignore()  # another sink has the KV as well, because a Taken was lost on its way
         if flight.finished is not None:
             return self._reported(flight, message)
-        early = isinstance(message, Finished) or (isinstance(message, Tokens) and not message.prompt_logprobs)
-        if early and flight.call.prompt_due:
-            flight.held.append(message)
-            return []
-        if isinstance(message, Handed | Finished | Failed):
-            flight.reports[flight.part(message)] = message.stages
+        if flight.call.prompt_due:
+            early = isinstance(message, Finished) or (isinstance(message, Tokens) and not message.prompt_logprobs)
+            if early:
+                flight.held.append(message)
+                return []
         match message:
             case Accept(_, cached_tokens):
                 if flight.phase is not Phase.OFFERED:
@@ -332,20 +349,27 @@ class Router:
             case Reject():
                 if flight.phase is not Phase.OFFERED:
                     return self._ignore()
-                flight.refusals.append(message)
+                source = self._load(flight).source
+                flight.refusals[source.identity] = message
+                flight.tries += 1
+                self._workers.said(source, 0)
                 return self._again(flight, now)
             case Tokens():
                 commands = self._tokens(flight, message, now)
-                held, flight.held = flight.held, []
-                for each in held:
-                    commands += self._heard(each, now)
+                if flight.held:
+                    held, flight.held = flight.held, []
+                    for each in held:
+                        commands += self._heard(each, now)
                 return commands
             case Handed():
+                flight.reports[Role.PREFILL] = message.stages
                 flight.handed = True
                 return self._moved(flight, message.ticket, now)
             case Finished():
+                flight.reports[Role.DECODE if message.decoded else Role.PREFILL] = message.stages
                 return self._finished(flight, message, now)
-            case Failed(_, code, why):
+            case Failed(_, code, why, stages):
+                flight.reports[Role.DECODE if flight.phase is Phase.DECODING else Role.PREFILL] = stages
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
@@ -355,13 +379,16 @@ class Router:
     def _accepted(self, flight: Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
         call, ticket = flight.call, flight.ticket
         self._enter(flight, Phase.PREFILLING)
+        self._alarms.put(flight.key, call.deadline)
+        load = self._load(flight)
+        self._workers.cached(load, cached_tokens)
+        self._placement.accepted(load.source, flight.need)
         call.cached_tokens = cached_tokens
         flight.placements += 1
         call.placements = max(call.placements, flight.placements)
         call.stages.append(Stage("queued", self._me.name, flight.offered_at - flight.queued_at))
         call.stages.append(Stage("offered", self._me.name, now - flight.offered_at))
-        flight.request = replace(flight.request, timeout_s=max(0.0, call.deadline - now))
-        return [ToOne(ticket.source, Prompt(ticket, flight.request, flight.second))]
+        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second))]
 
     def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
@@ -384,7 +411,11 @@ class Router:
         if told:
             flight.call.prompt_due = False
         if fresh and flight.phase is Phase.PREFILLING:
+            load = self._load(flight)
+            seconds = now - flight.offered_at
             self._enter(flight, Phase.HANDING_OFF)
+            self._workers.computed(load)
+            self._placement.prefilled(load.source, flight.ahead_tokens + load.tokens, seconds)
         hashes, logprobs = message.logits_hashes[new], message.logprobs[new]
         deliver = Deliver(flight.call.counter, fresh, hashes, index, logprobs, told)
         if len(branch.tokens) > flight.base + 1:
@@ -410,7 +441,8 @@ class Router:
         # Two streams: the prefill worker's report may come after the decode worker's last word.
         late = flight.phase is Phase.DECODING and not flight.handed
         owing = {Role.PREFILL: flight.ticket.source} if late or flight.untold else {}
-        return [*commands, *self._wait(flight, replace(message, branch=index), owing, now)]
+        last = message if message.branch == index else replace(message, branch=index)
+        return [*commands, *self._wait(flight, last, owing, now)]
 
     def _moved(self, flight: Flight, ticket: Ticket, now: float) -> list[RouterCommand]:
         """The sink has the KV; it may be the second choice, and it may have died since."""
@@ -420,8 +452,11 @@ class Router:
             flight.second = flight.ticket.sink
         flight.placed = ticket
         self._enter(flight, Phase.DECODING)
-        if ticket.sink not in self._workers or ticket.sink in flight.broken:
+        sink, load = self._workers.get(ticket.sink), self._load(flight)
+        if sink is None or ticket.sink in flight.broken:
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
+        if sink is not load.sink:
+            self._workers.moved(load, sink)
         untold, flight.untold = flight.untold, []
         return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
 
@@ -452,19 +487,26 @@ class Router:
 
     def _wait(self, flight: Flight, finished: Finished, owing: dict[Role, Identity], now: float) -> list[RouterCommand]:
         """All tokens are here; end it when the reports that can still come have."""
-        gone = flight.broken | {who for who in owing.values() if who not in self._workers}
         flight.finished, flight.finished_at = finished, now
-        flight.owing = {part: who for part, who in owing.items() if who not in gone}
+        if owing:
+            there = [(part, who) for part, who in owing.items() if who in self._workers]
+            flight.owing = {part: who for part, who in there if who not in flight.broken}
         if not flight.owing or len(flight.call.flights) > 1:
             return self._finish(flight)
-        heappush(self._alarms, (self._until(flight), flight.ticket.key))
+        self._alarms.put(flight.key, self._until(flight))
         return []
 
-    def _reported(self, flight: Flight, message: ToGateway) -> list[RouterCommand]:
+    def _reported(self, flight: Flight, message: Answer) -> list[RouterCommand]:
         """A worker that failed before it was recalled has nothing to add, either."""
-        if not isinstance(message, Handed | Finished | Failed):
-            return self._ignore()
-        part = flight.part(message)
+        match message:
+            case Handed():
+                part = Role.PREFILL
+            case Finished():
+                part = Role.DECODE if message.decoded else Role.PREFILL
+            case Failed():
+                part = Role.DECODE if flight.phase is Phase.DECODING else Role.PREFILL
+            case _:
+                return self._ignore()
         if flight.owing.pop(part, None) is None:
             return self._ignore()
         flight.reports[part] = message.stages
@@ -489,6 +531,8 @@ class Router:
             if flight.finished is not None:
                 flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
+                continue
+            if flight.parked:
                 continue
             flight.broken.add(identity)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
@@ -531,19 +575,18 @@ class Router:
         """Offer the same to the next."""
         self._drop(flight, Phase.QUEUED)
         flight.call.flights.append(flight)
-        flight.placed = None
         flight.broken.clear()
         return self._offer(flight, now)
 
     def _overdue(self, now: float) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
-        for key in [key for key, flight in self._flights.items() if self._until(flight) <= now]:
-            flight = self._flights.get(key)
-            if flight is None:
-                continue  # ended with a sibling
+        while (key := self._alarms.first()) is not None and self._alarms.lowest() <= now:
+            flight = self._flights[key]
             call = flight.call
             if flight.finished is not None:
                 commands += self._finish(flight)
+            elif flight.parked and not flight.placements:
+                commands += self._shed(flight)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
@@ -557,15 +600,16 @@ class Router:
         deadline = flight.call.deadline
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
-        offer = flight.offered_at + self._config.offer_s if flight.phase is Phase.OFFERED else deadline
-        return min(offer, deadline)
+        if flight.parked:
+            return min(self._patience(flight), deadline)
+        return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(
         self, flight: Flight, reason: str, *, report: bool = False, branch: int | None = None
     ) -> list[RouterCommand]:
         """Cancel at every worker that may hold something for this attempt."""
         ticket = flight.placed
-        if ticket is None:
+        if ticket is None or flight.phase is Phase.QUEUED:
             return []
         where = [ticket.source]
         if flight.phase is not Phase.OFFERED:
@@ -609,21 +653,27 @@ class Router:
         if phase not in PHASE_NEXT[flight.phase]:
             raise LocalError(f"request {flight.call.counter}: got {phase} after {flight.phase}")
         flight.phase = phase
-        if (ticket := flight.placed) is not None:
-            waiting = phase in (Phase.OFFERED, Phase.PREFILLING)
-            prompt = len(flight.request.prompt) if waiting else 0
-            over = phase is Phase.QUEUED or phase.ended
-            load = Load(ticket.source, prompt, ticket.sink, self._workers.size(flight.request))
-            self._workers.hold(ticket.key, None if over else load)
+        if flight.called and phase is not Phase.OFFERED:
+            flight.called = False
+            source = flight.ticket.source
+            del self._called[source]
+            self._roomy.append(source)
 
     def _drop(self, flight: Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
-        for part in (Role.PREFILL, Role.DECODE):
+        for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
             flight.call.stages += flight.reports.pop(part, ())
         flight.call.flights.remove(flight)
-        if flight.placed is not None:
-            del self._flights[flight.placed.key]
+        if flight.load is not None:
+            self._workers.over(flight.load)
+            flight.load = None
+        if flight.key in self._flights:
+            self._leave(flight)
+
+    def _load(self, flight: Flight) -> Load:
+        assert flight.load is not None
+        return flight.load
 
     def _ignore(self) -> list[RouterCommand]:
         self.ignored += 1

@@ -54,7 +54,15 @@ logs = st.floats(max_value=0, allow_nan=False)
 known = st.builds(Logprobs, counts, logs, tokens, st.lists(logs, max_size=4).map(tuple))
 slos = st.builds(Slo, seconds, seconds)
 requests = st.builds(
-    Request, text, st.lists(counts, min_size=1, max_size=9).map(tuple), samplings, seconds, slos, hints, counts
+    Request,
+    text,
+    st.lists(counts, min_size=1, max_size=9).map(tuple),
+    samplings,
+    seconds,
+    slos,
+    hints,
+    counts,
+    st.lists(words, max_size=3).map(tuple),
 )
 stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, text, max_size=2)), max_size=3).map(tuple)
 runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
@@ -81,7 +89,8 @@ members = st.builds(
 
 firsts = st.lists(st.builds(m.First, counts, words, counts, st.none() | known), max_size=3).map(tuple)
 MESSAGES: dict[type, st.SearchStrategy] = {
-    m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints),
+    m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple)),
+    m.SlotFree: st.builds(m.SlotFree, identities, counts),
     m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
     m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
@@ -151,7 +160,7 @@ def test_prompts_travel_in_pieces_between_other_frames(data):
             assert len(queue) == -(-len(prompt.request.prompt) // size)
         others = data.draw(st.lists(any_message.filter(lambda message: not isinstance(message, m.Prompt)), max_size=3))
         keys = {prompt.ticket.key for prompt in prompts}
-        assume(not any(other.ticket.key in keys for other in others))
+        assume(not any(isinstance(each, m.Cancel) and each.ticket.key in keys for each in others))
         queues += [wire.frames(other) for other in others]
         reader, got = wire.Reader(), []
         while any(queues):
@@ -211,6 +220,7 @@ GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink=
         Frame(heartbeat=worker_pb2.Heartbeat()),
         Frame(hello=worker_pb2.Hello()),
         Frame(grant=worker_pb2.Grant()),
+        Frame(slot_free=worker_pb2.SlotFree(worker="nobody", tokens=1)),
         Frame(grant=worker_pb2.Grant(ticket=worker_pb2.Ticket(minter="nobody", source="p#1", sink="d#1"))),
         Frame(prompt=worker_pb2.PromptPiece(ticket=GOOD, tokens=[1], request=worker_pb2.RequestMeta())),
         Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1])),
@@ -240,7 +250,7 @@ def test_a_greeting_that_makes_no_sense_is_the_peers_fault(frame):
 @given(st.binary(max_size=60))
 def test_any_bytes_give_a_message_or_a_remote_error(noise):
     reader = wire.Reader()
-    for kind in ("offer", "prompt", "tokens", "ready", "finished", "reserve", "handed"):
+    for kind in ("offer", "slot_free", "prompt", "tokens", "ready", "finished", "reserve", "handed"):
         frame = Frame()
         try:
             getattr(frame, kind).ParseFromString(noise)

@@ -20,19 +20,19 @@ from core.messages import (
     Offer,
     Prompt,
     Reject,
+    SlotFree,
     Tokens,
 )
 from core.request import Phase, Request, Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity, Role
-from scheduler.router import (
+from scheduler.router import Router, RouterConfig
+from scheduler.router_events import (
     Arrived,
     ClientGone,
     Complete,
     Deliver,
     End,
-    Router,
-    RouterConfig,
     Satisfied,
     ToOne,
     WorkerDown,
@@ -99,8 +99,18 @@ def test_a_refusal_sends_the_offer_to_the_next_worker():
     machine.on(Arrived(1, ask()), 0.0)
     again = ticket(1, attempt=2, source=P2)
     assert machine.on(Reject(ticket(1), "busy", 3.0), 0.5) == [ToOne(P2, Offer(again, 6, 8, 29.5))]
+    assert machine.on(Reject(again, "busy too", 2.0), 0.5) == [], "it may be yes soon enough"
+    assert machine.deadline() == 30.0
     end = End(1, Phase.REJECTED, "all 2 prefill workers refused; prefill-2: busy too", "RESOURCE_EXHAUSTED", 2.0)
-    assert machine.on(Reject(again, "busy too", 2.0), 0.5) == [end]
+    assert machine.on(None, 30.0) == [end]
+
+
+def test_a_request_is_shed_at_once_where_waiting_cannot_help():
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    machine.on(Reject(ticket(1), "busy", 31.0), 0.5)
+    end = End(1, Phase.REJECTED, "all 2 prefill workers refused; prefill-2: busy too", "RESOURCE_EXHAUSTED", 29.6)
+    assert machine.on(Reject(ticket(1, attempt=2, source=P2), "busy too", 29.6), 0.5) == [end]
 
 
 def test_an_offer_that_is_not_answered_is_recalled_and_goes_to_the_next_worker():
@@ -326,7 +336,7 @@ def test_a_refused_retry_fails_a_request_whose_tokens_were_sent():
     key = decoding(machine)
     machine.on(WorkerDown(D1), 0.0)
     again = replace(key, attempt=2, sink=D2)
-    end = only_end(machine.on(Reject(again, "busy", 1.0), 0.0))
+    end = only_end(machine.on(Reject(again, "busy", 1000.0), 0.0))
     assert (end.phase, end.code) == (Phase.FAILED, "RESOURCE_EXHAUSTED")
 
 
@@ -523,6 +533,10 @@ class Deployment(RuleBasedStateMachine):
         offer = data.draw(st.sampled_from(self.offers))
         self.offers.remove(offer)
         self.tell(offer.ticket.source, Accept(offer.ticket) if yes else Reject(offer.ticket, "busy", 1.0))
+
+    @rule(who=st.sampled_from([P1, P2]), tokens=st.integers(1, 6))
+    def room(self, who, tokens):
+        self.tell(who, SlotFree(who, tokens))
 
     @precondition(lambda self: self.placements)
     @rule(data=st.data())
@@ -828,7 +842,7 @@ def test_a_continuation_that_cannot_be_placed_again_fails_the_request_and_recall
     several(machine, decodes=True)
     offers = [c.message for c in machine.on(WorkerDown(D1), 1.0) if isinstance(c, ToOne) and c.worker == P1][1:]
     machine.on(Accept(offers[0].ticket), 1.0)
-    commands = machine.on(Reject(offers[1].ticket, "busy", 1.0), 1.0)
+    commands = machine.on(Reject(offers[1].ticket, "busy", 1000.0), 1.0)
     recalled = [c.message.ticket for c in commands if isinstance(c, ToOne)]
     assert set(recalled) == {offers[0].ticket}
     assert commands[-1].phase is Phase.FAILED

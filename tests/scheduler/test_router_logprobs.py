@@ -7,7 +7,8 @@ from dataclasses import replace
 from core.messages import Accept, Failed, Finished, Handed, Prompt, Tokens
 from core.request import Phase, Request, Ticket
 from core.sampling import Logprobs, Sampling
-from scheduler.router import Arrived, Deliver, Router, ToOne, WorkerDown
+from scheduler.router import Router
+from scheduler.router_events import Arrived, Deliver, ToOne, WorkerDown
 from tests.cast import D1, P1, ask
 from tests.scheduler.test_router import only_end, router
 

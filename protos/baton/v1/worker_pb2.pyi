@@ -32,7 +32,7 @@ class PeerResponse(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "reserve", "grant", "refuse", "ready", "taken", "release")
+    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class Frame(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     HANDED_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FREE_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     GRANT_FIELD_NUMBER: _ClassVar[int]
     REFUSE_FIELD_NUMBER: _ClassVar[int]
@@ -65,13 +66,14 @@ class Frame(_message.Message):
     finished: Finished
     failed: Failed
     handed: Handed
+    slot_free: SlotFree
     reserve: Reserve
     grant: Grant
     refuse: Refuse
     ready: Ready
     taken: Taken
     release: Release
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("minter", "counter", "attempt", "source", "sink")
@@ -140,18 +142,20 @@ class LaneMeasured(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints")
+    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints", "prefix")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     prompt_tokens: int
     max_tokens: int
     wait_s: float
     hints: _common_pb2.Hints
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ...) -> None: ...
+    prefix: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("ticket", "cached_tokens", "wait_s")
@@ -173,6 +177,14 @@ class Reject(_message.Message):
     wait_s: float
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
+class SlotFree(_message.Message):
+    __slots__ = ("worker", "tokens")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    tokens: int
+    def __init__(self, worker: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
+
 class PromptPiece(_message.Message):
     __slots__ = ("ticket", "tokens", "request", "second")
     TICKET_FIELD_NUMBER: _ClassVar[int]
@@ -186,20 +198,22 @@ class PromptPiece(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
-    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated")
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix")
     ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     SLO_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     id: str
     sampling: _common_pb2.Sampling
     timeout_s: float
     slo: _common_pb2.Slo
     hints: _common_pb2.Hints
     generated: int
-    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ...) -> None: ...
+    prefix: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket", "reason", "report", "branch")

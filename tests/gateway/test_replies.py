@@ -9,9 +9,9 @@ import pytest
 
 from core.request import Phase
 from core.sampling import Logprobs
-from gateway.flights import Batch, Flight, Flights
+from gateway.replies import Batch, Replies, Reply
 from gateway.text import TextStream, Tokenizer
-from scheduler.router import End
+from scheduler.router_events import End
 from tests.gateway.tokenizers_made import byte_level, save
 
 DONE = End(1, Phase.DONE, "length")
@@ -34,63 +34,63 @@ def known(ids: tuple[int, ...], at: int = 0) -> tuple[Logprobs, ...]:
     return tuple(Logprobs(token, -0.25 * (at + place)) for place, token in enumerate(ids))
 
 
-def read(flight: Flight) -> Batch:
-    batch = flight.take()
+def read(reply: Reply) -> Batch:
+    batch = reply.take()
     assert batch is not None
     return batch
 
 
 def test_tokens_that_wait_are_merged_with_their_logprobs(tokenizer: Tokenizer, ids: tuple[int, ...]) -> None:
-    flight = Flight(TextStream(tokenizer))
-    flight.deliver(ids[:1], (7,), known(ids[:1]), PROMPT)
-    flight.deliver(ids[1:3], (8, 9), known(ids[1:3], 1))
-    assert read(flight) == Batch("aea", ids[:3], False, known(ids[:3]), PROMPT)
-    flight.deliver(ids[3:], (1, 2), known(ids[3:], 3))
-    flight.end("length")
-    assert read(flight) == Batch("ea", ids[3:], True, known(ids)[3:])
-    assert flight.hashes == [7, 8, 9, 1, 2]
+    reply = Reply(TextStream(tokenizer))
+    reply.deliver(ids[:1], (7,), known(ids[:1]), PROMPT)
+    reply.deliver(ids[1:3], (8, 9), known(ids[1:3], 1))
+    assert read(reply) == Batch("aea", ids[:3], False, known(ids[:3]), PROMPT)
+    reply.deliver(ids[3:], (1, 2), known(ids[3:], 3))
+    reply.end("length")
+    assert read(reply) == Batch("ea", ids[3:], True, known(ids)[3:])
+    assert reply.hashes == [7, 8, 9, 1, 2]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5])
 def test_a_stop_string_cuts_logprobs_where_it_cuts_tokens(tokenizer: Tokenizer, ids: tuple[int, ...], cut: int) -> None:
-    flight = Flight(TextStream(tokenizer, ["eae"]))
+    reply = Reply(TextStream(tokenizer, ["eae"]))
     seen: list[Logprobs] = []
     for at in range(0, len(ids), cut):
-        if flight.deliver(ids[at : at + cut], (0,) * cut, known(ids[at : at + cut], at)):
+        if reply.deliver(ids[at : at + cut], (0,) * cut, known(ids[at : at + cut], at)):
             break
-    flight.deliver(ids, (0,) * 5, known(ids))
-    flight.end("length")
-    batch = read(flight)
+    reply.deliver(ids, (0,) * 5, known(ids))
+    reply.end("length")
+    batch = read(reply)
     seen += batch.logprobs
     assert (batch.text, batch.tokens) == ("a", ids[:4])
     assert tuple(seen) == known(ids)[:4]
 
 
 def test_a_prompts_logprobs_come_without_a_token_if_there_is_none(tokenizer: Tokenizer) -> None:
-    flight = Flight(TextStream(tokenizer))
-    flight.deliver((), (), (), PROMPT)
-    assert read(flight) == Batch("", (), False, (), PROMPT)
-    flight.end("length")
-    assert read(flight) == Batch("", (), True)
-    assert flight.take() is None
+    reply = Reply(TextStream(tokenizer))
+    reply.deliver((), (), (), PROMPT)
+    assert read(reply) == Batch("", (), False, (), PROMPT)
+    reply.end("length")
+    assert read(reply) == Batch("", (), True)
+    assert reply.take() is None
 
 
 def test_what_is_new_of_any_continuation_is_read_at_once_and_each_end_once(
     tokenizer: Tokenizer, ids: tuple[int, ...]
 ) -> None:
     async def run() -> None:
-        flights = Flights(TextStream(tokenizer) for _ in range(3))
-        waiting = asyncio.create_task(flights.next())
+        replies = Replies(TextStream(tokenizer) for _ in range(3))
+        waiting = asyncio.create_task(replies.next())
         await asyncio.sleep(0)
-        flights[2].deliver(ids[:1], (7,))
+        replies[2].deliver(ids[:1], (7,))
         assert await waiting == [(2, Batch("a", ids[:1], False))]
-        flights[0].deliver(ids[:2], (7, 7))
-        flights[1].end("stop", 9)
-        assert await flights.next() == [(0, Batch("ae", ids[:2], False)), (1, Batch("", (), True))]
-        flights.end(replace(DONE, branch=2))
-        assert [(i, batch.last) for i, batch in await flights.next()] == [(0, True), (2, True)]
-        assert await flights.next() == []
-        outcomes = [flight.outcome for flight in flights.all]
+        replies[0].deliver(ids[:2], (7, 7))
+        replies[1].end("stop", 9)
+        assert await replies.next() == [(0, Batch("ae", ids[:2], False)), (1, Batch("", (), True))]
+        replies.end(replace(DONE, branch=2))
+        assert [(i, batch.last) for i, batch in await replies.next()] == [(0, True), (2, True)]
+        assert await replies.next() == []
+        outcomes = [reply.outcome for reply in replies.all]
         assert [outcome and outcome.reason for outcome in outcomes] == ["length", "stop", "length"]
         assert [outcome and outcome.stop_token_id for outcome in outcomes] == [None, 9, None]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from core.request import Phase
 from core.sampling import Logprobs
 from gateway.text import TextStream
-from scheduler.router import End
+from scheduler.router_events import End
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class Outcome:
         return done or self.stop_string is not None or self.reason == "abort"
 
 
-class Flight:
+class Reply:
     """One continuation: what came is kept until the client reads it, merged, never delayed by a timer."""
 
     def __init__(self, stream: TextStream, changed: asyncio.Event | None = None) -> None:
@@ -121,27 +121,27 @@ class Flight:
         return batch
 
 
-class Flights:
+class Replies:
     """All continuations of a request."""
 
     def __init__(self, streams: Iterable[TextStream]) -> None:
         self._changed = asyncio.Event()
-        self.all = [Flight(stream, self._changed) for stream in streams]
+        self.all = [Reply(stream, self._changed) for stream in streams]
 
-    def __getitem__(self, branch: int) -> Flight:
+    def __getitem__(self, branch: int) -> Reply:
         return self.all[branch]
 
     def end(self, end: End) -> None:
         """The request is over, and with it every continuation that was not yet."""
-        for branch, flight in enumerate(self.all):
+        for branch, reply in enumerate(self.all):
             if branch != end.branch:
-                flight.end(end.reason, None, end)
+                reply.end(end.reason, None, end)
         self.all[end.branch].end(end.reason, end.stop_token_id, end)
 
     async def next(self) -> list[tuple[int, Batch]]:
         """What is new of any, as soon as there is something; empty when all of it was read."""
-        while not (news := [(i, batch) for i, flight in enumerate(self.all) if (batch := flight.take()) is not None]):
-            if all(flight.read for flight in self.all):
+        while not (news := [(i, batch) for i, reply in enumerate(self.all) if (batch := reply.take()) is not None]):
+            if all(reply.read for reply in self.all):
                 return []
             self._changed.clear()
             await self._changed.wait()

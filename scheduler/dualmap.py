@@ -1,0 +1,219 @@
+"""DualMap: two workers a prefix, the one that has it as long as it is fast enough, else the other. Pure.
+
+DualMap (ICLR 2026): a prefix is hashed twice onto a ring of prefill workers, so that its requests meet their cache
+again (at least a share 1 - 2/m of m requests hits), while two choices instead of one keep the largest load near the
+mean (log log n / log 2 above it instead of log n / log log n). Of the two the one with the longer cached prefix is
+asked first, unless its predicted time to first token misses what is wanted: then the one with the shorter time is.
+Prefixes that are too common for two workers are lengthened (`scheduler/heat.py`). The paper moves queued requests
+between the two when a worker falls behind; here such a worker refuses, and the order of tries does that work: the two,
+then the rest by our own queued tokens (P/D-Serve, forwarding upon rejection). Requests without hashes have no place of
+their own and go by queued tokens at once.
+
+The time to first token is (our own new tokens queued there + the request's) / speed. A worker's speed is measured: the
+tokens that were queued at an offer and the seconds to its first token, both with exponential forgetting, beginning with
+`prior_samples` samples at the cost model's speed or `tokens_per_s`.
+
+Decode workers are chosen among those with room: the predicted gap with one more row must keep what was promised, and
+the KV that all may come to stay below `fill`. `first_fit` packs them in order of identity (xLLM's rule), so that others
+drain and can change their role; `spread` takes the lightest. Where none will do, the lightest does.
+
+A request with few new tokens skips disaggregation where a mixed worker has slack: it computes and keeps it.
+
+| parameter | unit | default | meaning |
+|---|---|---|---|
+| points | points | 64 | places of a worker on the ring |
+| first_pages | pages | 2 | of a prefix that is not hot |
+| window | requests | 2000 | over which shares of prefixes are taken |
+| hot | 1/n | 2.0 | a prefix with a larger share, n being the number of prefill workers, is lengthened |
+| cool | 1/n | 1.0 | below this share it is not any more |
+| known_pages | pages | 0 | most that are remembered of a worker; 0: as many as its arena has |
+| margin | share | 0.9 | of the wanted time to first token that a prediction may use |
+| tokens_per_s | tokens/s | 10000 | speed of a prefill worker before it is measured, without a cost model |
+| prior_samples | samples | 4 | weight of that |
+| forget | share | 0.05 | of all samples before, at each new one |
+| decode | - | spread | or first_fit |
+| fill | share | 0.9 | of a decode worker's KV that may be promised before it counts as full |
+| looks | workers | 8 | decode workers that are looked at for one that will do; first_fit: 64 at most |
+| context_share | share | 0.75 | of the KV promised at a worker that a decode step reads, on average |
+| skip_tokens | tokens | 256 | most new tokens that skip disaggregation; 0: none do |
+| skip_fill | share | 0.5 | of a mixed worker's KV that may be promised for that |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from core.worker import Identity
+from scheduler.cost import CostModel
+from scheduler.heat import Heat, Known
+from scheduler.placement import Need, Post, Workers
+from scheduler.ring import Ring
+
+PROBE_TOKENS = 2048
+"""A cost model's speed is that of a step of so many new tokens."""
+FIRST_FIT_LOOKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DualMapConfig:
+    """Settings; see the module's table."""
+
+    points: int = 64
+    first_pages: int = 2
+    window: int = 2000
+    hot: float = 2.0
+    cool: float = 1.0
+    known_pages: int = 0
+    margin: float = 0.9
+    tokens_per_s: float = 10_000.0
+    prior_samples: int = 4
+    forget: float = 0.05
+    decode: Literal["spread", "first_fit"] = "spread"
+    fill: float = 0.9
+    looks: int = 8
+    context_share: float = 0.75
+    skip_tokens: int = 256
+    skip_fill: float = 0.5
+
+
+class DualMap:
+    """Prefill by prefix and predicted time to first token; decode by predicted gap and memory."""
+
+    def __init__(self, config: DualMapConfig = DualMapConfig(), cost: CostModel | None = None) -> None:
+        self._config = config
+        self._cost = cost
+        speed = PROBE_TOKENS / cost.prefill_s([(PROBE_TOKENS, 0)]) if cost is not None else config.tokens_per_s
+        self._prior = (config.prior_samples * float(PROBE_TOKENS), config.prior_samples * PROBE_TOKENS / speed)
+        self._ring = Ring(config.points)
+        self._heat = Heat(first_pages=config.first_pages, window=config.window, hot=config.hot, cool=config.cool)
+        self._known: dict[Identity, Known] = {}
+        self._samples: dict[Identity, tuple[float, float]] = {}
+        """Tokens and seconds of prefills."""
+        self._version = 0
+        self._named: dict[str, Post] = {}
+        self._mixed = False
+        """Some of the prefill workers are, and others are not."""
+
+    def queue_load(self, post: Post) -> float:
+        return post.queue_tokens
+
+    def decode_load(self, post: Post) -> float:
+        return post.held_tokens / post.room if post.room else float(post.held_tokens)
+
+    def sources(self, need: Need, workers: Workers) -> Iterator[Post]:
+        self._refresh(workers)
+        pair = self._pair(need, workers)
+        if self._mixed and self._few(need, pair, workers) <= self._config.skip_tokens:
+            yield from self._slack(need, workers)
+        yield from pair
+        yield from (post for post in workers.prefills if post not in pair)
+
+    def sinks(self, source: Post, need: Need, workers: Workers) -> tuple[Post, ...]:
+        if workers.keeps(source, need):
+            return (source,)
+        if self._config.decode == "first_fit":
+            posts: Iterable[Post] = islice(workers.decodes.posts, FIRST_FIT_LOOKS)
+            fitting = (post for post in posts if post is not source and workers.takes(source, post, need))
+            best = next((post for post in fitting if self._will_do(post, need, self._config.fill)), None)
+            lightest = workers.lightest(source, need, 2)
+            return lightest if best is None else (best, *(post for post in lightest if post is not best))[:2]
+        if not need.gap_s or self._cost is None:
+            return workers.lightest(source, need, 2)  # in order of memory, which is all that is asked
+        lightest = workers.lightest(source, need, self._config.looks)
+        best = next((post for post in lightest if self._will_do(post, need, self._config.fill)), None)
+        if best is None or best is lightest[0]:
+            return lightest[:2]
+        return best, lightest[0]
+
+    def fewest(self, need: Need, workers: Workers) -> int:
+        self._refresh(workers)
+        return self._few(need, self._pair(need, workers), workers)
+
+    def accepted(self, source: Post, need: Need) -> None:
+        if need.prefix:
+            known = self._known.get(source.identity)
+            if known is None:
+                known = self._known[source.identity] = Known(self._config.known_pages or source.member.pages)
+            known.add(need.prefix)
+
+    def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
+        had, took = self._samples.get(source.identity, self._prior)
+        keep = 1 - self._config.forget
+        self._samples[source.identity] = keep * had + tokens, keep * took + seconds
+
+    def ttft_s(self, post: Post, need: Need, workers: Workers) -> float:
+        """Predicted time to first token of a request that is offered to `post` now."""
+        tokens, seconds = self._samples.get(post.identity, self._prior)
+        return (post.queue_tokens + self._new(post, need, workers)) * seconds / tokens if tokens else 0.0
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "heat": self._heat.document(),
+            "known": {str(who): self._known[who].document() for who in sorted(self._known)},
+            "samples": {str(who): list(self._samples[who]) for who in sorted(self._samples)},
+        }
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        self._version = 0
+        self._heat.restore(document["heat"])
+        self._samples = {Identity.parse(who): (tokens, s) for who, (tokens, s) in document["samples"].items()}
+        self._known = {Identity.parse(who): Known.of(pages) for who, pages in document["known"].items()}
+
+    def _refresh(self, workers: Workers) -> None:
+        """The members changed: the ring is theirs, and what was remembered of those who left is dropped."""
+        if self._version == workers.version:
+            return
+        self._version = workers.version
+        posts = workers.prefills.posts
+        self._named = {post.identity.name: post for post in posts}
+        self._ring.set(self._named)
+        self._mixed = len({post.decodes for post in posts}) == 2
+        self._known = {who: known for who, known in self._known.items() if who in workers}
+        self._samples = {who: sample for who, sample in self._samples.items() if who in workers}
+
+    def _pair(self, need: Need, workers: Workers) -> tuple[Post, ...]:
+        """The prefix's two workers, in the order in which they are asked."""
+        if not need.prefix or not self._named:
+            return ()
+        if need.note is None:
+            need.note = self._heat.key(need.prefix, len(self._named))
+        assert isinstance(need.note, int)
+        pair = tuple(self._named[name] for name in self._ring.pair(need.note))
+        if len(pair) < 2:
+            return pair
+        one, other = pair
+        new = [self._new(post, need, workers) for post in pair]
+        if new[1] < new[0] or (new[1] == new[0] and other.queue_tokens < one.queue_tokens):
+            one, other = other, one
+        soon = self.ttft_s(one, need, workers)
+        if soon > self._config.margin * need.wait_s and self.ttft_s(other, need, workers) < soon:
+            one, other = other, one
+        return one, other
+
+    def _new(self, post: Post, need: Need, workers: Workers) -> int:
+        """Tokens that `post` would have to compute, at least one."""
+        known = self._known.get(post.identity)
+        cached = known.pages(need.prefix) * workers.page_tokens if known is not None else 0
+        return max(1, need.tokens - cached)
+
+    def _few(self, need: Need, pair: Iterable[Post], workers: Workers) -> int:
+        return min((self._new(post, need, workers) for post in pair), default=need.tokens)
+
+    def _slack(self, need: Need, workers: Workers) -> Iterator[Post]:
+        """The lightest mixed worker, if it can keep the request and does not feel it."""
+        post = next(post for post in workers.decodes if post.prefills)
+        late = self.ttft_s(post, need, workers) > self._config.margin * need.wait_s
+        if not late and workers.keeps(post, need) and self._will_do(post, need, self._config.skip_fill):
+            yield post
+
+    def _will_do(self, post: Post, need: Need, fill: float) -> bool:
+        """One more row there keeps the gap that was promised, and memory below `fill`."""
+        if post.held_tokens + need.size > fill * post.room:
+            return False
+        if not need.gap_s or self._cost is None:
+            return True
+        context = round(self._config.context_share * (post.held_tokens + need.size))
+        return self._cost.decode_s(post.rows + 1, context) <= need.gap_s

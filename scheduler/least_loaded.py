@@ -1,0 +1,44 @@
+"""Least loaded: the fewest tokens of our own in flight, for both parts. Pure.
+
+What a gateway knows best is what it sent itself (P/D-Serve, "on-demand forwarding upon rejections", orders candidates
+by the gateway's own open streams); a refusal tells the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from scheduler.placement import Need, Post, Workers
+
+
+class LeastLoaded:
+    """Prefill where the fewest new tokens are queued, decode where the smallest share of memory is promised; a mixed
+    worker keeps its own."""
+
+    def queue_load(self, post: Post) -> float:
+        return post.queue_tokens
+
+    def decode_load(self, post: Post) -> float:
+        return post.held_tokens / post.room if post.room else float(post.held_tokens)
+
+    def sources(self, need: Need, workers: Workers) -> Iterable[Post]:
+        return workers.prefills
+
+    def sinks(self, source: Post, need: Need, workers: Workers) -> tuple[Post, ...]:
+        return (source,) if workers.keeps(source, need) else workers.lightest(source, need, 2)
+
+    def fewest(self, need: Need, workers: Workers) -> int:
+        return need.tokens
+
+    def accepted(self, source: Post, need: Need) -> None:
+        pass
+
+    def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
+        pass
+
+    def document(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, document: Mapping[str, Any]) -> None:
+        pass

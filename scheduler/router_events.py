@@ -1,0 +1,105 @@
+"""What the router hears beside the messages of workers, and what it commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.messages import ToGateway, ToWorker
+from core.request import Phase, Request, Stage
+from core.sampling import Logprobs
+from core.worker import Identity, Member
+
+
+# Events (beside the messages from workers).
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A client's request; `counter` is new in this gateway's life."""
+
+    counter: int
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class ClientGone:
+    """Nobody wants the rest of it: the client left, aborted or was too slow."""
+
+    counter: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Satisfied:
+    """A continuation has its stop string: the rest of it is not wanted, the stages of what was done are."""
+
+    counter: int
+    branch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUp:
+    """A worker's session stands; new requests go there while the member is `ready`. Comes again when that changes."""
+
+    member: Member
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDown:
+    """This life of a worker cannot be used any more."""
+
+    identity: Identity
+
+
+# Commands.
+@dataclass(frozen=True, slots=True)
+class ToOne:
+    """Send a message to a worker."""
+
+    worker: Identity
+    message: ToWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    """Give the client these tokens of a continuation, which follow those delivered before."""
+
+    counter: int
+    tokens: tuple[int, ...]
+    logits_hashes: tuple[int, ...]
+    branch: int = 0
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
+    prompt_logprobs: tuple[Logprobs | None, ...] = ()
+    """One for each token of the prompt, if they were asked for; once, before any token or with the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Complete:
+    """A continuation is done while others go on; the last one's end is the request's `End`."""
+
+    counter: int
+    branch: int
+    reason: str
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The request is over. `phase` is DONE, REJECTED, CANCELLED or FAILED."""
+
+    counter: int
+    phase: Phase
+    reason: str
+    """Finish reason of the last continuation if DONE, else a sentence."""
+    code: str = "OK"
+    """Name of a gRPC status."""
+    retry_s: float | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    stages: tuple[Stage, ...] = ()
+    attempts: int = 1
+    branch: int = 0
+    """The last continuation."""
+
+
+RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
+RouterCommand = ToOne | Deliver | Complete | End
