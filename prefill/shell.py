@@ -14,7 +14,7 @@ from core.worker import Identity
 from engine.api import Engine, Row, Sampled
 from runtime.driver import Driver
 from runtime.jobs import JobThread
-from scheduler.prefill_policy import (
+from scheduler.prefill_events import (
     Answer,
     AskForSink,
     Began,
@@ -22,13 +22,15 @@ from scheduler.prefill_policy import (
     ChunkDone,
     ChunkFailed,
     EndSequence,
+    Invite,
     PrefillCommand,
-    PrefillPolicy,
+    Resume,
     RunChunk,
     SealPages,
+    Suspend,
     WithdrawHandOff,
-    holder,
 )
+from scheduler.prefill_policy import PrefillPolicy, holder
 from transfer.source import AskSink, Sealed, Withdraw
 
 log = logging.getLogger("baton.prefill")
@@ -61,6 +63,8 @@ class PrefillShell:
         match command:
             case Answer(message):
                 self._tell(message.ticket.minter, message)
+            case Invite(gateway, message):
+                self._tell(gateway, message)
             case Begin(ticket, request, pages):
                 name = holder(ticket.key)
                 self._tickets[ticket.key] = ticket
@@ -68,6 +72,9 @@ class PrefillShell:
                 self._thread.do(lambda: self._open(name, request, pages, prompt))
             case RunChunk():
                 self._thread.do(lambda: self._run(command))
+            case Suspend() | Resume():
+                # This engine stops at the end of a step only: `ChunkDone` says that it came first.
+                pass
             case EndSequence(key):
                 self._tickets.pop(key, None)
                 self._thread.do(lambda: self._engine.close(holder(key)))

@@ -1,183 +1,126 @@
 """What a prefill worker computes next: accept or reject, queue, chunk, hand off. Pure.
 
-First come, first served, in chunks of a fixed token budget (after Sarathi-Serve, section 4.2: a bounded step keeps
-the wait for a cancellation or a new batch bounded). A request is offered before its prompt is sent, so that a worker
-that cannot meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections").
+The mechanics of a prefill worker; in which order it computes is an `Order`'s business (`scheduler/order.py`): first
+come, first served unless another is given. A request is offered before its prompt is sent, so that a worker that cannot
+meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections"); who was refused is told
+when it would be accepted. A long step can be suspended for an urgent request and goes on later (after FlowPrefill).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject
+from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject, SlotFree
 from core.pages import Owner, Pages
+from core.ranked import Ranked
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
+from scheduler.fcfs import Fcfs
+from scheduler.order import Job, Order, Take
+from scheduler.prefill_events import (
+    Answer,
+    AskForSink,
+    Began,
+    Begin,
+    ChunkDone,
+    ChunkFailed,
+    EndSequence,
+    GatewayGone,
+    Grant,
+    Granted,
+    HandOffOver,
+    Invite,
+    PrefillCommand,
+    PrefillEvent,
+    Resume,
+    RunChunk,
+    SealPages,
+    Span,
+    State,
+    Suspend,
+    Suspended,
+    WithdrawHandOff,
+)
+from scheduler.refusals import Refusals
 
-
-# Events (beside the messages Offer, Prompt and Cancel).
-@dataclass(frozen=True, slots=True)
-class ChunkDone:
-    """A `RunChunk` is over; `begun` are all continuations of the sequences whose prompt is complete."""
-
-    run_id: int
-    begun: tuple[Began, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkFailed:
-    """A `RunChunk` ended in an exception of the engine; nothing is known of which sequence caused it."""
-
-    run_id: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Began:
-    """A continuation of a sequence has its first token; `finish` if it is also its last."""
-
-    key: str
-    first: First
-    finish: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """The sink promised memory."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class HandOffOver:
-    """The source forgot the ticket: the sink has the KV (`taken`), or will not have it."""
-
-    key: str
-    taken: bool
-    reason: str = ""
-    taken_s: float = 0.0
-    """From the last announcement to the sink's word that it has everything."""
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayGone:
-    """A gateway died, and its requests with it."""
-
-    identity: Identity
-
-
-# Commands.
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Send a message to the ticket's gateway."""
-
-    message: Accept | Reject | Failed | Finished | Handed
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Make a sequence known to the engine."""
-
-    ticket: Ticket
-    request: Request
-    pages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Compute prompt positions [start, stop) of a sequence."""
-
-    key: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunChunk:
-    """One engine step; ends in one `ChunkDone`."""
-
-    run_id: int
-    spans: tuple[Span, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AskForSink:
-    """Ask the ticket's sink for memory; ends in `HandOffOver`, perhaps after `Granted`."""
-
-    ticket: Ticket
-    request: Request
-    deadline: float
-
-
-@dataclass(frozen=True, slots=True)
-class SealPages:
-    """The first `tokens` of the prompt are in `pages`: let the sink pull what is whole."""
-
-    key: str
-    pages: tuple[int, ...]
-    tokens: int
-    firsts: tuple[First, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class WithdrawHandOff:
-    """End the hand-off from this side; ends in `HandOffOver`."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class EndSequence:
-    """Forget a sequence at the engine."""
-
-    key: str
-
-
-PrefillEvent = Offer | Prompt | Cancel | ChunkDone | ChunkFailed | Granted | HandOffOver | GatewayGone
-PrefillCommand = Answer | Begin | RunChunk | AskForSink | SealPages | WithdrawHandOff | EndSequence
-
-
-class State(StrEnum):
-    """Where a request is on a prefill worker."""
-
-    OFFERED = "offered"
-    QUEUED = "queued"
-    RUNNING = "running"
-    HANDING_OFF = "handing_off"
-
-
-class Grant(StrEnum):
-    """How far the sink is."""
-
-    NOT_ASKED = "not_asked"
-    ASKED = "asked"
-    GIVEN = "given"
+__all__ = [
+    "Answer",
+    "AskForSink",
+    "Began",
+    "Begin",
+    "ChunkDone",
+    "ChunkFailed",
+    "EndSequence",
+    "GatewayGone",
+    "Grant",
+    "Granted",
+    "HandOffOver",
+    "Invite",
+    "PrefillCommand",
+    "PrefillConfig",
+    "PrefillEvent",
+    "PrefillPolicy",
+    "Resume",
+    "RunChunk",
+    "SealPages",
+    "Span",
+    "State",
+    "Suspend",
+    "Suspended",
+    "WithdrawHandOff",
+    "holder",
+]
 
 
 @dataclass(slots=True)
-class _Job:
+class _Held:
+    """A request on this worker."""
+
+    key: str
+    holder: str
     ticket: Ticket
     prompt_tokens: int
-    deadline: float
+    pages: int
+    prefix: tuple[int, ...]
     since: float
+    until: float
+    """It ends then at the latest."""
     state: State = State.OFFERED
     request: Request | None = None
     second: Identity | None = None
     grant: Grant = Grant.NOT_ASKED
     begun: bool = False
+    in_step: bool = False
     done: int = 0
+    """Tokens of the prompt whose KV is there, found or computed."""
+    cached: int = 0
+    """Of these, found."""
     firsts: tuple[First, ...] = ()
     """Of the continuations that go on at the sink."""
     cancelled: str | None = None
     accepted_at: float = 0.0
+    wanted_by: float = math.inf
+    priority: int = 0
     started_at: float = 0.0
     computed_at: float = 0.0
     chunks: int = 0
+
+
+@dataclass(slots=True)
+class _Step:
+    """A `RunChunk` that is out."""
+
+    run_id: int
+    spans: tuple[Span, ...]
+    takes: list[Take]
+    suspending: bool = False
+    """It was asked to stop."""
+    immune: bool = False
+    """It was suspended once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +135,10 @@ class PrefillConfig:
     """An accepted offer lapses after this time without its prompt."""
     ungranted_share: float = 0.1
     """Share of the arena that may hold KV no sink has promised to take."""
+    accept_share: float = math.inf
+    """Accepted requests, until their KV is handed over, may need this multiple of the arena; 1: only what fits now."""
+    preempt: bool = False
+    """A running step may be suspended, if the order wants that; the engine must be able to."""
 
 
 def holder(key: str) -> str:
@@ -200,286 +147,440 @@ def holder(key: str) -> str:
 
 
 class PrefillPolicy:
-    """The queue of one prefill worker; at most one `RunChunk` is out at a time."""
+    """The queue of one prefill worker; at most one step runs at a time, and one more is suspended."""
 
-    def __init__(self, me: Identity, shape: KvShape, ledger: Pages, config: PrefillConfig) -> None:
+    def __init__(
+        self, me: Identity, shape: KvShape, ledger: Pages, config: PrefillConfig, order: Order | None = None
+    ) -> None:
         self._me = me
         self._shape = shape
         self._ledger = ledger
         self._config = config
+        self._order: Order = order if order is not None else Fcfs(config.chunk_tokens, config.max_rows)
         self._capacity = ledger.available
-        self._jobs: dict[str, _Job] = {}
-        self._running: tuple[Span, ...] = ()
+        self._requests: dict[str, _Held] = {}
+        self._counts = dict.fromkeys(State, 0)
+        self._until = Ranked()
+        self._pages = 0
+        """Of all accepted requests, bound or not."""
+        self._ungranted = 0
+        """Bound pages that no sink has promised to take."""
+        self._running: _Step | None = None
+        self._suspended: _Step | None = None
         self._run_id = 0
-        self._run_started = 0.0
-        self._tokens_per_s = 0.0
+        self._planned_at = -math.inf
+        self._blocked: list[_Held] = []
+        """Those that the order wanted to start when it was last asked, and that could not."""
+        self._moved = False
+        """Others may be next in line than when their sinks were asked."""
+        self._refusals = Refusals()
+        self._eased = False
+        """There is less to do, or more memory, than when a request was refused."""
         self.ignored = 0
         """Messages about tickets we do not hold."""
+        self.suspensions = 0
+        """Steps that were suspended."""
 
     def queue(self) -> dict[State, int]:
         """Requests in each state."""
-        counts = dict.fromkeys(State, 0)
-        for job in self._jobs.values():
-            counts[job.state] += 1
-        return counts
+        return dict(self._counts)
 
-    def predicted_wait_s(self, tokens: int = 0) -> float:
-        """Time until the queue and `tokens` more are computed, at the speed of full steps; 0 before there was one."""
-        left = sum(job.prompt_tokens - job.done for job in self._jobs.values() if job.state is not State.HANDING_OFF)
-        return (left + tokens) / self._tokens_per_s if self._tokens_per_s else 0.0
+    def predicted_wait_s(self, now: float, new: int = 0, cached: int = 0, wanted_s: float = math.inf) -> float:
+        """Time until the first token of a request that comes now; with the default order 0 before a full step."""
+        running = self._running
+        suspendable = self._config.preempt and running is not None and self._suspended is None and not running.immune
+        return self._order.wait_s(new, cached, now, wanted_s, suspendable)
 
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
         match event:
             case None:
-                for late in [job for job in self._jobs.values() if self._until(job) <= now]:
-                    if late.state is not State.OFFERED:
-                        commands.append(Answer(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
-                    commands += self._cancel(late, "deadline")
+                commands += self._late(now)
             case Offer():
                 commands.append(self._offered(event, now))
-            case Prompt(ticket, request, second):
-                job = self._jobs.get(ticket.key)
-                if job is None or job.state is not State.OFFERED or len(request.prompt) != job.prompt_tokens:
+            case Prompt():
+                if not self._prompted(event, now):
                     self.ignored += 1
-                    return [Answer(Failed(ticket, "ABORTED", "the offer has lapsed"))]
-                job.state, job.request, job.second, job.since = State.QUEUED, request, second, now
-                job.deadline = now + request.timeout_s
-                # The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent
-                # later, would wait for memory there that is promised to those behind it here.
-                self._jobs[ticket.key] = self._jobs.pop(ticket.key)
+                    return [Answer(Failed(event.ticket, "ABORTED", "the offer has lapsed"))]
             case Cancel(branch=int()):
                 pass  # its prompt is that of the others
             case Cancel(ticket, reason, report):
-                job = self._jobs.get(ticket.key)
-                if report and job is not None and job.state is State.HANDING_OFF and job.cancelled is None:
-                    commands.append(Answer(Handed(job.ticket, self._stages(job, now), cancelled=True)))
-                commands += self._cancel_where(lambda job: job.ticket.key == ticket.key, reason)
+                held = self._known(ticket.key)
+                if held is not None:
+                    if report and held.state is State.HANDING_OFF and held.cancelled is None:
+                        commands.append(Answer(Handed(held.ticket, self._stages(held, now), cancelled=True)))
+                    commands += self._cancel(held, reason)
             case GatewayGone(identity):
-                commands += self._cancel_where(lambda job: job.ticket.minter == identity, "its gateway was lost")
+                self._refusals.drop(identity)
+                theirs = [held for held in self._requests.values() if held.ticket.minter == identity]
+                self.ignored += not theirs
+                for held in theirs:
+                    commands += self._cancel(held, "its gateway was lost")
             case Granted(key):
-                job = self._jobs.get(key)
-                if job is None:
-                    self.ignored += 1
-                else:
-                    job.grant = Grant.GIVEN
+                held = self._known(key)
+                if held is not None:
+                    self._set_grant(held, Grant.GIVEN)
             case HandOffOver():
                 commands += self._hand_off_over(event, now)
             case ChunkDone():
                 commands += self._chunk_done(event, now)
             case ChunkFailed(run_id, reason):
-                commands += self._chunk_failed(run_id, reason)
-        return commands + self._plan(now)
+                commands += self._chunk_failed(run_id, reason, now)
+            case Suspended(run_id):
+                self._step_suspended(run_id, now)
+        commands += self._plan(now)
+        if isinstance(event, Prompt):
+            commands += self._preempt(now)
+        if self._eased and self._refusals:
+            commands += self._invite(now)
+        return commands
 
     def deadline(self) -> float | None:
-        """Already past when the first in line may start, because somebody else in this arena freed memory."""
-        head = None if self._running else self._head()
-        if head is not None and self._may_start(head):
-            return head.since
-        return min((self._until(job) for job in self._jobs.values() if job.cancelled is None), default=None)
+        """Already past when one that could not start now may, because somebody else in this arena freed memory."""
+        due = self._until.lowest()
+        if self._running is None:
+            for held in self._blocked:
+                if self._may_start(held):
+                    return min(due, held.since)
+            window = self._order.deadline()
+            if window is not None and window > self._planned_at:
+                due = min(due, window)
+        return None if due == math.inf else due
 
     def check(self) -> None:
         self._ledger.check()
-        running = {span.key for span in self._running}
-        for key, job in self._jobs.items():
-            assert key == job.ticket.key
-            held = len(self._ledger.pages(holder(key)))
-            assert held == (self._shape.pages_for(job.prompt_tokens) if job.begun else 0)
-            assert job.begun == (job.state in (State.RUNNING, State.HANDING_OFF))
-            assert job.cancelled is None or key in running or job.grant is not Grant.NOT_ASKED, "a cancelled job stays"
-            assert job.state is State.HANDING_OFF or not job.firsts
-        assert running <= self._jobs.keys(), "a computed sequence was freed"
+        self._order.check()
+        steps = [step for step in (self._running, self._suspended) if step is not None]
+        out = [span.key for step in steps for span in step.spans]
+        assert len(out) == len(set(out)), "a sequence is in two steps"
+        for key, held in self._requests.items():
+            assert key == held.ticket.key == held.key
+            assert self._ledger.count(held.holder) == (held.pages if held.begun else 0)
+            assert held.begun == (held.state in (State.RUNNING, State.HANDING_OFF))
+            assert held.in_step == (key in out)
+            assert held.cancelled is None or key in out or held.grant is not Grant.NOT_ASKED, "it stays cancelled"
+            assert held.state is State.HANDING_OFF or not held.firsts
+            assert (key in self._until) == (held.cancelled is None)
+        assert set(out) <= self._requests.keys(), "a computed sequence was freed"
+        assert self._pages == sum(held.pages for held in self._requests.values())
+        ungranted = [held.pages for held in self._requests.values() if held.begun and held.grant is Grant.ASKED]
+        assert self._ungranted == sum(ungranted)
+        for state in State:
+            assert self._counts[state] == sum(held.state is state for held in self._requests.values())
+        assert self._suspended is None or self._config.preempt
 
-    def _until(self, job: _Job) -> float:
-        if job.cancelled is not None:
-            return float("inf")
-        return job.since + self._config.offer_s if job.state is State.OFFERED else job.deadline
+    # Offers, prompts, ends of time.
+    def _known(self, key: str) -> _Held | None:
+        held = self._requests.get(key)
+        self.ignored += held is None
+        return held
+
+    def _enter(self, held: _Held, state: State) -> None:
+        self._counts[held.state] -= 1
+        self._counts[state] += 1
+        held.state = state
 
     def _offered(self, offer: Offer, now: float) -> PrefillCommand:
-        ticket = offer.ticket
-        if ticket.key in self._jobs or ticket.source != self._me:
+        ticket, prompt = offer.ticket, offer.prompt_tokens
+        key, pages = ticket.key, self._shape.pages_for(prompt)
+        if key in self._requests or ticket.source != self._me:
             self.ignored += 1
             return Answer(Reject(ticket, "offered twice or to an earlier life of this worker"))
-        if self._shape.pages_for(offer.prompt_tokens) > self._capacity:
+        if pages > self._capacity:
             room = self._capacity * self._shape.page_tokens
-            return Answer(Reject(ticket, f"prompt of {offer.prompt_tokens} tokens, room for {room}"))
-        wait_s = self.predicted_wait_s(offer.prompt_tokens)
+            return Answer(Reject(ticket, f"prompt of {prompt} tokens, room for {room}"))
+        known = offer.prefix[: (prompt - 1) // self._shape.page_tokens]
+        cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
+        wait_s = self.predicted_wait_s(now, prompt - cached, cached, offer.wait_s)
         if wait_s > offer.wait_s:
+            self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
             return Answer(Reject(ticket, f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s", wait_s))
-        self._jobs[ticket.key] = _Job(ticket, offer.prompt_tokens, 0.0, now, accepted_at=now)
-        return Answer(Accept(ticket, wait_s=wait_s))
+        if self._pages + pages > self._config.accept_share * self._capacity:
+            self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
+            return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
+        wanted_by, priority = now + offer.wait_s, offer.hints.priority
+        prefix = offer.prefix[: prompt // self._shape.page_tokens]
+        held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
+        held.accepted_at, held.wanted_by, held.priority = now, wanted_by, priority
+        self._requests[key] = held
+        self._counts[State.OFFERED] += 1
+        self._pages += pages
+        self._until.put(key, held.until)
+        self._order.expect(Job(key, prompt - cached, cached, now, wanted_by, 0, priority), now)
+        return Answer(Accept(ticket, cached, wait_s))
 
-    def _head(self) -> _Job | None:
-        """The first in line."""
-        waiting = (job for job in self._jobs.values() if job.state is State.QUEUED and job.cancelled is None)
-        return next(waiting, None)
+    def _prompted(self, event: Prompt, now: float) -> bool:
+        """The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent later,
+        would wait for memory there that is promised to those behind it here."""
+        request = event.request
+        held = self._requests.get(event.ticket.key)
+        if held is None or held.state is not State.OFFERED or len(request.prompt) != held.prompt_tokens:
+            return False
+        self._enter(held, State.QUEUED)
+        held.request, held.second, held.since = request, event.second, now
+        held.until = now + request.timeout_s
+        self._until.put(held.key, held.until)
+        self._order.ready(held.key, now)
+        self._moved = True
+        return True
 
-    def _plan(self, now: float) -> list[PrefillCommand]:
-        """Fill one step in order of arrival; the first request that cannot start yet ends it, so none is overtaken."""
+    def _late(self, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
-        if self._running:
-            head = self._head()
-            return self._ask(head) if head else []
-        spans: list[Span] = []
-        budget = self._config.chunk_tokens
-        for key, job in self._jobs.items():
-            if job.state not in (State.QUEUED, State.RUNNING) or job.cancelled is not None:
-                continue
-            if budget == 0 or len(spans) == self._config.max_rows:
-                break
-            if not job.begun:
-                commands += self._ask(job)
-                if not self._may_start(job):
-                    break
-                pages = self._ledger.bind(holder(key), self._shape.pages_for(job.prompt_tokens), Owner.PREFILLING)
-                job.begun, job.state, job.started_at = True, State.RUNNING, now
-                assert job.request is not None
-                commands.append(Begin(job.ticket, job.request, pages))
-            stop = min(job.prompt_tokens, job.done + budget)
-            spans.append(Span(key, job.done, stop))
-            budget -= stop - job.done
-        if spans:
-            self._run_id += 1
-            self._running, self._run_started = tuple(spans), now
-            commands.append(RunChunk(self._run_id, self._running))
+        while (key := self._until.first()) is not None and self._until.lowest() <= now:
+            late = self._requests[key]
+            if late.state is not State.OFFERED:
+                commands.append(Answer(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
+            commands += self._cancel(late, "deadline")
         return commands
 
-    def _ask(self, job: _Job) -> list[PrefillCommand]:
-        """Ask the sink before the start, unless the first token is all that is wanted."""
-        assert job.request is not None
-        if job.grant is not Grant.NOT_ASKED or job.request.sampling.max_tokens == 1:
-            return []
-        job.grant = Grant.ASKED
-        return [AskForSink(job.ticket, job.request, job.deadline)]
+    # Steps.
+    def _plan(self, now: float) -> list[PrefillCommand]:
+        """If no step runs, the order says which is next; else the sinks of who starts next are asked."""
+        commands: list[PrefillCommand] = []
+        if self._running is None:
+            self._planned_at = now
+            self._blocked.clear()
+            paused = self._suspended
+            if paused is not None and self._order.resumes(now):
+                return self._resume(paused, now)
+            takes = self._order.next(now, lambda key: self._start(key, now, commands))
+            if takes:
+                commands.append(self._run(takes))
+                return commands
+            if paused is not None:
+                return commands + self._resume(paused, now)
+        if self._moved:
+            self._moved = False
+            for key in self._order.upcoming(now):
+                held = self._requests[key]
+                if held.grant is Grant.NOT_ASKED:
+                    commands += self._ask(held)
+        return commands
 
-    def _may_start(self, job: _Job) -> bool:
-        pages = self._shape.pages_for(job.prompt_tokens)
+    def _start(self, key: str, now: float, commands: list[PrefillCommand]) -> Job | None:
+        held = self._requests.get(key)
+        if held is None or held.begun or held.request is None:
+            raise LocalError(f"the order starts {key}, which is {held.state if held else 'unknown'}")
+        commands += self._ask(held)
+        if not self._may_start(held):
+            self._blocked.append(held)
+            return None
+        shared = self._ledger.share(held.holder, self._shareable(held), Owner.PREFILLING) if held.prefix else 0
+        self._ledger.bind(held.holder, held.pages - shared, Owner.PREFILLING)
+        held.begun, held.started_at = True, now
+        held.done = held.cached = shared * self._shape.page_tokens
+        self._enter(held, State.RUNNING)
+        if held.grant is Grant.ASKED:
+            self._ungranted += held.pages
+        commands.append(Begin(held.ticket, held.request, self._ledger.pages(held.holder)))
+        new = held.prompt_tokens - held.cached
+        return Job(key, new, held.cached, held.accepted_at, held.wanted_by, 0, held.priority)
+
+    def _run(self, takes: Sequence[Take]) -> RunChunk:
+        spans, total = [], 0
+        for key, tokens in takes:
+            held = self._requests.get(key)
+            if held is None or not held.begun or held.in_step or not 0 < tokens <= held.prompt_tokens - held.done:
+                raise LocalError(f"the order takes {tokens} tokens of {key}, want some that it may compute now")
+            held.in_step = True
+            spans.append(Span(key, held.done, held.done + tokens))
+            total += tokens
+        if total > self._config.chunk_tokens or len(spans) > self._config.max_rows:
+            raise LocalError(f"the order takes {total} tokens in {len(spans)} rows, want no more than the step has")
+        self._run_id += 1
+        self._running = _Step(self._run_id, tuple(spans), list(takes))
+        self._moved = True
+        return RunChunk(self._run_id, self._running.spans)
+
+    def _ask(self, held: _Held) -> list[PrefillCommand]:
+        """Ask the sink before the start, unless the first token is all that is wanted."""
+        assert held.request is not None
+        if held.grant is not Grant.NOT_ASKED or held.request.sampling.max_tokens == 1:
+            return []
+        self._set_grant(held, Grant.ASKED)
+        return [AskForSink(held.ticket, held.request, held.until)]
+
+    def _set_grant(self, held: _Held, grant: Grant) -> None:
+        if held.begun:
+            self._ungranted += ((grant is Grant.ASKED) - (held.grant is Grant.ASKED)) * held.pages
+        held.grant = grant
+
+    def _may_start(self, held: _Held) -> bool:
+        pages = held.pages
+        if held.prefix:
+            pages = self._ledger.need(pages, self._shareable(held))
         if pages > self._ledger.available:
             return False
-        if job.grant is not Grant.ASKED:
+        if held.grant is not Grant.ASKED:
             return True
-        if job.ticket.sink == self._me:
+        if held.ticket.sink == self._me:
             return False  # what it holds would be missing where its grant waits for memory
-        ungranted = sum(
-            self._shape.pages_for(other.prompt_tokens)
-            for other in self._jobs.values()
-            if other.begun and other.grant is Grant.ASKED
-        )
-        return ungranted + pages <= self._config.ungranted_share * self._capacity
+        return self._ungranted + held.pages <= self._config.ungranted_share * self._capacity
+
+    def _shareable(self, held: _Held) -> tuple[int, ...]:
+        """At least one token is computed: it gives the first logits."""
+        return held.prefix[: (held.prompt_tokens - 1) // self._shape.page_tokens]
+
+    def _over(self, what: str, run_id: int) -> _Step:
+        """The running step, which is no longer running."""
+        step = self._running
+        if step is None or run_id != step.run_id:
+            raise LocalError(f"{what}: got run {run_id}, want {step.run_id if step else 'none'}")
+        self._running = None
+        return step
 
     def _chunk_done(self, event: ChunkDone, now: float) -> list[PrefillCommand]:
-        if not self._running or event.run_id != self._run_id:
-            raise LocalError(f"chunk done: got run {event.run_id}, want {self._run_id}")
-        spans, self._running = self._running, ()
-        tokens = sum(span.stop - span.start for span in spans)
-        # A small step is mostly fixed cost: its speed says nothing about a queue, whose steps are full.
-        if now > self._run_started and 2 * tokens >= self._config.chunk_tokens:
-            speed = tokens / (now - self._run_started)
-            self._tokens_per_s = 0.8 * self._tokens_per_s + 0.2 * speed if self._tokens_per_s else speed
+        step = self._over("chunk done", event.run_id)
+        self._eased = True
+        self._order.ran(step.takes, now)
         begun: dict[str, list[Began]] = {}
         for each in event.begun:
             begun.setdefault(each.key, []).append(each)
         commands: list[PrefillCommand] = []
-        for span in spans:
-            job = self._jobs[span.key]
-            job.done = span.stop
-            job.chunks += 1
-            if job.cancelled is not None:
-                commands += self._end_if_free(job)
-                continue
-            if span.key in begun:
-                commands += self._began(job, begun[span.key], now)
-            elif job.grant is not Grant.NOT_ASKED:
-                commands.append(self._seal(job))
+        for span in step.spans:
+            held = self._requests[span.key]
+            held.in_step = False
+            held.done = span.stop
+            held.chunks += 1
+            if held.prefix:
+                self._ledger.name(held.holder, held.prefix[: span.stop // self._shape.page_tokens])
+            if held.cancelled is not None:
+                commands += self._end_if_free(held)
+            elif span.key in begun:
+                commands += self._began(held, begun[span.key], now)
+            elif held.grant is not Grant.NOT_ASKED:
+                commands.append(self._seal(held))
         return commands
 
-    def _began(self, job: _Job, begun: list[Began], now: float) -> list[PrefillCommand]:
+    def _began(self, held: _Held, begun: list[Began], now: float) -> list[PrefillCommand]:
         """The prompt is complete: some continuations may be over with their first token, the others go on."""
-        job.state, job.computed_at = State.HANDING_OFF, now
-        self._ledger.move(holder(job.ticket.key), Owner.HANDING_OFF)
-        job.firsts = tuple(each.first for each in begun if each.finish is None)
+        self._enter(held, State.HANDING_OFF)
+        held.computed_at = now
+        self._ledger.move(held.holder, Owner.HANDING_OFF)
+        held.firsts = tuple([each.first for each in begun if each.finish is None])
         commands: list[PrefillCommand] = []
-        ended = [each for each in begun if each.finish is not None]
-        for each in ended:
-            token, branch = each.first.token, each.first.branch
-            count, stop = (0, token) if each.finish == "stop" else (1, None)
-            stages = self._stages(job, now)
-            commands.append(Answer(Finished(job.ticket, each.finish or "", count, stop, stages, branch)))
-        if not job.firsts:
-            return commands + self._cancel(job, "finished with its first token")
-        return [*commands, self._seal(job)] if job.grant is not Grant.NOT_ASKED else commands
+        for each in begun:
+            if each.finish is not None:
+                token, branch = each.first.token, each.first.branch
+                count, stop = (0, token) if each.finish == "stop" else (1, None)
+                stages = self._stages(held, now)
+                commands.append(Answer(Finished(held.ticket, each.finish, count, stop, stages, branch)))
+        if not held.firsts:
+            return commands + self._cancel(held, "finished with its first token")
+        return [*commands, self._seal(held)] if held.grant is not Grant.NOT_ASKED else commands
 
-    def _chunk_failed(self, run_id: int, reason: str) -> list[PrefillCommand]:
+    def _chunk_failed(self, run_id: int, reason: str, now: float) -> list[PrefillCommand]:
         """All of the step are placed again by their gateways, which bound how often; the worker goes on."""
-        if not self._running or run_id != self._run_id:
-            raise LocalError(f"chunk failed: got run {run_id}, want {self._run_id if self._running else 'none'}")
-        spans, self._running = self._running, ()
+        step = self._over("chunk failed", run_id)
         commands: list[PrefillCommand] = []
-        for span in spans:
-            job = self._jobs[span.key]
-            if job.cancelled is None:
-                commands.append(Answer(Failed(job.ticket, "ABORTED", f"the engine failed: {reason}")))
-                commands += self._cancel(job, reason)
+        for span in step.spans:
+            held = self._requests[span.key]
+            held.in_step = False
+            if held.cancelled is None:
+                commands.append(Answer(Failed(held.ticket, "ABORTED", f"the engine failed: {reason}")))
+                commands += self._cancel(held, reason)
             else:
-                commands += self._end_if_free(job)
+                commands += self._end_if_free(held)
+        self._order.ran(step.takes, now)
         return commands
 
-    def _seal(self, job: _Job) -> SealPages:
-        key = job.ticket.key
-        return SealPages(key, self._ledger.pages(holder(key)), job.done, job.firsts)
+    # Suspension.
+    def _preempt(self, now: float) -> list[PrefillCommand]:
+        """Only an arrival makes a running step less urgent than another (FlowPrefill's scheduler is event-driven)."""
+        step = self._running
+        if not self._config.preempt or step is None or self._suspended is not None or step.immune or step.suspending:
+            return []
+        key = self._order.overtakes(now)
+        if key is None:
+            return []
+        waiter = self._requests[key]
+        commands = self._ask(waiter)
+        if not waiter.begun and not self._may_start(waiter):
+            return commands
+        step.suspending = True
+        return [*commands, Suspend(step.run_id)]
+
+    def _step_suspended(self, run_id: int, now: float) -> None:
+        step = self._running
+        if step is None or step.run_id != run_id or not step.suspending:
+            raise LocalError(f"suspended: got run {run_id}, want one that was asked to stop")
+        self._running, self._suspended = None, step
+        self.suspensions += 1
+        self._order.suspended(step.takes, now)
+
+    def _resume(self, step: _Step, now: float) -> list[PrefillCommand]:
+        self._running, self._suspended = step, None
+        step.suspending, step.immune = False, True
+        self._order.resumed(step.takes, now)
+        return [Resume(step.run_id)]
+
+    # Ends.
+    def _seal(self, held: _Held) -> SealPages:
+        return SealPages(held.key, self._ledger.pages(held.holder), held.done, held.firsts)
 
     def _hand_off_over(self, event: HandOffOver, now: float) -> list[PrefillCommand]:
-        job = self._jobs.get(event.key)
-        if job is None:
-            self.ignored += 1
+        held = self._known(event.key)
+        if held is None:
             return []
-        job.grant = Grant.NOT_ASKED
-        if job.cancelled is not None:
-            return self._end_if_free(job)
+        self._set_grant(held, Grant.NOT_ASKED)
+        if held.cancelled is not None:
+            return self._end_if_free(held)
         if event.taken:
-            commands: list[PrefillCommand] = [Answer(Handed(job.ticket, self._stages(job, now, event.taken_s)))]
-            job.cancelled = "taken"
-            return commands + self._end_if_free(job)
-        if job.second is not None:
-            job.ticket, job.second = replace(job.ticket, sink=job.second), None
-            commands = self._ask(job)
-            if job.done:
-                commands.append(self._seal(job))
+            stages = self._stages(held, now, event.taken_s)
+            return [Answer(Handed(held.ticket, stages)), *self._cancel(held, "taken")]
+        if held.second is not None:
+            held.ticket, held.second = replace(held.ticket, sink=held.second), None
+            commands = self._ask(held)
+            if held.done:
+                commands.append(self._seal(held))
             return commands
         why = f"no decode worker took it: {event.reason}"
-        stages = self._stages(job, now) if job.state is State.HANDING_OFF else ()
-        return [Answer(Failed(job.ticket, "UNAVAILABLE", why, stages)), *self._cancel(job, event.reason)]
+        stages = self._stages(held, now) if held.state is State.HANDING_OFF else ()
+        return [Answer(Failed(held.ticket, "UNAVAILABLE", why, stages)), *self._cancel(held, event.reason)]
 
-    def _cancel_where(self, which: Callable[[_Job], bool], reason: str) -> list[PrefillCommand]:
-        jobs = [job for job in self._jobs.values() if which(job)]
-        if not jobs:
-            self.ignored += 1
-        return [command for job in jobs for command in self._cancel(job, reason)]
-
-    def _cancel(self, job: _Job, reason: str) -> list[PrefillCommand]:
-        """Ask everything that works on the job to stop; its pages are freed when the last of it has."""
-        if job.cancelled is not None:
+    def _cancel(self, held: _Held, reason: str) -> list[PrefillCommand]:
+        """Ask everything that works on it to stop; its pages are freed when the last of it has."""
+        if held.cancelled is not None:
             return []
-        job.cancelled = reason
-        if job.grant is not Grant.NOT_ASKED:
-            return [WithdrawHandOff(job.ticket.key, reason)]
-        return self._end_if_free(job)
+        held.cancelled = reason
+        self._until.drop(held.key)
+        self._order.drop(held.key)
+        self._eased = self._moved = True
+        if held.grant is not Grant.NOT_ASKED:
+            return [WithdrawHandOff(held.key, reason)]
+        return self._end_if_free(held)
 
-    def _end_if_free(self, job: _Job) -> list[PrefillCommand]:
-        key = job.ticket.key
-        if job.grant is not Grant.NOT_ASKED or any(span.key == key for span in self._running):
+    def _end_if_free(self, held: _Held) -> list[PrefillCommand]:
+        if held.grant is not Grant.NOT_ASKED or held.in_step:
             return []
-        del self._jobs[key]
-        self._ledger.release(holder(key))
-        return [EndSequence(key)] if job.begun else []
+        del self._requests[held.key]
+        self._counts[held.state] -= 1
+        self._pages -= held.pages
+        self._ledger.release(held.holder)
+        self._eased = True
+        return [EndSequence(held.key)] if held.begun else []
 
-    def _stages(self, job: _Job, now: float, taken_s: float | None = None) -> tuple[Stage, ...]:
+    def _stages(self, held: _Held, now: float, taken_s: float | None = None) -> tuple[Stage, ...]:
         me = self._me.name
-        detail = {"tokens": str(job.prompt_tokens), "chunks": str(job.chunks)}
+        detail = {"tokens": str(held.prompt_tokens), "chunks": str(held.chunks)}
+        if held.cached:
+            detail["cached"] = str(held.cached)
         stages = [
-            Stage("batch_wait", me, job.started_at - job.accepted_at),
-            Stage("prefill", me, job.computed_at - job.started_at, detail),
+            Stage("batch_wait", me, held.started_at - held.accepted_at),
+            Stage("prefill", me, held.computed_at - held.started_at, detail),
         ]
         if taken_s is not None:
-            stages.append(Stage("handing_off", me, now - job.computed_at, {"ready_to_taken_s": f"{taken_s:.6f}"}))
+            stages.append(Stage("handing_off", me, now - held.computed_at, {"ready_to_taken_s": f"{taken_s:.6f}"}))
         return tuple(stages)
+
+    def _invite(self, now: float) -> list[PrefillCommand]:
+        """Called when there is less to do, or more memory, than when somebody was refused."""
+        self._eased = False
+
+        def welcome(new: int, wait_s: float) -> bool:
+            pages = self._pages + self._shape.pages_for(new)
+            fits = pages <= self._config.accept_share * self._capacity
+            return fits and self.predicted_wait_s(now, new, 0, wait_s) <= wait_s
+
+        told = self._refusals.told(now, welcome)
+        return [Invite(gateway, SlotFree(self._me, tokens)) for gateway, tokens in told]

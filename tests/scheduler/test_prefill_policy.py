@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -15,32 +16,40 @@ from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
+from scheduler.dual_queue import DualQueue
+from scheduler.fcfs import Fcfs
 from scheduler.prefill_policy import (
     Answer,
     AskForSink,
     Began,
     Begin,
     ChunkDone,
+    ChunkFailed,
     EndSequence,
     GatewayGone,
     Granted,
     HandOffOver,
+    Invite,
     PrefillConfig,
     PrefillPolicy,
+    Resume,
     RunChunk,
     SealPages,
     Span,
     State,
+    Suspend,
+    Suspended,
     WithdrawHandOff,
     holder,
 )
 from tests.cast import D1, D2, GATEWAY, MIXED, OTHER_GATEWAY, P1, P2, SHAPE, ask, efforts, ticket
+from tests.scheduler.orders import COST, ORDERS, SLOW
 
 KEY = ticket(1).key
 
 
-def policy(pages: int = 40, me: Identity = P1, **settings) -> PrefillPolicy:
-    return PrefillPolicy(me, SHAPE, Pages(pages), PrefillConfig(**{"chunk_tokens": 8, "max_rows": 4, **settings}))
+def policy(pages: int = 40, me: Identity = P1, **how) -> PrefillPolicy:
+    return PrefillPolicy(me, SHAPE, Pages(pages), PrefillConfig(**{"chunk_tokens": 8, "max_rows": 4, **how}))
 
 
 def ledger(machine: PrefillPolicy) -> Pages:
@@ -130,7 +139,7 @@ def test_an_offer_is_rejected_when_the_queue_would_make_it_late():
     queued(machine, 1, 8)
     machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
     queued(machine, 2, 80, wait_s=99.0)
-    assert machine.predicted_wait_s(8) == 11.0
+    assert machine.predicted_wait_s(1.0, 8) == 11.0
     (answer,) = machine.on(offer(3, 8, wait_s=10.0), 1.0)
     assert answer.message == Reject(ticket(3), "first token in 11.00 s, wanted in 10.00 s", 11.0)
     (answer,) = machine.on(offer(4, 8, wait_s=11.0), 1.0)
@@ -359,6 +368,199 @@ def test_the_end_of_a_step_that_does_not_run_is_our_own_bug(event):
     assert machine.on(ChunkDone(1, ()), 1.0)[-1] == RunChunk(2, (Span(KEY, 8, 12),))
 
 
+# Prefixes.
+def chain(prompt: int) -> tuple[int, ...]:
+    return tuple(range(100, 100 + prompt // 4))
+
+
+def cached(machine: PrefillPolicy, prompt: int = 16) -> None:
+    """Somebody computed that prompt, and is gone."""
+    ledger(machine).bind("earlier", prompt // 4, Owner.PREFILLING)
+    ledger(machine).name("earlier", chain(prompt))
+    ledger(machine).release("earlier")
+
+
+def test_what_is_cached_is_not_computed_again():
+    machine, request = policy(ungranted_share=1.0), replace(ask(18), prefix=chain(18))
+    cached(machine)
+    assert machine.on(Offer(ticket(), 18, 8, 9.0, prefix=chain(18)), 0.0) == [Answer(Accept(ticket(), 16))]
+    asked, begun, run = machine.on(Prompt(ticket(), request), 0.0)
+    assert isinstance(asked, AskForSink)
+    assert begun == Begin(ticket(), request, (0, 1, 2, 3, 4))
+    assert run == RunChunk(1, (Span(KEY, 16, 18),))
+    assert machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0) == [SealPages(KEY, (0, 1, 2, 3, 4), 18, (First(5),))]
+    answer, _ = machine.on(HandOffOver(KEY, taken=True), 1.0)
+    assert answer.message.stages[1].detail == {"tokens": "18", "chunks": "1", "cached": "16"}
+    assert ledger(machine).cached(chain(18)) == 4
+
+
+@pytest.mark.parametrize(("prompt", "found"), [(16, 12), (17, 16), (8, 4), (4, 0), (3, 0)])
+def test_one_token_at_least_is_computed(prompt, found):
+    machine = policy(ungranted_share=1.0)
+    cached(machine)
+    (answer,) = machine.on(Offer(ticket(), prompt, 8, 9.0, prefix=chain(prompt)), 0.0)
+    assert answer.message.cached_tokens == found
+    commands = machine.on(Prompt(ticket(), replace(ask(prompt), prefix=chain(prompt))), 0.0)
+    assert commands[-1] == RunChunk(1, (Span(KEY, found, prompt),))
+    machine.check()
+
+
+def test_pages_are_named_chunk_by_chunk():
+    machine = policy(ungranted_share=1.0)
+    machine.on(Offer(ticket(), 18, 8, 9.0, prefix=chain(18)), 0.0)
+    machine.on(Prompt(ticket(), replace(ask(18), prefix=chain(18))), 0.0)
+    known = []
+    for run in range(1, 4):
+        known.append(ledger(machine).cached(chain(18)))
+        machine.on(ChunkDone(run, (Began(KEY, First(5)),) if run == 3 else ()), float(run))
+    assert [*known, ledger(machine).cached(chain(18))] == [0, 2, 4, 4]
+
+
+def test_what_was_cached_at_the_offer_and_is_gone_is_computed():
+    machine = policy(pages=6, ungranted_share=1.0)
+    cached(machine)
+    machine.on(Offer(ticket(), 18, 8, 9.0, prefix=chain(18)), 0.0)
+    ledger(machine).bind("neighbour", 6, Owner.DECODING)
+    machine.on(Prompt(ticket(), replace(ask(18), prefix=chain(18))), 0.0)
+    ledger(machine).release("neighbour")
+    assert machine.on(None, 0.5)[-1] == RunChunk(1, (Span(KEY, 0, 8),))
+
+
+# Refusals.
+def busy(**settings) -> PrefillPolicy:
+    """A worker of 8 tokens a second with 88 of them before it."""
+    machine = policy(**settings)
+    queued(machine, 1, 8)
+    machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)
+    queued(machine, 2, 80, wait_s=99.0)
+    machine.on(Granted(ticket(2).key), 1.0)
+    return machine
+
+
+def invites(commands: list) -> list:
+    return [(command.gateway, command.message.tokens) for command in commands if isinstance(command, Invite)]
+
+
+def test_who_was_refused_is_told_once_when_it_would_be_accepted():
+    machine = busy()
+    for counter, prompt, wait_s in ((3, 8, 10.0), (4, 40, 10.0)):
+        (answer,) = machine.on(offer(counter, prompt, wait_s=wait_s), 1.0)
+        assert isinstance(answer.message, Reject)
+    machine.on(offer(5, 8, wait_s=9.0, minter=OTHER_GATEWAY), 1.0)
+    assert [invites(machine.on(ChunkDone(run, ()), float(run))) for run in (2, 3)] == [[], []], "as late as it was"
+    assert invites(machine.on(Cancel(ticket(2), "left"), 3.5)) == [(GATEWAY, 40), (OTHER_GATEWAY, 8)]
+    assert invites(machine.on(ChunkDone(4, ()), 4.0)) == []
+    machine.on(offer(6, 8, wait_s=0.5), 4.0)
+    assert invites(machine.on(HandOffOver(KEY, taken=True), 4.1)) == []
+
+
+def test_nobody_is_told_who_was_refused_for_good_or_has_died():
+    machine = busy(pages=30)
+    machine.on(offer(3, 200, wait_s=99.0), 1.0)
+    machine.on(offer(4, 8, wait_s=10.5, minter=OTHER_GATEWAY), 1.0)
+    machine.on(GatewayGone(OTHER_GATEWAY), 1.0)
+    for run in range(2, 8):
+        assert invites(machine.on(ChunkDone(run, ()), float(run))) == []
+
+
+def test_more_than_the_accepted_share_of_the_arena_is_refused_until_pages_are_handed_over():
+    machine = policy(pages=10, accept_share=1.0, ungranted_share=1.0)
+    queued(machine, 1, 32)
+    (answer,) = machine.on(offer(2, 12), 0.0)
+    assert answer.message.reason == "3 pages beside 8 of requests before it"
+    assert machine.on(offer(3, 8), 0.0) == [Answer(Accept(ticket(3)))]
+    for run in range(1, 5):
+        commands = machine.on(ChunkDone(run, (Began(KEY, First(5)),) if run == 4 else ()), run / 10)
+        assert invites(commands) == []
+    assert invites(machine.on(HandOffOver(KEY, taken=True), 0.5)) == [(GATEWAY, 12)]
+
+
+# Suspension.
+def long_step() -> PrefillPolicy:
+    """A step of 0.6 s runs, of a prompt that is in no hurry."""
+    config = PrefillConfig(chunk_tokens=6, max_rows=3, ungranted_share=1.0, preempt=True)
+    machine = PrefillPolicy(P1, SHAPE, Pages(40), config, DualQueue(6, 3, SLOW))
+    assert queued(machine, 1, 14)[-1] == RunChunk(1, (Span(KEY, 0, 6),))
+    return machine
+
+
+def test_a_long_step_is_suspended_for_an_urgent_request_and_resumed():
+    machine, urgent = long_step(), ticket(2).key
+    assert queued(machine, 2, 2, wait_s=0.45)[-1] == Suspend(1)
+    assert [type(command) for command in queued(machine, 3, 2, wait_s=2.0)] == []
+    assert machine.on(Suspended(1), 0.1)[-1].spans[0] == Span(urgent, 0, 2)
+    machine.check()
+    commands = machine.on(ChunkDone(2, (Began(urgent, First(5)),)), 0.4)
+    assert commands[-1] == Resume(1)
+    machine.check()
+    answer = machine.on(offer(4, 2, wait_s=0.45), 0.4)[0]
+    assert isinstance(answer.message, Reject), "a step is suspended once only"
+    assert machine.on(ChunkDone(1, ()), 0.9)[0] == SealPages(KEY, (0, 1, 2, 3), 6)
+    assert machine.suspensions == 1
+
+
+def test_a_step_may_end_before_it_stops():
+    machine = long_step()
+    queued(machine, 2, 2, wait_s=0.45)
+    assert machine.on(ChunkDone(1, ()), 0.1)[-1].spans[0] == Span(ticket(2).key, 0, 2)
+    with pytest.raises(LocalError, match="suspended: got run 1"):
+        machine.on(Suspended(1), 0.1)
+
+
+def test_a_cancelled_sequence_of_a_suspended_step_is_freed_by_the_steps_own_end():
+    machine = long_step()
+    queued(machine, 2, 2, wait_s=0.45)
+    machine.on(Suspended(1), 0.1)
+    machine.on(Cancel(ticket(1), "left"), 0.2)
+    machine.on(HandOffOver(KEY, taken=False), 0.2)
+    assert ledger(machine).count(holder(KEY)) == 4
+    commands = machine.on(ChunkDone(2, (Began(ticket(2).key, First(5)),)), 0.4)
+    assert commands[-1] == Resume(1)
+    assert machine.on(ChunkDone(1, ()), 0.9) == [EndSequence(KEY)]
+    assert ledger(machine).count(holder(KEY)) == 0
+
+
+@pytest.mark.parametrize("event", [Suspended(1), Suspended(7)])
+def test_a_step_that_nobody_asked_to_stop_is_not_suspended(event):
+    machine = long_step()
+    with pytest.raises(LocalError, match="suspended: got run"):
+        machine.on(event, 0.5)
+    machine.check()
+
+
+def test_nothing_is_suspended_unless_the_engine_can():
+    config = PrefillConfig(chunk_tokens=6, max_rows=3, ungranted_share=1.0)
+    machine = PrefillPolicy(P1, SHAPE, Pages(40), config, DualQueue(6, 3, SLOW))
+    queued(machine, 1, 14)
+    (answer,) = machine.on(offer(2, 2, wait_s=0.45), 0.0)
+    assert isinstance(answer.message, Reject)
+
+
+def test_the_end_of_the_window_wakes_the_worker():
+    config = PrefillConfig(chunk_tokens=64, max_rows=8)
+    machine = PrefillPolicy(P1, SHAPE, Pages(40), config, DualQueue(64, 8, COST))
+    assert [type(command) for command in queued(machine, 1, 6)] == [AskForSink]
+    due = machine.deadline()
+    assert due == pytest.approx(0.01)
+    assert [type(command) for command in machine.on(None, due or 0.0)] == [Begin, RunChunk]
+
+
+@pytest.mark.parametrize(
+    "takes",
+    [[("?", 1)], [(KEY, 0)], [(KEY, 9)], [(KEY, 4), (KEY, 1)], [(KEY, 6)]],
+    ids=["unknown", "none", "too many", "twice", "too long a step"],
+)
+def test_an_order_that_breaks_its_contract_is_found_out(takes):
+    class Wrong(Fcfs):
+        def next(self, now, start):
+            return [] if self.head(now) is None or start(KEY) is None else takes
+
+    machine = PrefillPolicy(P1, SHAPE, Pages(40), PrefillConfig(chunk_tokens=5), Wrong(8, 4))
+    machine.on(offer(), 0.0)
+    with pytest.raises(LocalError, match="the order takes"):
+        machine.on(Prompt(ticket(), ask()), 0.0)
+
+
 @dataclass
 class Asked:
     """The source's side of one hand-off."""
@@ -369,6 +571,11 @@ class Asked:
     complete: bool = False
     over: bool = False
     """Its `HandOffOver` is under way."""
+
+
+def hashes(request: Request) -> tuple[int, ...]:
+    """Of the full pages of a prompt that counts up: where it starts and how far it goes is all there is to know."""
+    return tuple(request.prompt[0] * 1000 + page + 1 for page in range(len(request.prompt) // 4))
 
 
 @dataclass
@@ -398,17 +605,27 @@ class Job:
 class PrefillWorker(RuleBasedStateMachine):
     """An engine that ends every step once, a source that ends every ask once, gateways and a neighbour in memory."""
 
+    order = "measured"
+
     def __init__(self):
         super().__init__()
         self.ledger = Pages(20)
         self.ledger.bind("scratch", 1, Owner.SCRATCH)
-        config = PrefillConfig(chunk_tokens=6, max_rows=3, offer_s=1.0, ungranted_share=0.25)
-        self.machine = PrefillPolicy(P1, SHAPE, self.ledger, config)
+        config = PrefillConfig(
+            chunk_tokens=6, max_rows=3, offer_s=1.0, ungranted_share=0.5, accept_share=4.0, preempt=True
+        )
+        self.machine = PrefillPolicy(P1, SHAPE, self.ledger, config, ORDERS[self.order](6, 3, SLOW))
         self.now = 0.0
         self.jobs: dict[str, Job] = {}
         self.asked: dict[str, Asked] = {}
         self.run: RunChunk | None = None
+        self.suspending = False
+        self.suspended: RunChunk | None = None
+        self.suspended_once: set[int] = set()
         self.last_run = 0
+        self.written: dict[int, int] = {}
+        """Pages that are full, and the hash of what is in them."""
+        self.refused: set[Identity] = set()
         self.line = 0
         self.from_source: deque = deque()
 
@@ -443,8 +660,26 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert pages == self.ledger.pages(holder(ticket.key))
                 assert len(pages) == SHAPE.pages_for(len(request.prompt))
                 waiting = [j for j in self.jobs.values() if j.prompted and not (j.begun or j.unwanted or j.ends)]
-                assert min(waiting, key=lambda j: j.place) is job, "overtaken"
+                if self.order in ("fcfs", "measured"):
+                    assert min(waiting, key=lambda j: j.place) is job, "overtaken"
                 job.begun = True
+            case Suspend(run_id):
+                assert self.run is not None
+                assert self.run.run_id == run_id
+                assert not self.suspending
+                assert self.suspended is None, "two suspended steps"
+                assert run_id not in self.suspended_once, "suspended twice"
+                self.suspended_once.add(run_id)
+                self.suspending = True
+            case Resume(run_id):
+                assert self.run is None
+                assert self.suspended is not None
+                assert self.suspended.run_id == run_id
+                self.run, self.suspended = self.suspended, None
+            case Invite(gateway, message):
+                assert message.worker == P1
+                assert message.tokens >= 1
+                self.refused.remove(gateway)
             case RunChunk(run_id, spans):
                 assert self.run is None
                 assert run_id == self.last_run + 1
@@ -454,8 +689,14 @@ class PrefillWorker(RuleBasedStateMachine):
                     job = self.jobs[span.key]
                     assert job.begun
                     assert not job.closed
+                    if not job.computed:
+                        assert span.start % 4 == 0
+                        shared = self.ledger.pages(holder(span.key))[: span.start // 4]
+                        assert tuple(self.written[page] for page in shared) == hashes(job.request)[: len(shared)]
+                        job.computed = span.start
                     assert job.computed == span.start < span.stop <= len(job.request.prompt)
-                self.run, self.last_run = command, run_id
+                    assert self.suspended is None or span.key not in [each.key for each in self.suspended.spans]
+                self.run, self.last_run, self.suspending = command, run_id, False
             case AskForSink(ticket, request, deadline):
                 job = self.jobs[ticket.key]
                 assert ticket.key not in self.asked
@@ -481,7 +722,8 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert job.begun
                 assert not job.closed
                 assert key not in self.asked
-                assert self.run is None or key not in [span.key for span in self.run.spans]
+                for step in (self.run, self.suspended):
+                    assert step is None or key not in [span.key for span in step.spans]
                 job.closed = True
 
     def answered(self, message) -> None:
@@ -490,6 +732,8 @@ class PrefillWorker(RuleBasedStateMachine):
             case Accept() | Reject():
                 assert not job.answer
                 job.answer = type(message).__name__
+                if isinstance(message, Reject) and "room for" not in message.reason:
+                    self.refused.add(message.ticket.minter)
             case Handed(ticket, _, cancelled):
                 assert job.reports if cancelled else ticket == job.handed
                 job.ends += 1
@@ -502,22 +746,38 @@ class PrefillWorker(RuleBasedStateMachine):
         self.from_source.append(HandOffOver(asked.ticket.key, taken, "" if taken else "no"))
 
     # What gateways do.
-    @rule(prompt=st.integers(1, 30), max_tokens=st.integers(1, 4), data=st.data())
+    @rule(long=st.integers(12, 20), short=st.integers(0, 3))
+    def arrive(self, long, short):
+        """Offered and sent at once: a prompt of many steps, and perhaps one that can hardly wait for the first."""
+        for prompt, wait_s in ((long, 1000.0), (short, 0.45)):
+            if prompt:
+                new = ticket(len(self.jobs) + 1)
+                job = self.jobs[new.key] = Job(new, ask(prompt, 4), None)
+                self.give(Offer(new, prompt, 4, wait_s))
+                if job.answer == "Accept":
+                    self.send(job)
+
+    @rule(prompt=st.sampled_from([1, 2, 3, 4, 5, 9, 16, 30]), max_tokens=st.integers(1, 4), data=st.data())
     def offer(self, prompt, max_tokens, data):
         minter = data.draw(st.sampled_from([GATEWAY, OTHER_GATEWAY]))
         new = ticket(len(self.jobs) + 1, minter=minter)
         timeout_s = data.draw(st.sampled_from([2.0, 50.0]))
-        self.jobs[new.key] = Job(
-            new, ask(prompt, max_tokens, timeout_s=timeout_s), data.draw(st.sampled_from([None, D2]))
-        )
-        wait_s = data.draw(st.sampled_from([5.0, 1000.0]))
-        self.give(Offer(new, prompt, max_tokens, wait_s))
+        request = ask(prompt, max_tokens, timeout_s=timeout_s, start=data.draw(st.integers(0, 2)))
+        if request.prompt[0]:
+            request = replace(request, prefix=hashes(request))
+        self.jobs[new.key] = Job(new, request, data.draw(st.sampled_from([None, D2])))
+        wait_s = data.draw(st.sampled_from([0.45, 0.7, 5.0, 1000.0]))
+        self.give(Offer(new, prompt, max_tokens, wait_s, prefix=request.prefix))
+        if self.jobs[new.key].answer == "Accept" and data.draw(st.booleans()):
+            self.send(self.jobs[new.key])
 
     @precondition(lambda self: any(job.answer == "Accept" and not job.prompted for job in self.jobs.values()))
     @rule(data=st.data())
     def prompt(self, data):
         waiting = [job for job in self.jobs.values() if job.answer == "Accept" and not job.prompted]
-        job = data.draw(st.sampled_from(waiting))
+        self.send(data.draw(st.sampled_from(waiting)))
+
+    def send(self, job: Job) -> None:
         self.line += 1
         job.deadline, job.prompted, job.place = self.now + job.request.timeout_s, True, self.line
         self.give(Prompt(job.ticket, job.request, job.second))
@@ -534,21 +794,46 @@ class PrefillWorker(RuleBasedStateMachine):
 
     @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
     def gateway_dies(self, who):
+        self.refused.discard(who)
         for job in self.jobs.values():
             if job.ticket.minter == who and job.answer == "Accept":
                 job.unwanted = True
         self.give(GatewayGone(who))
 
     # What the engine does.
-    @precondition(lambda self: self.run is not None)
-    @rule(data=st.data())
-    def chunk_done(self, data):
-        self.now += data.draw(st.sampled_from([0.0, 0.5]))
-        run, self.run = self.run, None
-        firsts = []
+    def compute(self, run: RunChunk) -> None:
         for span in run.spans:
             job = self.jobs[span.key]
             job.computed = span.stop
+            pages = self.ledger.pages(holder(span.key))
+            for index, each in enumerate(hashes(job.request)[: span.stop // 4]):
+                if index >= span.start // 4:
+                    self.written[pages[index]] = each
+
+    @precondition(lambda self: self.run is not None)
+    @rule(no=st.integers(0, 8))
+    def chunk_failed(self, no):
+        if no == 0:
+            run, self.run = self.run, None
+            self.give(ChunkFailed(run.run_id, "boom"))
+
+    @precondition(lambda self: self.run is not None and self.suspending)
+    @rule()
+    def suspend(self):
+        run, self.run = self.run, None
+        self.suspended, self.suspending = run, False
+        self.give(Suspended(run.run_id))
+
+    @precondition(lambda self: self.run is not None)
+    @rule(data=st.data())
+    def chunk_done(self, data):
+        self.now += data.draw(st.sampled_from([0.0, 0.1, 0.5]))
+        run, self.run = self.run, None
+        assert run is not None
+        self.compute(run)
+        firsts = []
+        for span in run.spans:
+            job = self.jobs[span.key]
             if span.stop == len(job.request.prompt):
                 stops = data.draw(st.integers(0, 4)) == 0
                 length = job.request.sampling.max_tokens == 1
@@ -586,7 +871,8 @@ class PrefillWorker(RuleBasedStateMachine):
     def neighbour(self, count):
         """Somebody else in this arena takes pages or gives them back."""
         self.ledger.release("neighbour")
-        self.ledger.bind("neighbour", min(count, self.ledger.available), Owner.DECODING)
+        for page in self.ledger.bind("neighbour", min(count, self.ledger.available), Owner.DECODING):
+            self.written.pop(page, None)
         self.turn_clock(self.now)
 
     @invariant()
@@ -600,18 +886,16 @@ class PrefillWorker(RuleBasedStateMachine):
         self.turn_clock(self.now)
         for job in list(self.jobs.values()):
             if job.answer == "Accept" and not job.prompted:
-                self.line += 1
-                job.deadline, job.prompted, job.place = self.now + job.request.timeout_s, True, self.line
-                self.give(Prompt(job.ticket, job.request, job.second))
+                self.send(job)
         for _ in range(1000):
             if self.from_source:
                 self.deliver()
             elif self.run is not None:
                 run, self.run = self.run, None
+                self.compute(run)
                 firsts = []
                 for span in run.spans:
                     job = self.jobs[span.key]
-                    job.computed = span.stop
                     if span.stop == len(job.request.prompt):
                         last = job.request.sampling.max_tokens == 1
                         firsts.append(Began(span.key, First(7), "length" if last else None))
@@ -636,8 +920,10 @@ class PrefillWorker(RuleBasedStateMachine):
 
 
 @efforts
-def test_every_accepted_request_ends_once_and_leaves_no_page(effort):
-    run_state_machine_as_test(PrefillWorker, settings=effort)
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_accepted_request_ends_once_and_leaves_no_page(order, effort):
+    machine = type(order, (PrefillWorker,), {"order": order})
+    run_state_machine_as_test(machine, settings=settings(effort, max_examples=effort.max_examples // 4))
 
 
 def test_continuations_begin_together_and_only_those_that_go_on_are_handed_over():

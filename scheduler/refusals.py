@@ -1,0 +1,63 @@
+"""Whom a prefill worker refused, and when to tell them that it would accept now. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from core.worker import Identity
+
+Welcome = Callable[[int, float], bool]
+"""Would an offer of so many new tokens, whose first is wanted in so many seconds, be accepted?"""
+
+
+@dataclass(slots=True)
+class _Refused:
+    least: int
+    """New tokens of the smallest."""
+    most: int
+    """And of the largest."""
+    wait_s: float
+    """In which the first token of one of them was wanted."""
+    until: float
+    """Nobody wants them afterwards."""
+
+
+class Refusals:
+    """One entry a gateway, whatever it was refused; it is told once, and then only after its next refusal."""
+
+    def __init__(self) -> None:
+        self._of: dict[Identity, _Refused] = {}
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def add(self, gateway: Identity, new: int, wait_s: float, now: float) -> None:
+        """An offer of `new` new tokens was refused, whose first was wanted in `wait_s`."""
+        known = self._of.get(gateway)
+        if known is None or known.until <= now:
+            self._of[gateway] = _Refused(new, new, wait_s, now + wait_s)
+        else:
+            known.least, known.most = min(known.least, new), max(known.most, new)
+            known.wait_s, known.until = max(known.wait_s, wait_s), max(known.until, now + wait_s)
+
+    def drop(self, gateway: Identity) -> None:
+        """It is gone."""
+        self._of.pop(gateway, None)
+
+    def told(self, now: float, welcome: Welcome) -> list[tuple[Identity, int]]:
+        """Gateways to tell now, and how many new tokens fit: the fewest it was refused, doubled while that fits.
+
+        They are forgotten, and so are those whose requests nobody wants any more.
+        """
+        told: list[tuple[Identity, int]] = []
+        for gateway, refused in list(self._of.items()):
+            wait_s = min(refused.wait_s, refused.until - now)
+            fits, tokens = 0, refused.least
+            while wait_s > 0 and fits < refused.most and welcome(tokens, wait_s):
+                fits, tokens = tokens, min(2 * tokens, refused.most)
+            if fits:
+                told.append((gateway, fits))
+            if fits or wait_s <= 0:
+                del self._of[gateway]
+        return told
