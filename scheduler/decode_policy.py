@@ -1,207 +1,103 @@
-"""What a decode worker does next: admit by memory, join, run, cut. Pure.
+"""What a decode worker does next: admit by memory, join, run, cut, evict. Pure.
 
 Decode is a standing order: `Run` names rows and a number of steps and ends in one `Ran`; `Cut` asks for an earlier
 end. Tokens go to the gateway at every step without passing here (docs/architecture.md, "Decode").
+
+Decisions fall at *decision points*: whenever no order is out, and when an order ends because a sequence did, because it
+was cut, or because the horizon is used up. The horizon is the step at which a decision may change by itself: the
+earliest predicted end, or the end of the memory that is set aside. An order that ends before is continued, and nothing
+else happens; what is answered while an order is out goes by the state of the last decision point. So the length of
+orders, `max_steps`, changes no decision.
+
+Memory is promised in order of asking, by one of the two rules of `scheduler/past_future.py`. Where lengths are
+forecast, memory runs out in ordinary life. Then, in this order: pins of sessions end (for a new promise, too); requests
+whose KV is not on its way yet lose their promise, newest first; requests that run or wait to join are *retired*, newest
+first, into host memory or to be computed again, whichever the cost model says is shorter (FastSwitch swaps, others
+recompute). Nothing is promised to anybody while a retired row waits. The oldest request that has memory is never
+retired, and the oldest that runs only for an older one that is to join: so there always is one that takes part in every
+order until its end, and no livelock.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from typing import Literal
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Cancel, Failed, Finished, First
-from core.pages import Owner, Pages
-from core.request import Request, Stage, Ticket
+from core.messages import Cancel, Failed, Finished
+from core.pages import Pages
+from core.request import Request, Stage
 from core.worker import Identity
+from scheduler.cost import CostModel
+from scheduler.decode_events import (
+    Answer,
+    Asked,
+    Cut,
+    DecodeCommand,
+    DecodeEvent,
+    Drain,
+    DropHandOff,
+    Ended,
+    Evict,
+    GatewayGone,
+    Grow,
+    Join,
+    KvArrived,
+    Leave,
+    Ran,
+    Run,
+    RunFailed,
+    SwapIn,
+    SwapOut,
+    SwappedIn,
+    SwappedOut,
+    Tell,
+    Withdrawn,
+)
+from scheduler.decode_memory import Memory
+from scheduler.decode_rows import RETIRED, Batch, Guest, Place, Row, State
+from scheduler.forecast import Forecast
+from scheduler.pace import Pace
+from scheduler.past_future import Admission, Claim, PastFuture, WorstCase
+from scheduler.pins import PinConfig, Pins
 
+__all__ = [
+    "Answer",
+    "Asked",
+    "Cut",
+    "DecodeCommand",
+    "DecodeConfig",
+    "DecodeEvent",
+    "DecodePolicy",
+    "Drain",
+    "DropHandOff",
+    "Ended",
+    "Evict",
+    "GatewayGone",
+    "Grow",
+    "Join",
+    "KvArrived",
+    "Leave",
+    "Ran",
+    "Run",
+    "RunFailed",
+    "State",
+    "SwapIn",
+    "SwapOut",
+    "SwappedIn",
+    "SwappedOut",
+    "Tell",
+    "Withdrawn",
+]
 
-# Events.
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prefill worker asks for memory for a request."""
-
-    ticket: Ticket
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class KvArrived:
-    """All of the prompt's KV is in the pages held under the ticket's key."""
-
-    ticket: Ticket
-    request: Request
-    firsts: tuple[First, ...]
-    """Of the continuations that go on here."""
-    stages: tuple[Stage, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Withdrawn:
-    """The hand-off ended without KV; what was promised is free again."""
-
-    ticket: Ticket
-    reason: str
-    recompute: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayGone:
-    """A gateway died, and its requests with it."""
-
-    identity: Identity
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A sequence ended: `generated` tokens in all, the first one included; a stop token is not counted."""
-
-    key: str
-    reason: str
-    generated: int
-    stop_token_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """A `Run` is over after `steps` steps."""
-
-    run_id: int
-    steps: int
-    ended: tuple[Ended, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class RunFailed:
-    """A `Run` ended in an exception of the engine; nothing is known of which row caused it."""
-
-    run_id: int
-    reason: str
-
-
-# Commands.
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Tell the sink whether memory was promised."""
-
-    key: str
-    granted: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """A sequence new to the engine: its prompt, its own sampling, its first token and its pages."""
-
-    key: str
-    ticket: Ticket
-    request: Request
-    first: First
-    pages: tuple[int, ...]
-    copied: tuple[int, int] | None = None
-    """A page to be copied into another before, because it is shared and will be written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Grow:
-    """More pages for a running sequence."""
-
-    key: str
-    pages: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Decode `rows` for at most `steps` steps, ending early when one of them ends or after a `Cut`."""
-
-    run_id: int
-    rows: tuple[str, ...]
-    joining: tuple[Join, ...]
-    growing: tuple[Grow, ...]
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """End the run at the next step end."""
-
-    run_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Leave:
-    """Forget a sequence at the engine."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class DropHandOff:
-    """The sink should end this ticket; ends in `Withdrawn`."""
-
-    key: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a message to the ticket's gateway."""
-
-    message: Finished | Failed
-
-
-DecodeEvent = Asked | KvArrived | Withdrawn | Cancel | GatewayGone | Ran | RunFailed
-DecodeCommand = Answer | Run | Cut | Leave | DropHandOff | Tell
-
-
-class State(StrEnum):
-    """Where a request is on a decode worker; those that run are counted by sequence."""
-
-    WAITING = "waiting"
-    """Asked; no memory yet."""
-    PROMISED = "promised"
-    JOINING = "joining"
-    RUNNING = "running"
-
-
-@dataclass(slots=True)
-class _Row:
-    """One continuation; its key names it at the engine and in the ledger."""
-
-    key: str
-    first: First
-    request: Request
-    shared: tuple[int, ...] = ()
-    """Pages at the head of its table that it shares with its siblings."""
-    running: bool = False
-    cancelled: bool = False
-    generated: int = 1
-    joined_at: float = 0.0
-    steps: int = 0
-
-    @property
-    def remaining(self) -> int:
-        return self.request.sampling.max_tokens - self.generated
-
-
-@dataclass(slots=True)
-class _Guest:
-    """One request: first a claim to memory, then its rows."""
-
-    ticket: Ticket
-    request: Request
-    deadline: float
-    asked_at: float
-    state: State = State.WAITING
-    """JOINING stands for all of its rows' states."""
-    cancelled: bool = False
-    report: bool = False
-    """Its gateway waits for the stages."""
-    arrived_at: float = 0.0
-    stages: tuple[Stage, ...] = ()
-    rows: dict[int, _Row] = field(default_factory=dict)
-    """By branch."""
+PIN = "decode/"
+"""Before a session in the names of our pins: others in this arena may pin it, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,74 +108,151 @@ class DecodeConfig:
     """Most sequences in one step."""
     max_steps: int = 16
     """Most steps in one Run."""
+    ahead_pages: int = 4
+    """Pages that a growing row gets at once, as long as there is one available for every row."""
+    admission: Literal["worst_case", "past_future"] = "worst_case"
+    """Which rule of `scheduler/past_future.py`."""
+    forecast_by: Literal["", "group", "tenant"] = ""
+    """Which of a request's hints names the history that its length is forecast from; empty: one history for all."""
+    gap_share: float = 0.9
+    """Share of the smallest promised gap that a step may take, as the cost model predicts it; without one no cap."""
+    gap_quantile: float = 0.9
+    """The step's time is taken to be as long as this share of the cost model's own errors allow."""
+    host_pages: int = 0
+    """Pages of host memory to swap to; 0: rows are always computed again."""
+    host_lane: str = "host"
+    """Name of the cost model's lane to host memory and back."""
+    pins: PinConfig = field(default=PinConfig())
+    """How long a session's KV is kept for its next turn, where the prompt's pages have names (`Request.prefix`)."""
 
 
 class DecodePolicy:
     """The running batch of one decode worker; at most one `Run` is out at a time.
 
-    Admission promises room for the whole prompt and `max_tokens` of every continuation, in order of asking, so that a
-    row that was admitted always finishes. Continuations of one prompt share its full pages.
+    Continuations of one prompt share its full pages. Without a `forecast` of lengths past_future starts with an empty
+    one; without `cost` no promise of gaps is kept, and whatever fits into host memory is swapped.
     """
 
-    def __init__(self, me: Identity, shape: KvShape, ledger: Pages, config: DecodeConfig) -> None:
+    def __init__(
+        self,
+        me: Identity,
+        shape: KvShape,
+        ledger: Pages,
+        config: DecodeConfig,
+        cost: CostModel | None = None,
+        forecast: Forecast | None = None,
+    ) -> None:
         self._me = me
         self._shape = shape
         self._ledger = ledger
         self._config = config
+        self._cost = cost
         self._capacity = ledger.available
-        self._guests: dict[str, _Guest] = {}
-        self._batch: dict[str, tuple[_Guest, _Row]] = {}
+        self._forecasts = config.admission == "past_future"
+        self.forecast = forecast or Forecast()
+        self._batch = Batch(shape.page_tokens)
+        admission: Admission = PastFuture(shape.page_tokens) if self._forecasts else WorstCase(shape.page_tokens)
+        self._admission = admission
+        self._memory = Memory(shape, ledger, self._batch, admission, config.ahead_pages)
+        self._pace = Pace(cost, config.gap_share, config.gap_quantile)
+        """Of the batch."""
+        self._crowd = Pace(cost, config.gap_share, config.gap_quantile)
+        """Of all who were promised memory."""
+        self._pins = Pins(config.pins)
+        self._guests: dict[str, Guest] = {}
+        self._asked = 0
+        self._waiting: deque[Guest] = deque()
+        """In order of asking; those that do not wait any more are dropped when they come first."""
+        self._joiners: deque[Row] = deque()
+        """In order of arrival, those that were retired before all others; likewise."""
+        self._fresh: list[Row] = []
+        """Of the batch, those that no order has named yet."""
+        self._retired: list[Row] = []
+        """Oldest request first."""
+        self._returning = 0
+        """Rows on their way back from host memory."""
+        self._deadlines: list[tuple[float, int, Guest]] = []
+        """A heap; guests that are cancelled or gone are dropped when they come first."""
+        self._ends: list[tuple[int, int, Row]] = []
+        """A heap of the steps at which rows will probably end; stale if the row has another by now."""
+        self._ties = 0
+        self._unwanted: list[Row] = []
+        """Running rows that leave at the end of the order."""
+        self._decided = 0
+        """The step of the last decision point."""
+        self._next_pages = 0
+        """What all rows needed after one step from there."""
+        self._coming = 0
+        """Pages that will be free soon, because they are swapped out or their promise was revoked."""
+        self._retest = False
+        """Something changed since the first in line was refused."""
+        self._short: tuple[int, float] | None = None
+        """How many pages there were, ours and free ones, when somebody found them too few, and the time."""
         self._run_id = 0
         self._running = False
         self._cut = False
+        self.draining = False
+        """Takes nothing more."""
+        self.host_pages = 0
+        """In use in host memory."""
         self.ignored = 0
         """Messages about tickets we do not hold."""
+        self.revoked = 0
+        """Promises taken back because memory ran out."""
+        self.evicted = 0
+        """Rows whose KV was dropped because memory ran out."""
+        self.swapped = 0
+        """Rows that went to host memory."""
+        self.recomputed_tokens = 0
+        """Positions computed again."""
+
+    def freeness(self) -> float:
+        """Steps that the rows can take after the next before memory is used up, the first in line's prompt included.
+
+        Llumnix (OSDI'24): free memory less what the head of the queue demands, by the rows that share it; below 0 where
+        the first in line does not fit, and infinitely so for a worker that drains.
+        """
+        if self.draining:
+            return -math.inf
+        head = next((guest.pages for guest in self._waiting if self._waits(guest)), 0)
+        pages = self._memory.room - self._next_pages - head
+        return pages * self._shape.page_tokens / max(1, len(self._batch))
 
     def queue(self) -> dict[State, int]:
-        """Requests that wait, and sequences that join and run."""
+        """Requests that wait, and sequences that join, run and are retired."""
         counts = dict.fromkeys(State, 0)
-        counts[State.RUNNING] = len(self._batch)
         for guest in self._guests.values():
-            counts[guest.state] += 1 if not guest.rows else sum(not row.running for row in guest.rows.values())
+            if not guest.rows:
+                counts[guest.state] += 1
+            for row in guest.rows.values():
+                counts[_STATES[row.place]] += 1
         return counts
 
     def on(self, event: DecodeEvent | None, now: float) -> list[DecodeCommand]:
         commands: list[DecodeCommand] = []
         match event:
+            case Ran():
+                self._check_run(event.run_id)
+                self._batch.advance(event.steps)
+                if not (event.ended or self._cut) and self._batch.step < self._memory.horizon:
+                    return [self._order()]
+                commands += self._ran(event.ended, now)
             case None:
-                for late in [guest for guest in self._guests.values() if guest.deadline <= now and not guest.cancelled]:
-                    commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {self._where(late)}")))
-                    commands += self._cancel(late, "deadline", now)
-            case Asked(ticket, request):
-                if ticket.key in self._guests:
-                    raise LocalError(f"{ticket.key} was asked for twice")
-                need = self._need(request)
-                if ticket.source == self._me:  # its prompt is in this arena twice until it is handed over
-                    need += self._shape.pages_for(len(request.prompt))
-                if need > self._capacity:
-                    return [Answer(ticket.key, False, f"needs {need} pages, the worker has {self._capacity}")]
-                self._guests[ticket.key] = _Guest(ticket, request, now + request.timeout_s, now)
+                self._retest = True
+                while self._deadlines and self._deadlines[0][0] <= now:
+                    late = heapq.heappop(self._deadlines)[2]
+                    if not late.cancelled:
+                        why = f"ended while {self._where(late)}"
+                        commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", why)))
+                        commands += self._cancel(late, "deadline", now)
+                for session in self._pins.over(now):
+                    self._ledger.unpin(PIN + session)
+            case Asked():
+                commands += self._ask(event, now)
             case KvArrived():
-                guest = self._guests.get(event.ticket.key)
-                if guest is None:
-                    self.ignored += 1
-                    self._ledger.release(event.ticket.key)
-                elif guest.state is not State.PROMISED:
-                    raise LocalError(f"{event.ticket.key}: KV arrived while {self._where(guest)}")
-                else:
-                    self._arrived(guest, event, now)
-                    if guest.cancelled:
-                        commands += self._end_all(guest, now)
-            case Withdrawn(ticket, reason, recompute):
-                guest = self._guests.get(ticket.key)
-                if guest is None:
-                    self.ignored += 1
-                elif guest.state is State.JOINING:
-                    raise LocalError(f"{ticket.key}: withdrawn while {self._where(guest)}")
-                else:
-                    if recompute and not guest.cancelled:
-                        commands.append(Tell(Failed(ticket, "DATA_LOSS", reason)))
-                    self._forget(guest)
+                commands += self._arrived(event, now)
+            case Withdrawn():
+                commands += self._withdrawn(event)
             case Cancel(ticket, reason, report, branch):
                 guest = self._guests.get(ticket.key)
                 if guest is None:
@@ -295,204 +268,654 @@ class DecodePolicy:
                 self.ignored += not mine
                 for guest in mine:
                     commands += self._cancel(guest, "its gateway was lost", now)
-            case Ran():
-                commands += self._ran(event, now)
+            case Drain():
+                self.draining = True
+                for guest in [guest for guest in self._waiting if self._waits(guest)]:
+                    commands.append(Answer(guest.key, False, "draining"))
+                    self._forget(guest)
             case RunFailed(run_id, reason):
-                commands += self._run_failed(run_id, reason, now)
-        return commands + self._admit() + self._plan(now)
+                self._check_run(run_id)
+                commands += self._run_failed(reason, now)
+            case SwappedOut(key):
+                commands += self._swapped_out(self._swapping(key, Place.LEAVING), now)
+            case SwappedIn(key):
+                commands += self._swapped_in(self._swapping(key, Place.RETURNING), now)
+        if not self._running:
+            return commands + self._decide(now)
+        commands += self._admit(now)
+        if not self._cut and self._may_join():
+            commands.append(self._cut_now())
+        return commands
 
     def deadline(self) -> float | None:
-        """Already past when the first in line has room, because somebody else in this arena freed memory."""
-        head = self._head()
-        if head is not None and self._need(head.request) <= self._ledger.available:
-            return head.asked_at
-        return min((guest.deadline for guest in self._guests.values() if not guest.cancelled), default=None)
+        """Already past when memory may suffice that did not, because somebody else in this arena freed some."""
+        if self._short is not None and self._memory.total > self._short[0]:
+            return self._short[1]
+        due = self._deadlines
+        while due and due[0][2].cancelled:
+            heapq.heappop(due)
+        end = self._pins.deadline() if self._pins else None
+        if due and (end is None or due[0][0] < end):
+            return due[0][0]
+        return end
 
-    def check(self) -> None:
-        self._ledger.check()
-        assert self._running or not self._cut
-        for key, (guest, row) in self._batch.items():
-            assert key == row.key
-            assert row.running
-            assert guest.rows[row.first.branch] is row, "a running row was freed"
-            assert self._guests[guest.ticket.key] is guest
-        for key, guest in self._guests.items():
-            assert key == guest.ticket.key
-            assert (guest.state is State.JOINING) == bool(guest.rows)
-            for row in guest.rows.values():
-                assert row.running == (row.key in self._batch)
-                tokens = len(row.request.prompt) + row.generated
-                held = len(row.shared) + len(self._ledger.pages(row.key))
-                assert held >= self._shape.pages_for(tokens - 1), "KV outgrew its pages"
+    # Memory and who may have it.
+    def _ask(self, event: Asked, now: float) -> list[DecodeCommand]:
+        ticket, request = event.ticket, event.request
+        key = ticket.key
+        if key in self._guests:
+            raise LocalError(f"{key} was asked for twice")
+        prompt = len(request.prompt)
+        pages = self._shape.pages_for(prompt)
+        need = self._shape.pages_for_branches(prompt, request.sampling.max_tokens, request.sampling.n)
+        if ticket.source == self._me:  # its prompt is in this arena twice until it is handed over
+            need += pages
+        if request.hints.session:
+            self._pins.resume(request.hints.session, now)
+        if self.draining:
+            return [Answer(key, False, "draining")]
+        if need > self._capacity:
+            return [Answer(key, False, f"needs {need} pages, the worker has {self._capacity}")]
+        self._asked += 1
+        guest = Guest(ticket, request, key, self._asked, now + request.timeout_s, now, pages)
+        guest.shares = request.sampling.n > 1
+        self._guests[key] = guest
+        self._waiting.append(guest)
+        heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
+        self._retest = self._retest or len(self._waiting) == 1
+        return []
 
-    def _where(self, guest: _Guest) -> State:
-        running = any(row.running for row in guest.rows.values())
-        return State.RUNNING if running else guest.state
-
-    def _need(self, request: Request) -> int:
-        return self._shape.pages_for_branches(len(request.prompt), request.sampling.max_tokens, request.sampling.n)
-
-    def _head(self) -> _Guest | None:
-        """The first in line for memory."""
-        waiting = (g for g in self._guests.values() if g.state is State.WAITING and not g.cancelled)
-        return next(waiting, None)
-
-    def _admit(self) -> list[DecodeCommand]:
+    def _admit(self, now: float) -> list[DecodeCommand]:
         """Promise memory in order of asking; nobody is overtaken, so nobody starves."""
+        memory, waiting = self._memory, self._waiting
+        memory.set_aside()
+        if not self._retest:
+            return []
         commands: list[DecodeCommand] = []
-        while (guest := self._head()) is not None:
-            key, need = guest.ticket.key, self._need(guest.request)
-            if need > self._ledger.available:
-                break
-            self._ledger.promise(key, need, Owner.PULLING)
-            guest.state = State.PROMISED
-            commands.append(Answer(key, True))
+        self._retest = False
+        self._short = (memory.total, now) if self._retired or self._stalled() else None
+        while waiting and self._short is None:
+            guest = waiting[0]
+            if not guest.cancelled:
+                claim = self._claim_of(guest)
+                gap_s, tokens = guest.request.slo.gap_s, claim.rows * (len(guest.request.prompt) + claim.left // 2)
+                fits = guest.pages <= memory.free and memory.fits(claim, self._decided)
+                if not fits and self._yield_pins(1):
+                    continue
+                if not fits or not self._crowd.allows(gap_s, tokens, claim.rows):
+                    self._short = memory.total, now
+                    break
+                self._admission.add(claim)
+                memory.promise(guest.key, guest.pages)
+                guest.state, guest.tokens = State.PROMISED, tokens
+                self._crowd.add(gap_s, tokens, claim.rows)
+                commands.append(Answer(guest.key, True))
+            waiting.popleft()
         return commands
 
-    def _arrived(self, guest: _Guest, event: KvArrived, now: float) -> None:
-        """Rows for what goes on: alone on the prompt's pages, or each with a share of them and a promise of its own."""
-        key, request = guest.ticket.key, guest.request
-        guest.state, guest.arrived_at, guest.stages = State.JOINING, now, event.stages
-        if request.sampling.n == 1:
-            (first,) = event.firsts
-            guest.rows[first.branch] = _Row(key, first, request)
-            return
-        self._ledger.unpromise(key)
-        full = len(request.prompt) // self._shape.page_tokens
-        own = self._shape.pages_for(len(request.prompt) + request.sampling.max_tokens) - full
-        for first in event.firsts:
-            alone = replace(request, sampling=request.sampling.branch(first.branch))
-            row = _Row(f"{key}/{first.branch}", first, alone, self._ledger.pages(key)[:full])
-            guest.rows[first.branch] = row
-            self._ledger.promise(row.key, own, Owner.DECODING)
-            self._ledger.bind(row.key, self._shape.pages_for(len(request.prompt)) - full, Owner.DECODING)
+    def _yield_pins(self, pages: int) -> bool:
+        """Have so many pages more, as far as pins have them, least recent first; whether there was a pin."""
+        yielded = self._ledger.yield_pins(pages) if self._ledger.pinned else ()
+        for name in yielded:
+            self._pins.forget(name.removeprefix(PIN))
+        return bool(yielded)
 
-    def _plan(self, now: float) -> list[DecodeCommand]:
-        joiners = [
-            (guest, row)
-            for guest in self._guests.values()
-            for row in guest.rows.values()
-            if not (row.running or row.cancelled or guest.cancelled)
-        ]
-        room = self._config.max_rows - len(self._batch)
-        if self._running:
-            if joiners and room and not self._cut:
-                self._cut = True
-                return [Cut(self._run_id)]
-            return []
-        for guest, row in joiners[:room]:
-            row.running, row.joined_at = True, now
-            self._batch[row.key] = guest, row
-        if not self._batch:
-            return []
-        steps = min(self._config.max_steps, *(row.remaining for _, row in self._batch.values()))
-        fresh = {key: self._bind(row, steps) for key, (_, row) in self._batch.items()}
-        joining = tuple(self._join(guest, row) for guest, row in joiners[:room])
-        new = {join.key for join in joining}
-        growing = tuple(Grow(key, pages) for key, pages in fresh.items() if pages and key not in new)
+    def _pin(self, row: Row, now: float) -> None:
+        """A turn of a session is over: give the full pages of its prompt their names, and keep them."""
+        request, session = row.request, row.request.hints.session
+        if session and request.prefix and row.key == row.guest.key and self._config.pins.most_s > 0:
+            self._ledger.name(row.key, request.prefix)
+            self._ledger.pin(PIN + session, request.prefix)
+            self._pins.pause(session, request.hints.tool, now)
+
+    def _waits(self, guest: Guest) -> bool:
+        return guest.state is State.WAITING and not guest.cancelled
+
+    def _stalled(self) -> bool:
+        """Rows that have no page for the next step, and nobody whose memory may be taken at once."""
+        return not self._running and bool(self._batch.rows) and self._memory.horizon == self._batch.step
+
+    def _claim_of(self, guest: Guest) -> Claim:
+        """All of a request, as if it joined now."""
+        request = guest.request
+        own, fixed = len(request.prompt), 0
+        if guest.shares:
+            own, fixed = own % self._shape.page_tokens, guest.pages
+        left = self._left(request, 1)
+        return Claim(guest.key, own + 1, self._decided, left, request.sampling.n, fixed)
+
+    def _claim(self, row: Row, fixed: int = 0) -> Claim:
+        """A row, at the last decision point."""
+        generated = row.generated(self._decided)
+        return Claim(row.key, row.own + generated, self._decided, self._left(row.request, generated), 1, fixed)
+
+    def _left(self, request: Request, generated: int) -> int:
+        """How many tokens a row will probably add, at least 1; earlier attempts count as part of its text."""
+        most = request.sampling.max_tokens
+        if self._forecasts:
+            before = request.generated
+            most = self.forecast.length(before + generated, before + most, self._history(request)) - before
+        return max(1, most - generated)
+
+    def _history(self, request: Request) -> str:
+        match self._config.forecast_by:
+            case "group":
+                return request.hints.group
+            case "tenant":
+                return request.hints.tenant
+            case "":
+                return ""
+
+    # The batch.
+    def _decide(self, now: float) -> list[DecodeCommand]:
+        """This is a decision point: forecast, make room, let rows join, find the horizon, promise, run."""
+        batch, memory = self._batch, self._memory
+        self._decided = batch.step
+        self._retest = True
+        commands = self._make_room()
+        self._foresee()
+        if self._retired:
+            commands += self._bring_back(now)
+        if self._join_all(now):
+            commands += self._make_room()
+            self._foresee()
+        commands += self._admit(now)
+        if batch.step < memory.horizon:
+            commands.append(self._order())
+        return commands
+
+    def _foresee(self) -> None:
+        """Find the horizon, and who outlived what was predicted."""
+        batch, ends = self._batch, self._ends
+        self._next_pages = batch.needed(1)
+        if not batch.rows:
+            ends.clear()
+            self._memory.plan(0)
+            return
+        while ends[0][2].place is not Place.RUNNING or ends[0][2].end != ends[0][0] or ends[0][0] <= batch.step:
+            end, _, row = heapq.heappop(ends)
+            if row.place is Place.RUNNING and row.end == end:
+                self._expect(row)
+        within = batch.steps_within(self._memory.room)
+        self._memory.plan(max(0, min(ends[0][0] - batch.step, within)))
+
+    def _expect(self, row: Row) -> None:
+        """Say anew how long a running row will be."""
+        claim = self._claim(row)
+        self._admission.remove(row.key)
+        self._admission.add(claim)
+        row.end = claim.step + claim.left
+        self._ties += 1
+        heapq.heappush(self._ends, (row.end, self._ties, row))
+
+    def _first_joiner(self) -> Row | None:
+        joiners = self._joiners
+        while joiners and joiners[0].place is not Place.JOINING:
+            joiners.popleft()
+        return joiners[0] if joiners else None
+
+    def _may_join(self) -> bool:
+        """Whether the first joiner would join if the order ended now."""
+        batch = self._batch
+        if not self._joiners or len(batch.rows) >= self._config.max_rows:
+            return False
+        row = self._first_joiner()
+        if row is None:
+            return False
+        if not batch.rows:
+            return True
+        pages = self._shape.pages_for(row.own + row.generated_then)
+        if self._next_pages + pages > self._memory.room + row.bound:
+            return False
+        return self._paced(row)
+
+    def _paced(self, row: Row) -> bool:
+        """Whether all gaps stay as promised with a row more in the batch."""
+        context = len(row.request.prompt) + row.generated_then - self._decided
+        return self._pace.allows(row.request.slo.gap_s, context, 1, self._decided)
+
+    def _join_all(self, now: float) -> bool:
+        """Who can, joins; whether anybody did."""
+        joined = False
+        while self._may_join():
+            self._enter(self._joiners.popleft(), now)
+            joined = True
+        return joined
+
+    def _enter(self, row: Row, now: float) -> None:
+        """A row joins the batch; the next order names it."""
+        batch = self._batch
+        row.place = Place.RUNNING
+        if not row.known:
+            row.joined_at = now
+        batch.add(row)
+        self._pace.add(row.request.slo.gap_s, self._context(row))
+        self._next_pages += batch.need(row, batch.step + 1)
+        self._expect(row)
+        self._fresh.append(row)
+
+    def _order(self) -> Run:
+        """The next order: for `max_steps`, or until the horizon."""
+        batch = self._batch
+        steps = min(self._config.max_steps, self._memory.horizon - batch.step)
+        growing = self._memory.grow(batch.step + steps, {row.key for row in self._fresh} if self._fresh else ())
+        joining = tuple([self._join(row) for row in self._fresh])
+        self._fresh.clear()
         self._run_id += 1
         self._running = True
-        return [Run(self._run_id, tuple(self._batch), joining, growing, steps)]
+        return Run(self._run_id, batch.keys, joining, growing, steps)
 
-    def _join(self, guest: _Guest, row: _Row) -> Join:
+    def _join(self, row: Row) -> Join:
         """A row with siblings writes behind the prompt into a copy of the page that the prompt does not fill."""
-        copied = None
-        if row.key != guest.ticket.key and len(row.request.prompt) % self._shape.page_tokens:
-            copied = self._ledger.pages(guest.ticket.key)[-1], self._ledger.pages(row.key)[0]
-        return Join(row.key, guest.ticket, row.request, row.first, self._table(row), copied)
+        guest, table = row.guest, self._ledger.pages(row.key)
+        copied = again = None
+        if guest.shares:
+            prompt = self._ledger.pages(guest.key)
+            if len(prompt) > row.shared and not row.lost:
+                copied = prompt[-1], table[0]
+            table = prompt[: row.shared] + table
+        if row.lost:
+            start = 0 if guest.lost else row.shared * self._shape.page_tokens
+            again = start, len(row.request.prompt) + row.generated_then - 1
+            row.lost = guest.lost = False
+            self.recomputed_tokens += again[1] - again[0]
+        row.known = True
+        return Join(row.key, guest.ticket, row.request, row.first, table, copied, row.generated_then, again)
 
-    def _table(self, row: _Row) -> tuple[int, ...]:
-        return (*row.shared, *self._ledger.pages(row.key))
-
-    def _bind(self, row: _Row, steps: int) -> tuple[int, ...]:
-        """Pages for `steps` more tokens, out of the row's own promise."""
-        tokens = len(row.request.prompt) + row.generated + steps - 1
-        missing = self._shape.pages_for(tokens) - len(self._table(row))
-        return self._ledger.bind(row.key, missing, Owner.DECODING) if missing > 0 else ()
-
-    def _ran(self, event: Ran, now: float) -> list[DecodeCommand]:
-        if not self._running or event.run_id != self._run_id:
-            raise LocalError(f"ran: got run {event.run_id}, want {self._run_id}")
-        self._running = self._cut = False
+    # When memory runs out.
+    def _make_room(self) -> list[DecodeCommand]:
+        """Have a page for every row that needs one for the next step, or wait for what will be free soon."""
         commands: list[DecodeCommand] = []
-        ended = {each.key: each for each in event.ended}
-        for key, (guest, row) in list(self._batch.items()):
-            row.generated += event.steps
-            row.steps += event.steps
-            wanted = not (guest.cancelled or row.cancelled)
-            if key in ended and wanted:
-                end = ended[key]
-                stages, branch = self._stages(guest, row, now), row.first.branch
-                finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch, True)
-                commands.append(Tell(finished))
-            if key in ended or not wanted:
-                commands += self._end(guest, row, now)
+        batch = self._batch
+        while batch.rows and (short := batch.needed(1) - self._memory.room - self._coming) > 0:
+            if self._yield_pins(short):
+                continue
+            revoked = self._revoke(short)
+            victim = None if revoked else self._victim()
+            if not revoked and victim is None:
+                break
+            commands += self._retire(victim) if victim else revoked
         return commands
 
-    def _run_failed(self, run_id: int, reason: str, now: float) -> list[DecodeCommand]:
-        """All rows are placed again by their gateways, which bound how often; the worker goes on."""
-        if not self._running or run_id != self._run_id:
-            raise LocalError(f"run failed: got run {run_id}, want {self._run_id}")
+    def _revoke(self, short: int) -> list[DecodeCommand]:
+        """Take promises back of which nothing was used yet, newest first, until `short` pages are to come."""
+        commands: list[DecodeCommand] = []
+        for guest in reversed(self._guests.values()):
+            if short <= 0:
+                break
+            unused = guest.state is State.PROMISED and not self._ledger.count(guest.key)
+            if unused and not (guest.cancelled or guest.revoked):
+                guest.revoked = True
+                self.revoked += 1
+                self._coming += guest.pages
+                short -= guest.pages
+                commands.append(DropHandOff(guest.key, "memory ran out"))
+        return commands
+
+    def _victim(self) -> Guest | None:
+        """The newest request with pages to free that is newer than all that run; else than all that have memory."""
+        running = [row.guest for row in self._batch.rows.values()]
+        guests = [row.guest for row in (*self._batch.rows.values(), *self._joiners) if _frees(row)]
+        newest = max(guests, key=_order, default=None)
+        if newest is None:
+            return None
+        if newest.order > min(map(_order, running)):
+            return newest
+        oldest = min([_order(guest) for guest in self._guests.values() if guest.rows and not _retired(guest)])
+        return newest if newest.order > oldest else None
+
+    def _retire(self, guest: Guest) -> list[DecodeCommand]:
+        """Take a request's rows out of memory; they wait for room in order of asking."""
+        commands: list[DecodeCommand] = []
+        for row in guest.rows.values():
+            if row.place not in (Place.RUNNING, Place.JOINING):
+                continue
+            running = row.place is Place.RUNNING
+            if running:
+                self._memory.trim(row, self._batch.step)
+                row.generated_then = row.generated(self._batch.step)
+                self._leave_batch(row)
+            self._admission.remove(row.key)
+            if row.lost or guest.shares or not self._swaps(row):
+                row.place, row.lost = Place.EVICTED, True
+                self.evicted += 1
+                if running and row.known:
+                    commands.append(Evict(row.key))
+                self._memory.release(row.key, row.bound)
+                row.bound = 0
+            else:
+                row.place = Place.LEAVING
+                self.swapped += 1
+                row.away = row.bound
+                self.host_pages += row.bound
+                self._coming += row.bound
+                commands.append(SwapOut(row.key, self._ledger.pages(row.key)))
+            insort(self._retired, row, key=_age)
+        if guest.shares and all(row.place is Place.EVICTED for row in guest.rows.values()):
+            self._release_shared(guest)
+        return commands
+
+    def _swaps(self, row: Row) -> bool:
+        """Whether a row's KV goes to host memory: if there is room, and it is back sooner than it is computed."""
+        if self.host_pages + row.bound > self._config.host_pages:
+            return False
+        if self._cost is None:
+            return True
+        nbytes, runs = row.bound * self._shape.page_nbytes, len(self._ledger.runs(row.key))
+        there_s = self._cost.transfer_s(nbytes, runs, self._config.host_lane)
+        return 2 * there_s < self._cost.prefill_s([(len(row.request.prompt) + row.generated_then - 1, 0)])
+
+    def _bring_back(self, now: float) -> list[DecodeCommand]:
+        """Let retired rows have memory again, oldest first; alone on the worker one need not fit for long."""
+        commands: list[DecodeCommand] = []
+        batch, memory = self._batch, self._memory
+        while self._retired and len(batch) < self._config.max_rows:
+            row = self._retired[0]
+            guest = row.guest
+            shared = row.shared if guest.shares and not guest.pages else 0
+            pages = shared + self._shape.pages_for(row.own + row.generated_then)
+            claim = self._claim(row, shared)
+            alone = not (batch.rows or self._returning or self._first_joiner())
+            if row.place is Place.LEAVING or not (alone or (memory.fits(claim, self._decided) and self._paced(row))):
+                break
+            if pages > memory.free:
+                if self._yield_pins(pages - memory.free):
+                    continue
+                if alone:
+                    commands += self._revoke(pages - memory.free - self._coming)
+                break
+            del self._retired[0]
+            if shared:
+                memory.bind(guest.key, shared)
+                guest.pages = shared
+                self._admission.add(Claim(guest.key, 0, self._decided, 1, 0, shared))
+            self._admission.add(self._claim(row))
+            if row.place is Place.AWAY:
+                row.place = Place.RETURNING
+                self._returning += 1
+                row.bound = self._shape.pages_for(row.own + row.generated_then - 1)
+                commands.append(SwapIn(row.key, memory.bind(row.key, row.bound)))
+            else:
+                self._enter(row, now)
+            self._foresee()
+        return commands
+
+    def _release_shared(self, guest: Guest) -> None:
+        """None of its rows is left in memory."""
+        if guest.pages:
+            self._memory.release(guest.key, guest.pages)
+            self._admission.remove(guest.key)
+            guest.pages = 0
+        guest.lost = True
+
+    def _swapping(self, key: str, place: Place) -> Row:
+        guest = self._guests.get(key)
+        for row in guest.rows.values() if guest else ():
+            if row.place is place:
+                return row
+        raise LocalError(f"{key}: swapped, but it is not {place}")
+
+    def _swapped_out(self, row: Row, now: float) -> list[DecodeCommand]:
+        self._coming -= row.bound
+        row.place = Place.AWAY
+        self._memory.release(row.key, row.bound)
+        row.bound = 0
+        return self._stop(row.guest, now)
+
+    def _swapped_in(self, row: Row, now: float) -> list[DecodeCommand]:
+        self._returning -= 1
+        row.place = Place.JOINING
+        self._not_away(row)
+        self._joiners.appendleft(row)
+        return self._stop(row.guest, now)
+
+    # From the arrival of KV to the end.
+    def _arrived(self, event: KvArrived, now: float) -> list[DecodeCommand]:
+        """Rows for what goes on: alone on the prompt's pages, or each with a share of them."""
+        key = event.ticket.key
+        guest = self._guests.get(key)
+        if guest is None:
+            self.ignored += 1
+            self._ledger.release(key)
+            return []
+        if guest.state is not State.PROMISED:
+            raise LocalError(f"{key}: KV arrived while {self._where(guest)}")
+        if guest.revoked:
+            guest.revoked = False
+            self._coming -= guest.pages
+        request = guest.request
+        guest.state, guest.arrived_at, guest.stages = State.JOINING, now, event.stages
+        if guest.shares:
+            self._admission.remove(key)
+            self._admission.add(Claim(key, 0, self._decided, 1, 0, guest.pages))
+            shared, own = divmod(len(request.prompt), self._shape.page_tokens)
+            for first in event.firsts:
+                alone = replace(request, sampling=request.sampling.branch(first.branch))
+                row = Row(f"{key}/{first.branch}", guest, alone, first, own, shared)
+                guest.rows[first.branch] = row
+                self._admission.add(self._claim(row))
+        else:
+            (first,) = event.firsts
+            row = Row(key, guest, request, first, len(request.prompt), 0)
+            row.bound = guest.pages
+            guest.rows[first.branch] = row
+        self._joiners.extend(guest.rows.values())
+        return self._end_all(guest, now) if guest.cancelled else []
+
+    def _withdrawn(self, event: Withdrawn) -> list[DecodeCommand]:
+        guest = self._guests.get(event.ticket.key)
+        if guest is None:
+            self.ignored += 1
+            return []
+        if guest.state is State.JOINING:
+            raise LocalError(f"{guest.key}: withdrawn while {self._where(guest)}")
+        damaged = event.recompute and not guest.cancelled
+        self._forget(guest)
+        return [Tell(Failed(guest.ticket, "DATA_LOSS", event.reason))] if damaged else []
+
+    def _ran(self, ended: Sequence[Ended], now: float) -> list[DecodeCommand]:
+        """An order is over, and with it some rows."""
         self._running = self._cut = False
         commands: list[DecodeCommand] = []
-        for guest in {guest.ticket.key: guest for guest, _ in self._batch.values()}.values():
+        for end in ended:
+            row = self._batch.rows.get(end.key)
+            if row is None:
+                continue
+            guest, request = row.guest, row.request
+            self.forecast.learn(request.generated + end.generated, self._history(request))
+            if not (guest.cancelled or row.cancelled):
+                stages, branch = self._stages(row, now), row.first.branch
+                finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch, True)
+                commands.append(Tell(finished))
+                self._pin(row, now)
+            commands += self._end(row, now, end.generated)
+        for row in self._unwanted:
+            if row.place is Place.RUNNING:
+                commands += self._end(row, now)
+        self._unwanted.clear()
+        return commands
+
+    def _run_failed(self, reason: str, now: float) -> list[DecodeCommand]:
+        """All rows are placed again by their gateways, which bound how often; the worker goes on."""
+        self._running = self._cut = False
+        self._unwanted.clear()
+        commands: list[DecodeCommand] = []
+        for guest in {row.guest.key: row.guest for row in self._batch.rows.values()}.values():
             if not guest.cancelled:
-                row = max(guest.rows.values(), key=lambda row: row.steps)
+                row = max(guest.rows.values(), key=lambda row: row.generated(self._batch.step))
                 why = f"the engine failed: {reason}"
-                commands.append(Tell(Failed(guest.ticket, "ABORTED", why, self._stages(guest, row, now))))
+                commands.append(Tell(Failed(guest.ticket, "ABORTED", why, self._stages(row, now))))
                 guest.cancelled = True
             commands += self._end_all(guest, now)
         return commands
 
-    def _cancel(self, guest: _Guest, reason: str, now: float) -> list[DecodeCommand]:
+    def _cut_now(self) -> Cut:
+        self._cut = True
+        return Cut(self._run_id)
+
+    def _cancel(self, guest: Guest, reason: str, now: float) -> list[DecodeCommand]:
         """Ask whatever works on the request to stop; it is freed when that has."""
         if guest.cancelled:
             return []
-        guest.cancelled = True
-        if guest.state is not State.JOINING:
-            return [DropHandOff(guest.ticket.key, reason)]
-        return self._stop(guest, now)
+        guest.cancelled = self._retest = True
+        if guest.state is State.JOINING:
+            return self._stop(guest, now)
+        return [] if guest.revoked else [DropHandOff(guest.key, reason)]
 
-    def _stop(self, guest: _Guest, now: float) -> list[DecodeCommand]:
-        """End the rows of a guest that are not wanted any more: those that run when their step is over."""
+    def _stop(self, guest: Guest, now: float) -> list[DecodeCommand]:
+        """End the rows of a guest that are not wanted any more: those that run or are swapped when that is over."""
         commands: list[DecodeCommand] = []
         for row in list(guest.rows.values()):
-            if not (row.cancelled or guest.cancelled):
+            if not (row.cancelled or guest.cancelled) or row.place in (Place.LEAVING, Place.RETURNING):
                 continue
-            if not row.running:
-                commands += self._end(guest, row, now)
-            elif not self._cut:
-                self._cut = True
-                commands.append(Cut(self._run_id))
+            if row.place is not Place.RUNNING or not self._running:
+                commands += self._end(row, now)
+                continue
+            self._unwanted.append(row)
+            if not self._cut:
+                commands.append(self._cut_now())
         return commands
 
-    def _end_all(self, guest: _Guest, now: float) -> list[DecodeCommand]:
-        return [command for row in list(guest.rows.values()) for command in self._end(guest, row, now)]
+    def _end_all(self, guest: Guest, now: float) -> list[DecodeCommand]:
+        return [command for row in list(guest.rows.values()) for command in self._end(row, now)]
 
-    def _end(self, guest: _Guest, row: _Row, now: float) -> list[DecodeCommand]:
+    def _end(self, row: Row, now: float, generated: int | None = None) -> list[DecodeCommand]:
         """Free a row, and with the last one all that is left of its request."""
         commands: list[DecodeCommand] = []
-        if len(guest.rows) == 1 and guest.report:
-            stages = self._stages(guest, row, now)
-            report = Finished(guest.ticket, "cancelled", row.generated, None, stages, row.first.branch, True)
-            commands.append(Tell(report))
+        guest = row.guest
+        if guest.report and len(guest.rows) == 1:
+            if generated is None:
+                generated = row.generated(self._batch.step)
+            stages, branch = self._stages(row, now), row.first.branch
+            commands.append(Tell(Finished(guest.ticket, "cancelled", generated, None, stages, branch, True)))
         del guest.rows[row.first.branch]
-        self._ledger.release(row.key)
-        if self._batch.pop(row.key, None) is not None:
+        if row.known or row.place is Place.AWAY:
             commands.append(Leave(row.key))
+        if row.place is Place.RUNNING:
+            self._leave_batch(row)
+        if row.place in RETIRED:
+            self._retired.remove(row)
+            self._not_away(row)
+        else:
+            self._admission.remove(row.key)
+            self._memory.release(row.key, row.bound)
+        row.place = Place.ENDED
+        self._retest = True
         if not guest.rows:
             self._forget(guest)
+        elif guest.shares and all(other.place is Place.EVICTED for other in guest.rows.values()):
+            self._release_shared(guest)
         return commands
 
-    def _forget(self, guest: _Guest) -> None:
-        del self._guests[guest.ticket.key]
-        self._ledger.release(guest.ticket.key)
+    def _forget(self, guest: Guest) -> None:
+        """Also frees what was promised, or what its rows shared."""
+        del self._guests[guest.key]
+        if guest.state is not State.WAITING:
+            self._crowd.remove(guest.request.slo.gap_s, guest.tokens, guest.request.sampling.n)
+        if guest.state is State.PROMISED or (guest.state is State.JOINING and guest.shares and guest.pages):
+            self._memory.release(guest.key, guest.pages)
+            self._admission.remove(guest.key)
+        if guest.revoked:
+            self._coming -= guest.pages
+        guest.cancelled = self._retest = True
 
-    def _stages(self, guest: _Guest, row: _Row, now: float) -> tuple[Stage, ...]:
-        if not row.running:
+    def _leave_batch(self, row: Row) -> None:
+        self._batch.remove(row)
+        self._pace.remove(row.request.slo.gap_s, self._context(row))
+        if row in self._fresh:
+            self._fresh.remove(row)
+
+    def _not_away(self, row: Row) -> None:
+        self.host_pages -= row.away
+        row.away = 0
+
+    def _context(self, row: Row) -> int:
+        """Tokens that a running row attends to, less the worker's step."""
+        return row.offset + 1 + row.shared * self._shape.page_tokens
+
+    def _check_run(self, run_id: int) -> None:
+        if not self._running or run_id != self._run_id:
+            raise LocalError(f"order ended: got run {run_id}, want {self._run_id if self._running else 'none'}")
+
+    def _where(self, guest: Guest) -> State:
+        states = {_STATES[row.place] for row in guest.rows.values()}
+        for state in (State.RUNNING, State.EVICTED):
+            if state in states:
+                return state
+        return guest.state
+
+    def _stages(self, row: Row, now: float) -> tuple[Stage, ...]:
+        guest = row.guest
+        if not row.known:
             return guest.stages
+        steps = row.generated(self._batch.step) - 1
         return (
             *guest.stages,
             Stage("join_wait", self._me.name, row.joined_at - guest.arrived_at),
-            Stage("decode", self._me.name, now - row.joined_at, {"steps": str(row.steps)}),
+            Stage("decode", self._me.name, now - row.joined_at, {"steps": str(steps)}),
         )
+
+    def check(self) -> None:
+        """Slow."""
+        batch = self._batch
+        self._ledger.check()
+        self._memory.check()
+        assert self._running or not self._cut
+        assert not self._running or batch.rows
+        assert self._decided <= batch.step <= self._memory.horizon
+        joiners = [row for row in self._joiners if row.place is Place.JOINING]
+        assert len(joiners) == len(set(joiners))
+        rows = [row for guest in self._guests.values() for row in guest.rows.values()]
+        at = {place: [row for row in rows if row.place is place] for place in Place}
+        assert set(at[Place.RUNNING]) == set(batch.rows.values()), "a running row was freed"
+        assert set(at[Place.JOINING]) == set(joiners)
+        assert set(self._retired) == {row for place in RETIRED for row in at[place]}
+        assert [_age(row) for row in self._retired] == sorted(_age(row) for row in self._retired)
+        assert self._returning == len(at[Place.RETURNING])
+        assert self.host_pages == sum(row.away for row in rows)
+        own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
+        for key, guest in self._guests.items():
+            assert key == guest.key == guest.ticket.key
+            assert (guest.state is State.JOINING) == bool(guest.rows)
+            assert guest.cancelled or any(entry[2] is guest for entry in self._deadlines)
+            assert not guest.revoked or guest.state is State.PROMISED
+            if guest.state is State.WAITING:
+                assert guest.cancelled or guest in self._waiting
+            else:
+                crowd += guest.request.sampling.n
+                if guest.state is State.PROMISED or guest.shares:
+                    own += guest.pages
+                coming += guest.pages * guest.revoked
+        for row in rows:
+            assert row.guest.rows[row.first.branch] is row
+            assert row.bound == (0 if row.place is Place.EVICTED else self._ledger.count(row.key))
+            assert row.place is not Place.EVICTED or row.guest.shares or not self._ledger.count(row.key)
+            own += row.bound
+        assert (own, coming, crowd) == (self._memory.own, self._coming, self._crowd.rows)
+        assert self._pace.rows == len(batch)
+
+
+_STATES = {
+    Place.JOINING: State.JOINING,
+    Place.RUNNING: State.RUNNING,
+    Place.EVICTED: State.EVICTED,
+    Place.LEAVING: State.EVICTED,
+    Place.AWAY: State.EVICTED,
+    Place.RETURNING: State.EVICTED,
+}
+
+
+def _age(row: Row) -> tuple[int, int]:
+    return row.guest.order, row.first.branch
+
+
+def _order(guest: Guest) -> int:
+    return guest.order
+
+
+def _retired(guest: Guest) -> bool:
+    return all(row.place in RETIRED for row in guest.rows.values())
+
+
+def _frees(row: Row) -> bool:
+    return row.bound > 0 and row.place in (Place.RUNNING, Place.JOINING)

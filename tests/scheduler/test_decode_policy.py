@@ -1,30 +1,28 @@
-"""The decode policy: scripts with exact commands, a sink and an engine that do as they please, and long orders
-against single steps."""
+"""The decode policy, by scripts with exact commands."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from core.errors import LocalError
 from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
-from core.request import Request, Stage, Ticket
+from core.request import Stage
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.decode_policy import (
     Answer,
     Asked,
     Cut,
+    DecodeCommand,
     DecodeConfig,
     DecodePolicy,
+    Drain,
     DropHandOff,
     Ended,
+    Evict,
     GatewayGone,
     Grow,
     Join,
@@ -33,16 +31,21 @@ from scheduler.decode_policy import (
     Ran,
     Run,
     State,
+    SwapIn,
+    SwappedIn,
+    SwappedOut,
     Tell,
     Withdrawn,
 )
-from tests.cast import D1, GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask, efforts, ticket
+from tests.cast import D1, GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask, ticket
 
 KEY = ticket(1).key
 
 
 def policy(pages: int = 20, me: Identity = D1, **settings) -> DecodePolicy:
-    return DecodePolicy(me, SHAPE, Pages(pages), DecodeConfig(**{"max_rows": 4, "max_steps": 8, **settings}))
+    return DecodePolicy(
+        me, SHAPE, Pages(pages), DecodeConfig(**{"max_rows": 4, "max_steps": 8, "ahead_pages": 1, **settings})
+    )
 
 
 def ledger(machine: DecodePolicy) -> Pages:
@@ -93,7 +96,7 @@ def test_pages_for_all_steps_of_an_order_are_bound_before_it():
     (run,) = machine.on(Ran(1, 1), 1.0)
     assert (run.growing, run.steps) == ((), 3)
     (run,) = machine.on(Ran(2, 3), 2.0)
-    assert run.growing == (Grow(KEY, (2,)),)
+    assert run.growing == (Grow(KEY, (2,), 2),)
     machine.check()
 
 
@@ -309,368 +312,6 @@ def test_an_event_that_cannot_be_is_our_own_bug_and_changes_nothing(event):
     assert machine.on(Ran(1, 1), 1.0) == [Run(2, (KEY,), (), (), 6)]
 
 
-@dataclass
-class Row:
-    """What the sink and the engine know of a request."""
-
-    ticket: Ticket
-    request: Request
-    stops_at: int
-    """Tokens after which it says its stop token; beyond `max_tokens` never."""
-    hand_off: str = "asked"
-    """asked, promised, arriving, withdrawing, over."""
-    deadline: float = 0.0
-    unwanted: bool = False
-    reports: bool = False
-    """Its gateway wants its stages."""
-    elsewhere: bool = False
-    """Refused or withdrawn: its end is told by the prefill worker."""
-    told: int = 0
-    generated: int = 0
-    finish: str = ""
-    pages: tuple[int, ...] = ()
-    engine: str = ""
-    """running, left."""
-
-
-class DecodeWorker(RuleBasedStateMachine):
-    """A sink that ends every question once, an engine that ends every order once, gateways, and memory in doubt."""
-
-    def __init__(self):
-        super().__init__()
-        self.ledger = Pages(16)
-        self.machine = DecodePolicy(D1, SHAPE, self.ledger, DecodeConfig(max_rows=3, max_steps=4))
-        self.now = 0.0
-        self.rows: dict[str, Row] = {}
-        self.run: Run | None = None
-        self.done = 0
-        self.cut = False
-        self.last_run = 0
-        self.from_sink: deque = deque()
-        self.doubts = 0
-
-    def give(self, event) -> None:
-        for command in self.machine.on(event, self.now):
-            self.perform(command)
-        self.machine.check()
-        self.turn_clock(self.now)
-
-    def turn_clock(self, until: float) -> None:
-        """As a driver: call whenever the deadline has come, also if it came because somebody freed memory."""
-        while (due := self.machine.deadline()) is not None and due <= until:
-            self.now = max(self.now, due)
-            commands = self.machine.on(None, self.now)
-            after = self.machine.deadline()
-            assert after is None or after > self.now, "the driver would spin"
-            for command in commands:
-                self.perform(command)
-            self.machine.check()
-        self.now = until
-
-    def perform(self, command) -> None:
-        match command:
-            case Answer(key, granted):
-                row = self.rows[key]
-                if row.hand_off == "asked":
-                    row.hand_off = "promised" if granted else "over"
-                    row.elsewhere = not granted
-                    order = list(self.rows)
-                    waiting = [k for k, r in self.rows.items() if r.hand_off == "asked" and not r.unwanted]
-                    late = {k for k in waiting if self.rows[k].deadline <= self.now}
-                    assert all(order.index(k) > order.index(key) for k in set(waiting) - late), "overtaken"
-                else:  # the sink has forgotten it by now
-                    self.ledger.release(key)
-            case Run(run_id, rows, joining, growing, steps):
-                assert self.run is None
-                assert run_id == self.last_run + 1
-                assert 1 <= len(rows) <= 3
-                assert 1 <= steps <= 4
-                for join in joining:
-                    row = self.rows[join.ticket.key]
-                    assert (row.hand_off, row.engine) == ("over", "")
-                    assert join.pages == self.ledger.pages(join.ticket.key)
-                    assert join.first == First(7)
-                    row.engine, row.pages, row.generated = "running", join.pages, 1
-                for grow in growing:
-                    row = self.rows[grow.key]
-                    row.pages += grow.pages
-                for key in rows:
-                    row = self.rows[key]
-                    assert row.engine == "running"
-                    assert row.pages == self.ledger.pages(key)
-                    assert steps <= row.request.sampling.max_tokens - row.generated
-                    last = len(row.request.prompt) + row.generated + steps - 1
-                    assert last <= len(row.pages) * SHAPE.page_tokens, "a step without a page"
-                assert {key for key, row in self.rows.items() if row.engine == "running"} == set(rows)
-                self.run, self.last_run, self.done, self.cut = command, run_id, 0, False
-            case Cut(run_id):
-                assert self.run is not None
-                assert self.run.run_id == run_id
-                assert not self.cut
-                self.cut = True
-            case Leave(key):
-                assert self.run is None
-                assert self.rows[key].engine == "running"
-                self.rows[key].engine = "left"
-            case DropHandOff(key):
-                row = self.rows[key]
-                if row.hand_off in ("asked", "promised"):
-                    self.withdraw(row, False)
-            case Tell(message):
-                row = self.rows[message.ticket.key]
-                row.told += 1
-                assert row.told == 1, "told twice"
-                if isinstance(message, Finished):
-                    assert message.completion_tokens == max(row.generated, 1)
-                    assert message.reason == ("cancelled" if row.reports else row.finish)
-
-    def withdraw(self, row: Row, recompute: bool) -> None:
-        """As the sink: pages of an unfinished read stay in doubt, the rest is free."""
-        row.hand_off = "withdrawing"
-        key = row.ticket.key
-        self.ledger.unpromise(key)
-        if self.ledger.pages(key):
-            self.doubts += 1
-            self.ledger.move(key, Owner.IN_DOUBT, to=f"doubt/{self.doubts}")
-        else:
-            self.ledger.release(key)
-        self.from_sink.append(Withdrawn(row.ticket, "no", recompute))
-        row.elsewhere = not recompute
-
-    @rule(prompt=st.integers(1, 20), max_tokens=st.integers(2, 12), data=st.data())
-    def ask(self, prompt, max_tokens, data):
-        minter = data.draw(st.sampled_from([GATEWAY, OTHER_GATEWAY]))
-        new = ticket(len(self.rows) + 1, minter=minter)
-        request = ask(prompt, max_tokens, timeout_s=data.draw(st.sampled_from([3.0, 60.0])))
-        self.rows[new.key] = Row(new, request, data.draw(st.integers(1, 30)), deadline=self.now + request.timeout_s)
-        self.give(Asked(new, request))
-
-    @precondition(lambda self: any(row.hand_off in ("asked", "promised") for row in self.rows.values()))
-    @rule(data=st.data(), how=st.sampled_from(["arrives", "arrives", "pulls", "ends", "breaks"]))
-    def sink(self, data, how):
-        row = data.draw(st.sampled_from([row for row in self.rows.values() if row.hand_off in ("asked", "promised")]))
-        key = row.ticket.key
-        if how in ("ends", "breaks"):
-            self.withdraw(row, how == "breaks")
-        elif row.hand_off == "promised":
-            pages = SHAPE.pages_for(len(row.request.prompt)) - len(self.ledger.pages(key))
-            if how == "pulls":
-                self.ledger.bind(key, min(1, pages), Owner.PULLING)
-            else:
-                self.ledger.bind(key, pages, Owner.PULLING)
-                self.ledger.move(key, Owner.DECODING)
-                row.hand_off = "arriving"
-                self.from_sink.append(KvArrived(row.ticket, row.request, (First(7),)))
-
-    @precondition(lambda self: self.from_sink)
-    @rule()
-    def deliver(self):
-        event = self.from_sink.popleft()
-        row = self.rows[event.ticket.key]
-        row.hand_off = "over"
-        self.give(event)
-
-    @rule(count=st.integers(1, 3))
-    def fence(self, count):
-        """Reads in doubt end, and nobody tells the policy."""
-        for holder in [name for name in self.ledger.holders() if name.startswith("doubt/")][:count]:
-            self.ledger.release(holder)
-        self.turn_clock(self.now)
-
-    @precondition(lambda self: self.run is not None)
-    @rule()
-    def step(self):
-        """The engine takes a step; the order ends with its last one, with a sequence, or after a cut."""
-        assert self.run is not None
-        run, self.now = self.run, self.now + 0.25
-        self.done += 1
-        ended = []
-        for key in run.rows:
-            row = self.rows[key]
-            if row.generated == row.stops_at:
-                row.finish = "stop"
-                ended.append(Ended(key, "stop", row.generated, 2))
-                continue
-            row.generated += 1
-            if row.generated == row.request.sampling.max_tokens:
-                row.finish = "length"
-                ended.append(Ended(key, "length", row.generated))
-        if ended or self.cut or self.done == run.steps:
-            self.run = None
-            self.give(Ran(run.run_id, self.done, tuple(ended)))
-
-    @precondition(lambda self: self.rows)
-    @rule(data=st.data())
-    def cancel(self, data):
-        row = data.draw(st.sampled_from(list(self.rows.values())))
-        report = data.draw(st.booleans())
-        row.reports = row.reports or (report and not row.unwanted)
-        row.unwanted = True
-        self.give(Cancel(row.ticket, "left", report))
-
-    @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
-    def gateway_dies(self, who):
-        for row in self.rows.values():
-            row.unwanted = row.unwanted or row.ticket.minter == who
-        self.give(GatewayGone(who))
-
-    @rule(seconds=st.sampled_from([0.5, 2.0]))
-    def wait(self, seconds):
-        self.turn_clock(self.now + seconds)
-
-    @invariant()
-    def sound(self):
-        self.machine.check()
-        self.ledger.check()
-
-    def teardown(self):
-        for _ in range(500):
-            self.fence(99)
-            if self.from_sink:
-                self.deliver()
-            elif self.run is not None:
-                self.step()
-            else:
-                promised = [row for row in self.rows.values() if row.hand_off == "promised"]
-                if not promised:
-                    break
-                row = promised[0]
-                pages = SHAPE.pages_for(len(row.request.prompt)) - len(self.ledger.pages(row.ticket.key))
-                self.ledger.bind(row.ticket.key, pages, Owner.PULLING)
-                self.ledger.move(row.ticket.key, Owner.DECODING)
-                row.hand_off = "arriving"
-                self.from_sink.append(KvArrived(row.ticket, row.request, (First(7),)))
-        assert self.machine.queue() == dict.fromkeys(State, 0), "a request hangs"
-        assert self.machine.deadline() is None
-        assert self.ledger.holders() == ()
-        for row in self.rows.values():
-            assert row.engine in ("", "left")
-            assert row.unwanted or row.elsewhere or row.told == 1
-
-
-@efforts
-def test_every_request_ends_once_and_leaves_no_page(effort):
-    run_state_machine_as_test(DecodeWorker, settings=effort)
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A request in a play: when it asks, how long its KV takes to come, and when its client leaves."""
-
-    at: int
-    prompt: int
-    max_tokens: int
-    stops_at: int
-    pull: int
-    leaves: int | None
-
-
-def play(visits: list[Visit], max_steps: int) -> list[tuple[int, str]]:
-    """What the policy decides and when, with steps of one second, each taking all events of its time before it."""
-    book = Pages(14)
-    machine = DecodePolicy(D1, SHAPE, book, DecodeConfig(max_rows=3, max_steps=max_steps))
-    tickets = [ticket(index + 1) for index in range(len(visits))]
-    by_key = {tickets[i].key: visits[i] for i in range(len(visits))}
-    decided: list[tuple[int, str]] = []
-    due: dict[int, list] = {}
-    generated: dict[str, int] = {}
-    order: dict = {"run": None, "taken": 0, "cut": False}
-
-    def later(at: int, event) -> None:
-        due.setdefault(at, []).append(event)
-
-    def give(event, now: int) -> None:
-        for command in machine.on(event, now):
-            match command:
-                case Answer(key, granted):
-                    decided.append((now, f"{'grants' if granted else 'refuses'} {key}"))
-                    if granted:
-                        later(now + by_key[key].pull, key)
-                case Run(_, rows, joining):
-                    decided.extend((now, f"joins {join.ticket.key}") for join in joining)
-                    generated.update({join.ticket.key: 1 for join in joining})
-                    order.update(run=command, taken=0, cut=False)
-                    assert len(rows) <= 3
-                case Cut():
-                    order["cut"] = True
-                case Leave(key):
-                    decided.append((now, f"leaves {key}"))
-                case DropHandOff(key):
-                    book.release(key)
-                    later(now, Withdrawn(tickets[list(by_key).index(key)], "left"))
-                    dropped.add(key)
-                case Tell(message):
-                    decided.append((now, f"tells {message}"))
-        machine.check()
-
-    dropped: set[str] = set()
-    for visit, key in zip(visits, tickets, strict=True):
-        later(visit.at, Asked(key, ask(visit.prompt, visit.max_tokens, timeout_s=1000.0)))
-        if visit.leaves is not None:
-            later(visit.at + visit.leaves, Cancel(key, "left"))
-    for now in range(200):
-        run = order["run"]
-        if run is not None:  # step ends come first
-            order["taken"] += 1
-            ended = []
-            for key in run.rows:
-                visit = by_key[key]
-                if generated[key] == visit.stops_at:
-                    ended.append(Ended(key, "stop", generated[key], 2))
-                    continue
-                generated[key] += 1
-                if generated[key] == visit.max_tokens:
-                    ended.append(Ended(key, "length", generated[key]))
-            if ended or order["cut"] or order["taken"] == run.steps:
-                order["run"] = None
-                give(Ran(run.run_id, order["taken"], tuple(ended)), now)
-        while due.get(now):
-            event = due[now].pop(0)
-            if isinstance(event, str):
-                if event in dropped:
-                    continue
-                visit = by_key[event]
-                book.bind(event, SHAPE.pages_for(visit.prompt), Owner.PULLING)
-                book.move(event, Owner.DECODING)
-                event = KvArrived(tickets[list(by_key).index(event)], ask(visit.prompt, visit.max_tokens), (First(7),))
-            give(event, now)
-    assert machine.queue() == dict.fromkeys(State, 0)
-    assert book.holders() == ()
-    return decided
-
-
-visits = st.lists(
-    st.builds(
-        Visit,
-        at=st.integers(0, 12),
-        prompt=st.integers(1, 20),
-        max_tokens=st.integers(2, 20),
-        stops_at=st.integers(1, 40),
-        pull=st.integers(0, 3),
-        leaves=st.none() | st.integers(0, 15),
-    ),
-    min_size=2,
-    max_size=8,
-)
-
-
-@efforts
-def test_single_steps_give_the_same_decisions_at_the_same_times_as_long_orders(effort):
-    bound = []
-
-    @effort
-    @given(visits)
-    def compare(arrivals):
-        single = play(arrivals, 1)
-        assert play(arrivals, 16) == single
-        assert play(arrivals, 3) == single
-        asked = {ticket(index + 1).key: visit.at for index, visit in enumerate(arrivals)}
-        bound.append(any(what.startswith("grants") and at > asked[what.split()[1]] for at, what in single))
-
-    compare()
-    assert sum(bound) > len(bound) / 4, "memory was rarely short: this proved nothing"
-
-
 def fork(machine: DecodePolicy, prompt: int = 6, max_tokens: int = 8, n: int = 2, branches: tuple[int, ...] = (0, 1)):
     """Continuations of one prompt join; returns the request and the commands."""
     request = replace(ask(prompt, max_tokens), sampling=Sampling(max_tokens, seed=5, n=n))
@@ -686,8 +327,8 @@ def test_continuations_share_the_full_pages_of_their_prompt_and_copy_the_open_on
     request, (run,) = fork(machine)
     alone = [replace(request, sampling=request.sampling.branch(branch)) for branch in (0, 1)]
     assert run.joining == (
-        Join(f"{KEY}/0", ticket(), alone[0], First(100), (0, 2, 4, 5), (1, 2)),
-        Join(f"{KEY}/1", ticket(), alone[1], First(101, branch=1), (0, 3, 6, 7), (1, 3)),
+        Join(f"{KEY}/0", ticket(), alone[0], First(100), (0, 2, 3, 4), (1, 2)),
+        Join(f"{KEY}/1", ticket(), alone[1], First(101, branch=1), (0, 5, 6, 7), (1, 5)),
     )
     assert (run.rows, run.growing, run.steps) == ((f"{KEY}/0", f"{KEY}/1"), (), 7)
     assert (alone[0].sampling.seed, alone[0].sampling.n) == (5, 1)
@@ -733,3 +374,167 @@ def test_continuations_that_ended_with_their_first_token_are_not_joined():
     _, (run,) = fork(machine, n=3, branches=(2,))
     assert run.rows == (f"{KEY}/2",)
     assert ledger(machine).available == 20 - 2 - 3
+
+
+def test_a_worker_that_drains_takes_nothing_more_and_ends_what_it_has():
+    machine = policy(pages=9)
+    running(machine, 1, 6, 8)
+    assert machine.on(Asked(ticket(2), ask(6, 8)), 0.0) == [Answer(ticket(2).key, True)]
+    assert machine.on(Asked(ticket(3), ask(6, 8)), 0.0) == []
+    assert machine.on(Drain(), 1.0) == [Answer(ticket(3).key, False, "draining")]
+    assert machine.on(Asked(ticket(4), ask(6, 8)), 1.0) == [Answer(ticket(4).key, False, "draining")]
+    machine.check()
+    assert machine.freeness() == float("-inf")
+    assert arrive(machine, 2) == [Cut(1)]
+    (run,) = machine.on(Ran(1, 1), 2.0)
+    assert run.rows == (KEY, ticket(2).key)
+
+
+def test_freeness_is_the_steps_that_memory_lasts_for():
+    machine = policy(pages=20, max_steps=16)
+    assert machine.freeness() == 80
+    running(machine, 1, 8, 40)
+    assert machine.freeness() == 68  # 17 pages
+    machine.on(Asked(ticket(2), ask(40, 8)), 0.0)
+    assert machine.freeness() == 28  # the first in line would take 10 of them
+    assert machine.on(Asked(ticket(3), ask(4, 8)), 0.0) == []
+    assert machine.freeness() == 28
+
+
+def forgetful(pages: int = 8, **settings) -> DecodePolicy:
+    """One that expects short outputs."""
+    machine = policy(pages, admission="past_future", max_steps=1000, **settings)
+    for _ in range(60):
+        machine.forecast.learn(3)
+    return machine
+
+
+def test_memory_that_runs_out_takes_the_newer_row_and_gives_it_back():
+    machine = forgetful()
+    running(machine, 1, 7, 24)
+    machine.on(Asked(ticket(2), ask(7, 24)), 0.0)
+    arrive(machine, 2, 7, 24)
+    run, taken, commands = 1, 1, machine.on(Ran(1, 1), 1.0)
+    while not machine.evicted:
+        (order,) = commands
+        run, taken = order.run_id, taken + order.steps
+        commands = machine.on(Ran(run, order.steps), float(taken))
+        machine.check()
+    evict, order = commands
+    assert evict == Evict(ticket(2).key)
+    assert order.rows == (KEY,)
+    assert ledger(machine).count(ticket(2).key) == 0
+    assert machine.queue()[State.EVICTED] == 1
+    assert machine.on(Asked(ticket(3), ask(1, 2)), 20.0) == [], "nobody overtakes a retired row"
+    _, left, answer, order = machine.on(Ran(order.run_id, 1, (Ended(KEY, "stop", taken + 1, 2),)), 21.0)
+    assert (left, answer) == (Leave(KEY), Answer(ticket(3).key, True))
+    (join,) = order.joining
+    assert (join.generated, join.recompute) == (taken, (0, 7 + taken - 1))
+    assert len(join.pages) >= SHAPE.pages_for(7 + taken)
+    assert machine.recomputed_tokens == 7 + taken - 1
+
+
+def test_swaps_that_nobody_began_are_our_own_bug():
+    machine = forgetful(host_pages=4)
+    running(machine)
+    for event in (SwappedOut(KEY), SwappedIn(KEY), SwappedOut("stranger")):
+        with pytest.raises(LocalError):
+            machine.on(event, 1.0)
+    machine.check()
+
+
+def run_out(machine: DecodePolicy, run: DecodeCommand) -> tuple[list, float]:
+    """Order after order, until one is not followed by an order alone; returns what is said then, and when."""
+    commands, now = [run], 1.0
+    while len(commands) == 1 and isinstance(commands[0], Run):
+        run = commands[0]
+        now += run.steps
+        commands = machine.on(Ran(run.run_id, run.steps), now)
+        machine.check()
+    return commands, now
+
+
+def test_a_row_on_its_way_to_host_memory_does_not_come_back_before_it_is_there():
+    machine = forgetful(host_pages=8)
+    running(machine, 1, 7, 24)
+    machine.on(Asked(ticket(2), ask(7, 24)), 0.0)
+    arrive(machine, 2, 7, 24)
+    (swap,), now = run_out(machine, machine.on(Ran(1, 1), 1.0)[0])
+    assert (swap.key, len(swap.pages)) == (ticket(2).key, 4)
+    assert machine.on(Cancel(ticket(1), "left"), now) == [Leave(KEY)]
+    assert machine.on(Cancel(ticket(2), "left"), now) == [], "its pages are being read"
+    assert ledger(machine).count(ticket(2).key) == 4
+    machine.check()
+    assert machine.on(SwappedOut(ticket(2).key), now) == [Leave(ticket(2).key)]
+    assert (ledger(machine).available, machine.host_pages) == (8, 0)
+
+    machine = forgetful(host_pages=8)
+    running(machine, 1, 7, 24)
+    machine.on(Asked(ticket(2), ask(7, 24)), 0.0)
+    arrive(machine, 2, 7, 24)
+    (swap,), now = run_out(machine, machine.on(Ran(1, 1), 1.0)[0])
+    assert machine.on(Cancel(ticket(1), "left"), now) == [Leave(KEY)]
+    (back,) = machine.on(SwappedOut(ticket(2).key), now)
+    assert back == SwapIn(ticket(2).key, ledger(machine).pages(ticket(2).key))
+    (order,) = machine.on(SwappedIn(ticket(2).key), now)
+    assert (order.joining[0].recompute, order.joining[0].generated) == (None, 9)
+    assert machine.host_pages == 0
+
+
+def test_a_promise_that_was_taken_back_is_not_taken_back_twice():
+    machine = forgetful(pages=9)
+    for counter, prompt in ((1, 7), (2, 8), (3, 4)):
+        assert machine.on(Asked(ticket(counter), ask(prompt, 24)), 0.0) == [Answer(ticket(counter).key, True)]
+    (run,) = arrive(machine, 1, 7, 24)
+    assert arrive(machine, 2, 8, 24) == [Cut(1)]
+    (run,) = machine.on(Ran(1, 1), 1.0)
+    (drop, evict, order), now = run_out(machine, run)
+    assert drop == DropHandOff(ticket(3).key, "memory ran out"), "not enough: both rows want a page"
+    assert evict == Evict(ticket(2).key)
+    assert order.rows == (KEY,)
+    assert machine.on(Cancel(ticket(3), "left"), now) == [], "it was dropped already"
+    ledger(machine).release(ticket(3).key)
+    assert machine.on(Withdrawn(ticket(3), "memory ran out"), now) == []
+    machine.check()
+    assert (machine.revoked, machine.evicted) == (1, 1)
+
+
+def test_a_promise_that_was_taken_back_may_come_true_all_the_same():
+    machine = forgetful(pages=7)
+    running(machine, 1, 7, 20)
+    machine.on(Asked(ticket(2), ask(8, 4)), 0.0)
+    (drop,), now = run_out(machine, Run(1, (KEY,), (), (), 2))
+    assert drop == DropHandOff(ticket(2).key, "memory ran out")
+    evict_or_run = arrive(machine, 2, 8, 4, now)
+    assert [type(command) for command in evict_or_run] == [Run], "what had come before is the newest, and makes room"
+    assert (machine.evicted, machine.queue()[State.EVICTED]) == (1, 1)
+
+
+def test_the_only_row_waits_for_memory_that_is_on_its_way_and_is_not_retired():
+    machine = forgetful(pages=8)
+    running(machine, 1, 7, 24)
+    machine.on(Asked(ticket(2), ask(16, 12)), 0.0)
+    ledger(machine).bind(ticket(2).key, 4, Owner.PULLING)
+    commands, now = run_out(machine, Run(1, (KEY,), (), (), 2))
+    assert commands == []
+    assert machine.on(None, now) == []
+    assert machine.deadline() == 100.0
+    ledger(machine).move(ticket(2).key, Owner.DECODING)
+    order = machine.on(KvArrived(ticket(2), ask(16, 12), (First(1),)), now)[-1]
+    assert (order.rows, machine.evicted) == ((KEY,), 1), "what came last was never begun, and makes room"
+    machine.check()
+
+
+def test_pages_that_a_row_has_early_are_given_back_when_somebody_needs_them():
+    """But for those that the order under way writes to; and the engine hears that the rest of its table is void."""
+    machine = forgetful(pages=9, ahead_pages=4)
+    (run,) = running(machine, 1, 7, 24)
+    assert (run.steps, len(run.joining[0].pages), ledger(machine).available) == (2, 6, 3)
+    assert machine.on(Asked(ticket(2), ask(20, 12)), 0.5) == [Answer(ticket(2).key, True)]
+    assert (ledger(machine).count(KEY), ledger(machine).available) == (3, 1)
+    machine.check()
+    ledger(machine).bind(ticket(2).key, 5, Owner.PULLING)
+    (run,) = machine.on(Ran(1, 2), 1.0)
+    while not run.growing:
+        (run,) = machine.on(Ran(run.run_id, run.steps), 2.0)
+    assert run.growing == (Grow(KEY, ledger(machine).pages(KEY)[3:], 3),)

@@ -1,0 +1,262 @@
+"""The decode shell with an engine that reads its own pages: rows that lose their KV say what they would have said."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from core.errors import LocalError
+from core.messages import Failed, Finished, First, Message, Tokens
+from core.pages import Owner, Pages
+from core.sampling import Sampling
+from core.worker import Identity
+from decode import shell
+from decode.shell import DecodeShell
+from engine.api import Row, Sampled
+from runtime.driver import Driver
+from runtime.jobs import JobThread
+from scheduler.decode_events import Cut, Grow, Join, Leave, Run, SwapOut
+from scheduler.decode_policy import Asked, DecodeConfig, DecodePolicy, KvArrived
+from scheduler.forecast import Forecast, ForecastConfig
+from tests.cast import D1, SHAPE, ask, ticket
+from tests.runtime.test_shells import Silent
+
+PAGE = SHAPE.page_tokens
+
+
+def slot(before: int, token: int) -> int:
+    """The KV of a token behind the one before it."""
+    return zlib.crc32(f"{before}/{token}".encode())
+
+
+def say(rows: list[int]) -> int:
+    """What the model says after these."""
+    return zlib.crc32(repr(rows).encode()) % 50
+
+
+def text(prompt: Sequence[int], first: int, count: int) -> list[int]:
+    """What follows a prompt and its first token when nothing happens, in all `count` tokens."""
+    rows, said = [0], [first]
+    for token in prompt:
+        rows.append(slot(rows[-1], token))
+    while len(said) < count:
+        rows.append(slot(rows[-1], said[-1]))
+        said.append(say(rows[1:]))
+    return said
+
+
+@dataclass
+class Known:
+    tokens: list[int]
+    table: list[int]
+    prompt: int
+    sampling: Sampling
+
+
+class Reader:
+    """An engine whose next token depends on everything that is in a sequence's pages."""
+
+    def __init__(self, pages: int) -> None:
+        self.arena = [[-1] * PAGE for _ in range(pages)]
+        self.known: dict[str, Known] = {}
+        self.longest = 0
+        self.opened: list[str] = []
+
+    def open(
+        self, sequence: str, tokens: Sequence[int], pages: Sequence[int], sampling, prompt: int, generated: int = 0
+    ) -> None:
+        assert sequence not in self.known
+        self.opened.append(sequence)
+        self.known[sequence] = Known(list(tokens), list(pages), prompt, sampling)
+
+    def extend(self, sequence: str, pages: Sequence[int]) -> None:
+        self.known[sequence].table += pages
+
+    def copy(self, source: int, target: int) -> None:
+        self.arena[target] = list(self.arena[source])
+
+    def close(self, sequence: str) -> None:
+        self.known.pop(sequence, None)
+
+    def rows(self, known: Known, stop: int) -> list[int]:
+        return [self.arena[known.table[at // PAGE]][at % PAGE] for at in range(stop)]
+
+    def step(self, rows: Sequence[Row]) -> list[Sampled]:
+        out = []
+        for row in rows:
+            known = self.known[row.sequence]
+            self.longest = max(self.longest, row.stop - row.start)
+            for at in range(row.start, row.stop):
+                before = self.rows(known, at)[-1] if at else 0
+                self.arena[known.table[at // PAGE]][at % PAGE] = slot(before, known.tokens[at])
+            if row.stop == len(known.tokens):
+                known.tokens.append(say(self.rows(known, row.stop)))
+                full = len(known.tokens) - known.prompt == known.sampling.max_tokens
+                out.append(Sampled(row.sequence, row.stop, known.tokens[-1], "length" if full else None))
+        return out
+
+
+class Stage:
+    """A shell, what gateways hear, and the rest of a worker."""
+
+    def __init__(self, machine, engine: Reader) -> None:
+        self.heard: list[Message] = []
+        self.bugs: list[BaseException] = []
+        self.driver = Driver(self.bugs.append, check=True)
+        self.driver.seat("sink", Silent(), lambda command: None)
+        self.thread = JobThread("engine", self.bugs.append)
+        self.shell = DecodeShell(machine, self.driver, engine, self.thread, self.tell)  # type: ignore[arg-type]
+
+    def tell(self, gateway: Identity, message: Message) -> None:
+        self.heard.append(message)
+
+    async def until(self, done) -> None:
+        for _ in range(5_000):
+            if done():
+                return
+            await asyncio.sleep(0.002)
+
+    def close(self) -> None:
+        self.thread.close()
+        self.driver.close()
+
+    def said(self, counter: int) -> list[int]:
+        tokens: list[int] = []
+        for message in self.heard:
+            if isinstance(message, Tokens) and message.ticket == ticket(counter):
+                assert message.index == len(tokens)
+                tokens += message.tokens
+        return tokens
+
+
+@pytest.mark.parametrize("piece", [512, 3])
+def test_a_row_whose_kv_was_given_up_says_what_it_would_have_said(piece, monkeypatch):
+    monkeypatch.setattr(shell, "RECOMPUTE_TOKENS", piece)
+    engine, ledger = Reader(10), Pages(10)
+    forecast = Forecast(ForecastConfig(window=4, least=1, least_longer=1))
+    forecast.learn(3)
+    machine = DecodePolicy(D1, SHAPE, ledger, DecodeConfig(admission="past_future", max_steps=3), None, forecast)
+    requests = {counter: ask(6, 22, start=counter) for counter in (1, 2, 3)}
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        for counter, request in requests.items():
+            stage.driver.post("decode", Asked(ticket(counter), request))
+        for counter, request in requests.items():
+            key = ticket(counter).key
+            if not ledger.promised:
+                break
+            pages = ledger.bind(key, 2, Owner.PULLING)
+            known = Known(list(request.prompt), list(pages), 6, request.sampling)
+            for at, token in enumerate(request.prompt):
+                before = engine.rows(known, at)[-1] if at else 0
+                engine.arena[pages[at // PAGE]][at % PAGE] = slot(before, token)
+            ledger.move(key, Owner.DECODING)
+            stage.driver.post("decode", KvArrived(ticket(counter), request, (First(5),)))
+        await stage.until(lambda: sum(isinstance(message, Finished) for message in stage.heard) == 3)
+        stage.close()
+        assert not stage.bugs
+        for counter, request in requests.items():
+            assert stage.said(counter) == text(request.prompt, 5, 22)
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert machine.evicted > 0
+    assert machine.recomputed_tokens > 0
+    assert engine.longest <= max(piece, 1)
+    assert engine.longest > 1
+    assert not engine.known
+    assert ledger.counts()[Owner.FREE] == 10
+
+
+class Scripted:
+    """A machine that says the next of its lines at every event."""
+
+    def __init__(self, *lines) -> None:
+        self.lines = list(lines)
+        self.events: list = []
+
+    def on(self, event, now):
+        self.events.append(event)
+        return self.lines.pop(0) if self.lines else []
+
+    def deadline(self):
+        return None
+
+    def check(self):
+        pass
+
+
+def test_pages_in_place_of_others_open_a_sequence_again():
+    request, key = ask(6, 8), ticket().key
+    engine = Reader(6)
+    pages = (0, 1)
+    known = Known(list(request.prompt), list(pages), 6, request.sampling)
+    for at, token in enumerate(request.prompt):
+        before = engine.rows(known, at)[-1] if at else 0
+        engine.arena[pages[at // PAGE]][at % PAGE] = slot(before, token)
+    joins = Join(key, ticket(), request, First(5), (0, 1, 2, 3))
+    machine = Scripted(
+        [Run(1, (key,), (joins,), (), 2)],
+        [Run(2, (key,), (), (Grow(key, (4, 5), 2),), 5)],
+        [Leave(key)],
+    )
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 3 and not engine.known)
+        stage.close()
+        assert not stage.bugs
+        assert stage.said(1) == text(request.prompt, 5, 8)
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert engine.arena[2] == engine.arena[3] == [-1] * PAGE
+    assert engine.opened == [key, key]
+
+
+def test_the_prompts_logprobs_are_not_asked_for_again():
+    request, key = replace(ask(6, 8), sampling=Sampling(8, prompt_logprobs=1)), ticket().key
+    engine, asked = Reader(6), []
+    machine = Scripted([Run(1, (key,), (Join(key, ticket(), request, First(5), (0, 1, 2), None, 1, (0, 6)),), (), 2)])
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 2)
+        asked.append(engine.known[key].sampling.prompt_logprobs)
+        stage.close()
+        assert stage.said(1) == text(request.prompt, 5, 3)
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert asked == [None]
+
+
+def test_a_swap_is_a_bug_where_there_is_no_host_memory():
+    async def scene() -> list[BaseException]:
+        stage = Stage(Scripted([SwapOut("somebody", (1,))]), Reader(1))
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: stage.bugs)
+        stage.close()
+        return stage.bugs
+
+    (bug,) = asyncio.run(asyncio.wait_for(scene(), 20))
+    assert isinstance(bug, LocalError)
+
+
+def test_a_row_that_is_not_what_it_was_is_a_bug():
+    request, key = ask(6, 8), ticket().key
+    machine = Scripted([Run(1, (key,), (Join(key, ticket(), request, First(5), (0, 1, 2), None, 3),), (), 2)])
+
+    async def scene() -> None:
+        stage = Stage(machine, Reader(3))
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 2)
+        stage.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert "want the 7 it has" in machine.events[1].reason
+    assert not isinstance(machine.events[1], Failed)
