@@ -25,7 +25,8 @@ from core.sampling import Logprobs, Sampling
 from core.worker import Identity, Role
 from scheduler import decode_policy as decode
 from scheduler import prefill_policy as prefill
-from scheduler import router as front
+from scheduler import router_events as front
+from scheduler.router import Router, RouterConfig
 from tests.cast import SHAPE, worker
 from transfer import sink as taking
 from transfer import source as giving
@@ -148,7 +149,7 @@ class Gateway(Process):
 
     def __init__(self, world: World, identity: Identity):
         super().__init__(world, identity)
-        self.router = front.Router(identity, front.RouterConfig(max_queue_s=1000.0))
+        self.router = Router(identity, RouterConfig(max_queue_s=1000.0))
         self.seat("router", self.router, self.perform)
         self.requests: dict[int, Request] = {}
         self.got: dict[int, list[list[int]]] = {}
@@ -299,6 +300,8 @@ class Worker(Process):
         match command:
             case prefill.Answer(message):
                 self.world.send(self.me, message.ticket.minter, message)
+            case prefill.Invite(gateway, message):
+                self.world.send(self.me, gateway, message)
             case prefill.Begin(ticket, request, pages):
                 self.at_once(lambda: self.open(prefill.holder(ticket.key), ticket, request.prompt, pages, request))
             case prefill.RunChunk():
@@ -358,7 +361,8 @@ class Worker(Process):
             self.open(join.key, join.ticket, tokens, join.pages, join.request)
             self.sequences[join.key].first, self.sequences[join.key].branch = join.first, join.first.branch
         for grow in command.growing:
-            self.sequences[grow.key].pages += grow.pages
+            sequence = self.sequences[grow.key]
+            sequence.pages = sequence.pages[: grow.first] + grow.pages
         self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
 
     def step(self, command: decode.Run, steps: int) -> None:
