@@ -40,6 +40,8 @@ log = logging.getLogger("baton.worker")
 SERVICE = "baton.v1.WorkerService"
 RETRY_S = 2.0
 """A lane that could not be measured is tried again after this time."""
+ENGINE_NICE = 10
+"""On a core that it shares with the loop and the transfer thread, the engine waits: they are never busy long."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
@@ -73,7 +75,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._bug = bug
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
-        self._engine_thread = JobThread("engine", bug)
+        self._engine_thread = JobThread("engine", bug, ENGINE_NICE)
         self._driver = Driver(bug, check=config.check)
         self._server = rpc.Server(config.listen, [SERVICE])
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server.grpc)
@@ -236,6 +238,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     # Gateways.
     def _gateway_heard(self, gateway: Identity, message: Message) -> None:
+        if not isinstance(message, Offer | Prompt | Cancel):
+            raise RemoteError(f"{gateway} sent {type(message).__name__}")
         if message.ticket.minter != gateway:
             raise RemoteError(f"ticket of {message.ticket.minter} came from {gateway}")
         match message:
@@ -248,8 +252,6 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                     self._driver.post("prefill", message)
                 if self._decode is not None:
                     self._driver.post("decode", message)
-            case _:
-                raise RemoteError(f"{gateway} sent {type(message).__name__}")
 
     def _gateway_lost(self, gateway: Identity) -> None:
         if self._prefill is not None:

@@ -59,7 +59,7 @@ class Stream:
     def __init__(self, write: Callable[[list[Frame]], Awaitable[None]]) -> None:
         self._write = write
         self._queue: deque[Frame] = deque()
-        self._wake = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
         self._closing: str | None = None
         self.peer: Greeting | None = None
         self.reader = wire.Reader()
@@ -73,14 +73,14 @@ class Stream:
         if len(self._queue) > QUEUE_FRAMES:
             log.warning("a peer does not read: %d frames wait, ending its stream", len(self._queue))
             self.broken = True
-        self._wake.set()
+        self._wake()
 
     def close(self, reason: str) -> None:
         """Send what waits, then Goodbye, then end."""
         if self._closing is None:
             self._queue.append(Frame(goodbye=worker_pb2.Goodbye(reason=reason)))
             self._closing = reason
-            self._wake.set()
+            self._wake()
 
     async def run(self, greeting: Greeting, incoming: AsyncIterator[Iterable[Frame]], ears: Ears) -> None:
         """Live until either side ends; never raises but for cancellation."""
@@ -111,13 +111,29 @@ class Stream:
                 if not self._queue:
                     if self._closing is not None:
                         return
-                    self._wake.clear()
-                    try:
-                        await asyncio.wait_for(self._wake.wait(), HEARTBEAT_S)
-                    except TimeoutError:
-                        self._queue.append(Frame(heartbeat=worker_pb2.Heartbeat()))
+                    await self._wait()
                     continue
                 await self._write(self._batch())
+
+    async def _wait(self) -> None:
+        """Until a frame waits, ours if nobody's came in time. Woken in the next turn of the loop: `asyncio.wait_for`
+        around an event takes three, each of them behind whatever else is due."""
+        loop = asyncio.get_running_loop()
+        self._waiting = loop.create_future()
+        beat = loop.call_later(HEARTBEAT_S, self._beat)
+        try:
+            await self._waiting
+        finally:
+            self._waiting = None
+            beat.cancel()
+
+    def _beat(self) -> None:
+        self._queue.append(Frame(heartbeat=worker_pb2.Heartbeat()))
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _batch(self) -> list[Frame]:
         """What waits, as much as one message should carry."""

@@ -15,6 +15,8 @@ pages, measured on a busy machine).
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,7 +32,8 @@ Bytes = memoryview | NDArray[Any]
 
 MASK = 2**64 - 1
 _WORD = np.dtype("<u8")
-_BLOCK_ROWS = 16384
+_BLOCK_ROWS = 32768
+_own = threading.local()
 
 
 def mix64(value: int) -> int:
@@ -129,6 +132,15 @@ def _tokens(first: int, count: int) -> U64:
     return value
 
 
+def _room(*shape: int) -> tuple[U64, U64]:
+    """Two blocks of this thread's own, not cleared: fresh ones of this size come with page faults each time."""
+    count = math.prod(shape)
+    kept: U64 | None = getattr(_own, "room", None)
+    if kept is None or kept.shape[1] < count:
+        kept = _own.room = np.empty((2, max(count, _BLOCK_ROWS)), dtype=np.uint64)
+    return kept[0, :count].reshape(shape), kept[1, :count].reshape(shape)
+
+
 def _mix(value: U64, spare: U64) -> None:
     """mix64 of every element, in place; `spare` is scratch of the same shape."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -153,8 +165,7 @@ def _digests(bodies: NDArray[np.uint8], shape: KvShape, first_token: int, tokens
     keys = _tokens(first_token, count * shape.page_tokens).reshape(count, 1, shape.page_tokens)[:, :, :tokens]
     lane_step = min(len(lanes), max(1, _BLOCK_ROWS // tokens))
     page_step = min(count, max(1, _BLOCK_ROWS // (tokens * len(lanes))))
-    sums: U64 = np.empty((page_step, lane_step, tokens), dtype=np.uint64)
-    spare = np.empty_like(sums)
+    sums, spare = _room(page_step, lane_step, tokens)
     total: U64 = np.zeros(count, dtype=np.uint64)
     for page in range(0, count, page_step):
         for lane in range(0, len(lanes), lane_step):

@@ -15,6 +15,7 @@ from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
+from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
 
@@ -191,6 +192,7 @@ class Sink:
         self._shape = shape
         self._ledger = ledger
         self._taking: dict[str, _Taking] = {}
+        self._deadlines = Ranked()
         self._pieces: dict[int, _Piece] = {}
         self._doubt: dict[int, str] = {}
         self._doubtful_source: dict[int, Identity] = {}
@@ -207,14 +209,16 @@ class Sink:
     def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
         match event:
             case None:
-                late = [taking for taking in self._taking.values() if taking.deadline <= now]
+                late = [self._taking[key] for key in self._deadlines.until(now)]
                 commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
                 short = self._short_since()
                 return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
             case Reserve(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
-                self._taking[ticket.key] = _Taking(ticket, request, now, now + request.timeout_s)
+                deadline = now + request.timeout_s
+                self._taking[ticket.key] = _Taking(ticket, request, now, deadline)
+                self._deadlines.put(ticket.key, deadline)
                 return [AskPolicy(ticket, request)]
             case Decided():
                 return self._decided(event, now)
@@ -246,14 +250,16 @@ class Sink:
                 return []
 
     def deadline(self) -> float | None:
-        due = [taking.deadline for taking in self._taking.values()]
+        due = self._deadlines.lowest() if self._taking else None
         if (short := self._short_since()) is not None:
-            due.append(short + DOUBT_S)
-        return min(due, default=None)
+            due = short + DOUBT_S if due is None else min(due, short + DOUBT_S)
+        return due
 
     def check(self) -> None:
+        assert len(self._deadlines) == len(self._taking)
         for key, taking in self._taking.items():
             assert key == taking.ticket.key
+            assert self._deadlines.rank(key) == taking.deadline
             assert taking.verified_pages <= taking.announced_pages
             assert taking.state is State.PULLING or not taking.announced_pages, "bound pages before the grant"
             assert len(self._ledger.pages(key)) == taking.announced_pages
@@ -271,7 +277,7 @@ class Sink:
         if taking.state is not State.ASKED:
             raise LocalError(f"{event.key} was decided twice")
         if not event.granted:
-            del self._taking[event.key]
+            self._drop(event.key)
             return [SendToSource(Refuse(taking.ticket, event.reason))]
         taking.state, taking.granted_at = State.PULLING, now
         return [SendToSource(Grant(taking.ticket))]
@@ -345,7 +351,7 @@ class Sink:
         if not taking.firsts or taking.verified_pages < taking.announced_pages:
             return []
         key = taking.ticket.key
-        del self._taking[key]
+        self._drop(key)
         self._ledger.move(key, Owner.DECODING)
         assert taking.ready_at is not None
         pull = Pull(
@@ -365,7 +371,7 @@ class Sink:
         a holder's pages in one call, and a ticket with a read in flight is rarely large when it is abandoned.
         """
         key = taking.ticket.key
-        del self._taking[key]
+        self._drop(key)
         commands: list[SinkCommand] = [SendToSource(Release(taking.ticket, reason))] if tell else []
         commands.append(Gone(taking.ticket, reason, recompute))
         self._ledger.unpromise(key)
@@ -380,6 +386,10 @@ class Sink:
             self._doubtful_source[read_id] = taking.ticket.source
         return commands + self._fence_if_crowded()
 
+    def _drop(self, key: str) -> None:
+        del self._taking[key]
+        self._deadlines.drop(key)
+
     def _settle(self, read_id: int) -> None:
         """A read of a forgotten ticket is over; the last one of a holder frees its pages."""
         holder = self._doubt.pop(read_id, None)
@@ -390,7 +400,7 @@ class Sink:
 
     def _short_since(self) -> float | None:
         """When the first that still waits for memory asked for it, if pages are in doubt that nobody fences yet."""
-        if self._doubt.keys() == self._fencing:
+        if not self._doubt or self._doubt.keys() == self._fencing:
             return None
         return min((taking.asked_at for taking in self._taking.values() if taking.state is State.ASKED), default=None)
 

@@ -7,13 +7,14 @@ the ticket, and a sink accepts bytes only if every page's digest equals the one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
 
@@ -147,6 +148,7 @@ class Source:
     def __init__(self, shape: KvShape) -> None:
         self._shape = shape
         self._giving: dict[str, _Giving] = {}
+        self._deadlines = Ranked()
         self.ignored = 0
         """Messages about tickets we do not hold."""
 
@@ -156,11 +158,12 @@ class Source:
     def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
         match event:
             case None:
-                return self._end_where(lambda g: g.deadline <= now, "deadline", tell=True)
+                return self._end(self._deadlines.until(now), "deadline", tell=True)
             case AskSink(ticket, request, deadline):
                 if ticket.key in self._giving:
                     raise LocalError(f"{ticket.key} is being handed off already")
                 self._giving[ticket.key] = _Giving(ticket, request, deadline)
+                self._deadlines.put(ticket.key, deadline)
                 return [SendToSink(Reserve(ticket, request))]
             case Sealed():
                 return self._sealed(event)
@@ -173,18 +176,21 @@ class Source:
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
             case Withdraw(key, reason):
-                return self._end_where(lambda g: g.ticket.key == key, reason, tell=True)
+                return self._end([key] if key in self._giving else [], reason, tell=True)
             case SinkLost(identity):
-                return self._end_where(lambda g: g.ticket.sink == identity, f"{identity.name} was lost", tell=False)
+                lost = [key for key, giving in self._giving.items() if giving.ticket.sink == identity]
+                return self._end(lost, f"{identity.name} was lost", tell=False)
             case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
                 return self._heard(ticket, event, now)
 
     def deadline(self) -> float | None:
-        return min((giving.deadline for giving in self._giving.values()), default=None)
+        return self._deadlines.lowest() if self._giving else None
 
     def check(self) -> None:
+        assert len(self._deadlines) == len(self._giving)
         for key, giving in self._giving.items():
             assert key == giving.ticket.key
+            assert self._deadlines.rank(key) == giving.deadline
             assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages <= len(giving.pages)
             assert giving.state is not State.ASKED or giving.announced_pages == 0, "announced without a grant"
             if giving.state is State.ANNOUNCED:
@@ -200,6 +206,7 @@ class Source:
             giving.state = after
             return [GrantCame(ticket.key), *self._announce(giving, now)]
         del self._giving[ticket.key]
+        self._deadlines.drop(ticket.key)
         if isinstance(message, Refuse | Release):
             return [HandOffEnded(ticket.key, taken=False, reason=message.reason)]
         return [HandOffEnded(ticket.key, taken=True, taken_s=now - giving.announced_at)]
@@ -240,14 +247,14 @@ class Source:
         )
         return [SendToSink(ready)]
 
-    def _end_where(self, ends: Callable[[_Giving], bool], reason: str, *, tell: bool) -> list[SourceCommand]:
+    def _end(self, keys: Iterable[str], reason: str, *, tell: bool) -> list[SourceCommand]:
         commands: list[SourceCommand] = []
-        for key, giving in list(self._giving.items()):
-            if ends(giving):
-                del self._giving[key]
-                if tell:
-                    commands.append(SendToSink(Release(giving.ticket, reason)))
-                commands.append(HandOffEnded(key, taken=False, reason=reason))
+        for key in keys:
+            giving = self._giving.pop(key)
+            self._deadlines.drop(key)
+            if tell:
+                commands.append(SendToSink(Release(giving.ticket, reason)))
+            commands.append(HandOffEnded(key, taken=False, reason=reason))
         return commands
 
     def _ignore(self) -> list[SourceCommand]:

@@ -25,17 +25,19 @@ from dataclasses import dataclass, field
 from core.errors import BatonError, LocalError
 from core.kv import KvShape, PageRun, pages_of
 from transfer.digest import digests
+from transfer.memory import settle
+from transfer.probe import Probe
 from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
 
 IDLE_S = 0.02
 LIVELY_S = 0.001
 EAGER_S = 0.00005
-PROBE_S = 1.0
-"""A lane that does not settle within this is measured as it is."""
+BOOST_S = 1.0
+"""Poll every 1 ms for so long after a connect and after a probe's begin."""
 PROBE_ANSWER_S = 2.0
 """A lane that answers no read within this is not up."""
-PROBE_READS = 3
-PROBE_NBYTES = 4096
+SETTLE_S = 10.0
+"""Most time spent at the start on memory for the arena's pages; the ledger gives the first pages out first."""
 DIGEST_NBYTES = 4 << 20
 """Bytes digested between two looks at the queue and the transport: well under a millisecond."""
 
@@ -161,24 +163,6 @@ class _Digest:
     """The read that brought the pages, of a `pull`."""
 
 
-@dataclass(slots=True)
-class _Probe:
-    peer: str
-    scratch: PageRun
-    remote: PageRun
-    started: float
-    read_id: int = 0
-    streak: int = 0
-    samples_s: list[float] = field(default_factory=list)
-    """Of the streak's small reads."""
-    whole: list[ReadDone] = field(default_factory=list)
-    """Reads over all the scratch pages."""
-    posted: float = 0.0
-    all_pages: bool = False
-    """The read in flight is one over all the scratch pages."""
-    first_poll: bool = True
-
-
 class _Bell:
     """Wakes a thread that waits for file descriptors."""
 
@@ -242,7 +226,7 @@ class TransferThread:
         self._jobs: deque[_Digest] = deque()
         self._checks: dict[int, _Digest] = {}
         """Digests to compute when a read is done."""
-        self._probes: dict[str, _Probe] = {}
+        self._probes: dict[str, Probe] = {}
         self._own_reads = 0
         self._lively = False
         self._boosted_until = 0.0
@@ -353,6 +337,9 @@ class TransferThread:
     def _run(self) -> None:
         try:
             transport = self._transport = self._make()
+            settled = settle(self._memory, SETTLE_S)
+            if settled < self._memory.nbytes:
+                log.info("transfer: the arena's memory is there up to byte %d, the rest comes at first use", settled)
             transport.register(self._memory, self._unit_nbytes)
             opened = Opened(transport.name, transport.metadata())
             if transport.fds():
@@ -453,7 +440,7 @@ class TransferThread:
         except Exception as error:
             self._post(ConnectFailed(peer, _sentence(error)))
             return
-        self._boost(PROBE_S)
+        self._boost(BOOST_S)
         self._post(Connected(peer, time.perf_counter() - started))
 
     def _disconnect(self, peer: str) -> None:
@@ -508,35 +495,29 @@ class TransferThread:
         if peer in self._probes:
             self._post(ProbeFailed(peer, "a probe of it is running"))
             return
-        self._boost(PROBE_S)
-        self._probes[peer] = _Probe(peer, scratch, remote, time.monotonic())
+        self._boost(BOOST_S)
+        self._probes[peer] = Probe(peer, scratch, remote, time.monotonic())
 
-    def _go_on(self, probe: _Probe, transport: Transport) -> None:
+    def _go_on(self, probe: Probe, transport: Transport) -> None:
         """Post a probe's next read, and look at its outcome once in the same breath."""
         now = time.monotonic()
         if probe.read_id:
             if now - probe.posted > PROBE_ANSWER_S:
                 transport.abandon(probe.read_id)
             return
-        whole = probe.streak >= PROBE_READS or now - probe.started > PROBE_S
-        if whole and len(probe.whole) >= PROBE_READS:
-            self._probe_done(probe, transport)
+        nbytes = probe.next_nbytes(self._unit_nbytes, now)
+        if nbytes is None:
+            del self._probes[probe.peer]
+            self._post(LaneProbed(probe.peer, *probe.measured(), transport.transports(probe.peer)))
             return
         self._own_reads -= 1
-        size = self._unit_nbytes * probe.scratch.count
         try:
-            transport.read(
-                self._own_reads,
-                probe.peer,
-                (probe.remote,),
-                (probe.scratch,),
-                size if whole else min(PROBE_NBYTES, size),
-            )
+            transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
         except Exception as error:
             del self._probes[probe.peer]
             self._post(ProbeFailed(probe.peer, _sentence(error)))
             return
-        probe.read_id, probe.posted, probe.all_pages, probe.first_poll = self._own_reads, now, whole, True
+        probe.posts(self._own_reads, now)
         self._hear(transport)
         probe.first_poll = False
 
@@ -551,23 +532,7 @@ class TransferThread:
                 doubtful = probe.scratch if completion.in_doubt else None
                 self._post(ProbeFailed(probe.peer, reason, doubtful, completion.read_id if doubtful else 0))
             case ReadDone() if probe is not None:
-                probe.read_id = 0
-                if probe.all_pages:
-                    probe.whole.append(completion)
-                    return
-                if probe.first_poll or not self._open().immediate(probe.peer):
-                    probe.streak += 1
-                else:
-                    probe.streak, probe.samples_s = 0, []
-                probe.samples_s = [*probe.samples_s[-8:], completion.seconds]
-
-    def _probe_done(self, probe: _Probe, transport: Transport) -> None:
-        del self._probes[probe.peer]
-        best = max(done.nbytes / done.seconds for done in probe.whole)
-        samples = sorted(probe.samples_s) or [min(done.seconds for done in probe.whole)]
-        self._post(
-            LaneProbed(probe.peer, best / 1e9, samples[len(samples) // 2] * 1e6, transport.transports(probe.peer))
-        )
+                probe.took(completion, self._open().immediate(probe.peer))
 
 
 def _sentence(error: Exception) -> str:
