@@ -56,7 +56,7 @@ def test_linear_and_logits(ops, dtype, bias):
 
 
 def test_linear_without_private_operations(dtype, bias, monkeypatch):
-    monkeypatch.setattr(linear, "PACKS", False)
+    monkeypatch.setattr(linear, "packs", lambda dtype: False)
     test_linear_and_logits(FastOps(), dtype, bias)
 
 
