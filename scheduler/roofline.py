@@ -96,12 +96,14 @@ CPU = Hardware(
 HARDWARE = {hardware.name: hardware for hardware in (A100, H100, H200, CPU)}
 
 # What a read costs by kind of path. The first two: from Ready to Taken, digests included, between two processes here
-# (bench/results); NVLink: APEX's and Vidur's send and receive; a network of 400 Gb/s: its rate, unmeasured.
+# (bench/results); NVLink: APEX's and Vidur's send and receive; a network of 400 Gb/s and a PCIe 5 bus to
+# host memory: their rates, unmeasured.
 LANES = (
     Lane("cma", 2.0e-3, 10e-6, 1 / 5.3e9),
     Lane("tcp", 2.0e-3, 20e-6, 1 / 1.9e9),
     Lane("nvlink", 6e-6, 6e-6, 1 / 365e9),
     Lane("rdma-400g", 0.5e-3, 5e-6, 1 / (0.9 * 50e9)),
+    Lane("host", 20e-6, 5e-6, 1 / 50e9),
 )
 
 
@@ -180,3 +182,12 @@ RANDOM_100M = Sizes(12, 768, 2048, 12, 4, 64, 32000)
 def over(sizes: Sizes, tp: int) -> Sizes:
     """The same model over `tp` ranks."""
     return replace(sizes, tp=tp)
+
+
+def kv_tokens(sizes: Sizes, hardware: Hardware, *, share: float = 0.9) -> int:
+    """Tokens of KV that fit beside the weights into `share` of the devices' memory; 0 where the weights do not fit.
+
+    What activations and graphs take is in the rest of the memory.
+    """
+    weights = (sizes.layer_parameters + 2 * sizes.head_parameters) * sizes.value_bytes
+    return max(0, int((share * hardware.memory_bytes * sizes.tp - weights) / sizes.kv_bytes))

@@ -175,6 +175,10 @@ class Scenario:
         return tuple(event for event in self.events if isinstance(event, Fault))
 
 
+CALM = Scenario("none")
+"""Nothing happens."""
+
+
 def read(path: Path) -> Scenario:
     """The scenario in a TOML file; SetupError with file, event, field, got and want where it is wrong."""
     try:

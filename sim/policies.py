@@ -1,0 +1,161 @@
+"""Policies by name, as they are compared: each is classes of `scheduler/`, chosen and set, and nothing else.
+
+A new one is a class in one file of `scheduler/` and a line here; then it stands beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from core.errors import SetupError
+from core.pages import Pages
+from core.worker import Identity
+from scheduler.cost import CostModel
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.distserve import DistServe
+from scheduler.dual_queue import DualQueue, DualQueueSettings
+from scheduler.dualmap import DualMap, DualMapConfig
+from scheduler.fcfs import Fcfs
+from scheduler.gather import GatherSettings
+from scheduler.hrrn import Hrrn
+from scheduler.least_loaded import LeastLoaded
+from scheduler.long_share import LongShare
+from scheduler.mixed_events import PREFILL_FIRST, SARATHI, MixedConfig
+from scheduler.mixed_policy import MixedPolicy
+from scheduler.order import Order
+from scheduler.placement import Placement
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
+from scheduler.round_robin import RoundRobin
+from scheduler.router import Router, RouterConfig
+from scheduler.shortest import Shortest
+from scheduler.splitwise import Splitwise
+from sim.fleet import Build
+
+CHUNK_TOKENS = 2048
+MAX_ROWS = 256
+MAX_STEPS = 1000
+"""A standing order of a simulated engine may be long: nobody waits for its tokens."""
+
+PREFILL = PrefillConfig(chunk_tokens=CHUNK_TOKENS, max_rows=64)
+DECODE = DecodeConfig(max_rows=MAX_ROWS, max_steps=MAX_STEPS)
+
+
+def fcfs(config: PrefillConfig, cost: CostModel) -> Order:
+    """First come, first served, waits predicted by the cost model."""
+    return Fcfs(config.chunk_tokens, config.max_rows, cost)
+
+
+def dual_queue(settings: DualQueueSettings | None = None) -> Callable[[PrefillConfig, CostModel], Order]:
+    """LAPS's two queues."""
+    return lambda config, cost: DualQueue(config.chunk_tokens, config.max_rows, cost, settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a deployment decides."""
+
+    name: str
+    about: str
+    order: Callable[[PrefillConfig, CostModel], Order] = fcfs
+    placement: Callable[[CostModel], Placement] = lambda cost: LeastLoaded()
+    router_config: RouterConfig = field(default_factory=RouterConfig)
+    prefill_config: PrefillConfig = PREFILL
+    decode_config: DecodeConfig = DECODE
+    gap_cap: bool = False
+    """Decode batches are capped so that promised gaps are kept."""
+    mixed_config: MixedConfig = SARATHI
+    colocated: bool = False
+    """All workers do both phases, whatever role they were given."""
+
+    def router(self, me: Identity, cost: CostModel) -> Router:
+        """A gateway's."""
+        return Router(me, self.router_config, self.placement(cost))
+
+    def prefill(self, me: Identity, build: Build, ledger: Pages) -> PrefillPolicy:
+        """A prefill worker's."""
+        order = self.order(self.prefill_config, build.cost)
+        return PrefillPolicy(me, build.shape, ledger, self.prefill_config, order)
+
+    def decode(self, me: Identity, build: Build, ledger: Pages) -> DecodePolicy:
+        """A decode worker's."""
+        return DecodePolicy(me, build.shape, ledger, self.decode_config, build.cost if self.gap_cap else None)
+
+    def mixed(self, me: Identity, build: Build, ledger: Pages) -> MixedPolicy:
+        """A colocated worker's."""
+        return MixedPolicy(me, build.shape, ledger, self.mixed_config, build.cost)
+
+
+BATON = Policy(
+    "baton",
+    "ours: two queues with pre-emption, two candidates by prefix, admission by future memory, batches by gap",
+    dual_queue(),
+    lambda cost: DualMap(cost=cost),
+    prefill_config=replace(PREFILL, preempt=True),
+    decode_config=replace(DECODE, admission="past_future"),
+    gap_cap=True,
+)
+
+BASELINES = (
+    Policy("fcfs", "first come, first served, at the least loaded worker"),
+    Policy("round-robin", "first come, first served, workers in turn", placement=lambda cost: RoundRobin()),
+    Policy(
+        "shortest",
+        "the shortest prompt first, as SGLang offers it; least loaded worker",
+        lambda config, cost: Shortest(config.chunk_tokens, config.max_rows, cost),
+    ),
+    Policy(
+        "hrrn",
+        "the highest response ratio first: short prompts, and long ones as they age; least loaded worker",
+        lambda config, cost: Hrrn(config.chunk_tokens, config.max_rows, cost),
+    ),
+    Policy(
+        "long-share",
+        "long prompts take a bounded share of each step, as in vLLM; least loaded worker",
+        lambda config, cost: LongShare(config.chunk_tokens, config.max_rows, cost),
+    ),
+    Policy("splitwise", "shortest queues on both sides", placement=lambda cost: Splitwise()),
+    Policy("distserve", "static pairs of prefill and decode workers", placement=lambda cost: DistServe()),
+    Policy(
+        "colocated-prefill-first",
+        "every worker does both phases, whole prompts before decode steps, as vLLM did before version 1",
+        mixed_config=replace(PREFILL_FIRST, max_rows=MAX_ROWS, max_steps=MAX_STEPS),
+        colocated=True,
+    ),
+    Policy(
+        "colocated-chunked",
+        "every worker does both phases, chunks of prompts beside decode rows, after Sarathi-Serve",
+        mixed_config=replace(SARATHI, max_rows=MAX_ROWS, max_steps=MAX_STEPS),
+        colocated=True,
+    ),
+)
+
+ABLATIONS = (
+    replace(BATON, name="baton-without-dual-queue", about="prompts first come, first served", order=fcfs),
+    replace(
+        BATON,
+        name="baton-without-window",
+        about="short prompts do not wait for each other",
+        order=dual_queue(DualQueueSettings(gather=GatherSettings(window_least_s=0.0, window_most_s=0.0))),
+    ),
+    replace(BATON, name="baton-without-preemption", about="steps are not suspended", prefill_config=PREFILL),
+    replace(BATON, name="baton-without-dualmap", about="least loaded worker", placement=lambda cost: LeastLoaded()),
+    replace(BATON, name="baton-without-forecast", about="memory for all that may come", decode_config=DECODE),
+    replace(BATON, name="baton-without-gap-cap", about="batches as large as memory allows", gap_cap=False),
+    replace(
+        BATON,
+        name="baton-first-fit",
+        about="decode workers are filled one after the other",
+        placement=lambda cost: DualMap(DualMapConfig(decode="first_fit"), cost),
+    ),
+)
+
+POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *ABLATIONS)}
+"""By name: ours, what others ship, and ours without one idea at a time."""
+
+
+def policy(name: str) -> Policy:
+    """The policy of that name; SetupError where there is none."""
+    if name not in POLICIES:
+        raise SetupError(f"policy: got {name!r}, want one of {', '.join(POLICIES)}")
+    return POLICIES[name]

@@ -1,0 +1,280 @@
+"""One simulation: a workload at a deployment under a policy, deterministic to the last digit."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from core.errors import SetupError
+from core.request import Slo
+from core.worker import Identity, Role
+from sim.fleet import Build
+from sim.gaps import edges
+from sim.loop import CHECK_EVERY, Kind, Loop
+from sim.network import Network
+from sim.outcome import Outcome, Record, Tally
+from sim.policies import Policy
+from sim.scenario import Fault, Link, Lose, Return, Scenario, Slow
+from sim.worker import Gateway, Worker, World
+from sim.workload import Arrival, Workload
+
+CALM = Scenario("none")
+SALT = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a simulation assumes beside workers, policy and workload.
+
+    | field | default | unit | meaning |
+    |---|---|---|---|
+    | slo | none | s | goals of every request |
+    | gateways | 1 | | requests go round them |
+    | lane | rdma-400g | | how KV moves, by the cost model's name |
+    | hop_s | 0.0002 | s | a message between two processes |
+    | lost_s | 0.025 | s | until a death is noticed |
+    | load_s | 10 | s | until a worker that returns takes requests |
+    | timeout_s | 600 | s | what a client waits for the whole answer |
+    | max_tokens | None | tokens | what a client asks for at most; None: what the answer will come to |
+    | check_every | 1000 | events | how often machines look at their invariants |
+    """
+
+    slo: Slo = field(default_factory=Slo)
+    gateways: int = 1
+    lane: str = "rdma-400g"
+    hop_s: float = 0.0002
+    lost_s: float = 0.025
+    load_s: float = 10.0
+    timeout_s: float = 600.0
+    max_tokens: int | None = None
+    check_every: int = CHECK_EVERY
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came of it."""
+
+    tally: Tally
+    seconds: float
+    """Simulated, from the first arrival to the last end."""
+    arriving_s: float
+    """From the first arrival to the last."""
+    events: int
+    runs: int
+    """Standing orders of decode workers."""
+    steps: int
+    """Their steps."""
+    moved_nbytes: int
+    devices: int
+
+    @property
+    def rate(self) -> float:
+        """Requests a second that arrived."""
+        return (self.tally.arrived - 1) / self.arriving_s if self.arriving_s > 0 else 0.0
+
+
+def simulate(
+    workload: Workload | Iterable[Arrival],
+    builds: Sequence[Build],
+    policy: Policy,
+    settings: Settings,
+    *,
+    scenario: Scenario = CALM,
+    over: Callable[[Outcome], None] | None = None,
+    watch: Callable[[Simulation], None] | None = None,
+) -> Result:
+    """Run all of a workload to the end of its last request; `over` gets every outcome when it happens.
+
+    Any iterable of arrivals in order of time will do, taken as they come, so that what is kept does not grow; only a
+    `Workload` may have turns that wait for the one before.
+    """
+    simulation = Simulation(workload, builds, policy, settings, scenario, over)
+    if watch is not None:
+        watch(simulation)
+    return simulation.run()
+
+
+class Simulation:
+    """The processes of a deployment, the clients, and what goes wrong."""
+
+    def __init__(
+        self,
+        arrivals: Workload | Iterable[Arrival],
+        builds: Sequence[Build],
+        policy: Policy,
+        settings: Settings,
+        scenario: Scenario,
+        over: Callable[[Outcome], None] | None,
+    ) -> None:
+        if not builds:
+            raise SetupError("workers: got none, want at least one")
+        self.loop = loop = Loop(check_every=settings.check_every)
+        self.settings = settings
+        self.policy = policy
+        self.tally = Tally()
+        if policy.colocated:
+            builds = [replace(build, role=Role.MIXED) for build in builds]
+        self.builds = {build.name: build for build in builds}
+        network = Network(loop, builds[0].cost, settings.lane, settings.hop_s)
+        self.world = World(loop, network, edges(settings.slo.gap_s), settings.slo)
+        self._over = over
+        self._ended_s = 0.0
+        self._first_s = self._last_s = 0.0
+        self._counter = 0
+        self._prompt: tuple[int, ...] = ()
+        self._page_tokens = builds[0].shape.page_tokens
+        self.gateways = [
+            Gateway(
+                self.world, f"gateway-{i}", i, policy.router(Identity(f"gateway-{i}", 1), builds[0].cost), self._done
+            )
+            for i in range(settings.gateways)
+        ]
+        self.workers: dict[str, Worker] = {}
+        self._lives: dict[str, int] = {}
+        self._past: list[tuple[int, int]] = []
+        for build in builds:
+            self._start(build.name)
+        self._waiting: dict[str, deque[Arrival]] = {}
+        """Turns that come after the end of the one before, by session."""
+        self._arrivals = iter(arrivals) if not isinstance(arrivals, Workload) else iter(self._set_apart(arrivals))
+        self._due = 0
+        """Requests under way, on the agenda, or waiting for the turn before."""
+        self._exhausted = False
+        for fault in scenario.faults:
+            self._fault(fault)
+        self._next(None)
+
+    def run(self) -> Result:
+        """Until every request is over."""
+        self.loop.run(idle=lambda: self._exhausted and not self._due)
+        lives = [worker.orders() for worker in self.workers.values()]
+        runs, steps = (sum(column) for column in zip((0, 0), *lives, *self._past, strict=True))
+        return Result(
+            self.tally,
+            self._ended_s - self._first_s,
+            self._last_s - self._first_s,
+            self.loop.events,
+            runs,
+            steps,
+            self.world.network.nbytes,
+            sum(build.tp for build in self.builds.values()),
+        )
+
+    # Clients.
+    def _next(self, arrival: Arrival | None) -> None:
+        """An arrival's time has come; the one after it is put on the agenda."""
+        if arrival is not None:
+            self._arrive(arrival)
+        following = next(self._arrivals, None)
+        if following is None:
+            self._exhausted = True
+            return
+        self._due += 1
+        self.loop.at(max(following.at_s, self.loop.now), Kind.ARRIVAL, 0, self._next, following)
+
+    def _set_apart(self, workload: Workload) -> list[Arrival]:
+        """What comes at its own time; the turns that wait for another are kept by session."""
+        alone: list[Arrival] = []
+        closed: set[str] = set()
+        for arrival in workload.arrivals:
+            if arrival.session in closed:
+                self._waiting.setdefault(arrival.session, deque()).append(arrival)
+            else:
+                alone.append(arrival)
+            if arrival.gap_s is not None:
+                closed.add(arrival.session)
+            else:
+                closed.discard(arrival.session)
+        return alone
+
+    def _arrive(self, arrival: Arrival) -> None:
+        now, settings = self.loop.now, self.settings
+        self._counter += 1
+        if self._counter == 1:
+            self._first_s = now
+        self._last_s = now
+        if len(self._prompt) < arrival.prompt:
+            self._prompt = (0,) * max(arrival.prompt, 2 * len(self._prompt))
+        gateway = self.gateways[self._counter % len(self.gateways)]
+        most = max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
+        prefix = page_hashes(arrival, self._page_tokens)
+        gateway.ask(self._counter, arrival, self._prompt[: arrival.prompt], prefix, most, settings.timeout_s)
+
+    def _done(self, record: Record, outcome: Outcome) -> None:
+        self._due -= 1
+        self._ended_s = self.loop.now
+        self.tally.add(outcome)
+        if self._over is not None:
+            self._over(outcome)
+        arrival = record.arrival
+        if arrival.gap_s is not None:
+            turn = self._waiting[arrival.session].popleft()
+            self._due += 1
+            self.loop.at(self.loop.now + arrival.gap_s, Kind.ARRIVAL, 0, self._arrive, turn)
+
+    # Workers and what happens to them.
+    def _start(self, name: str) -> None:
+        build = self.builds[name]
+        life = self._lives[name] = self._lives.get(name, 0) + 1
+        order = len(self.gateways) + list(self.builds).index(name)
+        worker = self.workers[name] = Worker(self.world, build, life, order, self.policy)
+        for gateway in self.gateways:
+            gateway.up(worker.member())
+
+    def _fault(self, fault: Fault) -> None:
+        name = fault.source if isinstance(fault, Link) else fault.worker
+        names = [name, fault.sink] if isinstance(fault, Link) else [name]
+        for each in names:
+            if each != "*" and each not in self.builds:
+                raise SetupError(f"scenario: worker: got {each!r}, want one of {', '.join(self.builds)}")
+        match fault:
+            case Link():
+                self.world.network.trouble(fault)
+            case Lose():
+                self._at(fault.at_s, self._lose, name)
+            case Return():
+                self._at(fault.at_s + self.settings.load_s, self._start, name)
+            case Slow():
+                self._at(fault.at_s, self._slow, (name, fault.factor))
+                if fault.until_s != float("inf"):
+                    self._at(fault.until_s, self._slow, (name, 1 / fault.factor))
+
+    def _at(self, when: float, call: Callable[..., None], argument: Any) -> None:
+        self.loop.at(when, Kind.FAULT, 0, call, argument)
+
+    def _lose(self, name: str) -> None:
+        worker = self.workers.pop(name)
+        worker.die()
+        self._past.append(worker.orders())
+        self._at(self.loop.now + self.settings.lost_s, self._noticed, worker)
+
+    def _noticed(self, worker: Worker) -> None:
+        for gateway in self.gateways:
+            gateway.down(worker.me)
+        for other in self.workers.values():
+            other.lost(worker.me)
+
+    def _slow(self, which: tuple[str, float]) -> None:
+        name, factor = which
+        if name in self.workers:
+            self.workers[name].slowness *= factor
+
+
+def page_hashes(arrival: Arrival, page_tokens: int) -> tuple[int, ...]:
+    """One hash for each full page of the prompt whose block is known; equal where all blocks up to there are equal."""
+    if not arrival.block_tokens:
+        return ()
+    ratio, rest = divmod(arrival.block_tokens, page_tokens)
+    if rest or not ratio:
+        raise SetupError(
+            f"page tokens: got {page_tokens}, want a divisor of the trace's block of {arrival.block_tokens}"
+        )
+    full = arrival.prompt // page_tokens
+    if ratio == 1:
+        return arrival.blocks[:full]
+    pages: Iterator[int] = ((block * SALT + part * 2 + 1) & MASK for block in arrival.blocks for part in range(ratio))
+    return tuple(itertools.islice(pages, full))

@@ -1,0 +1,196 @@
+"""Processes of a simulated deployment: workers, composed as by `control/worker.py`, and gateways with their clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from core.messages import Cancel, Message, Offer, Prompt
+from core.pages import Pages
+from core.request import Hints, Request, Slo, Ticket
+from core.sampling import Sampling
+from core.worker import Identity, Member, Role
+from scheduler import router_events as routing
+from scheduler.router import Router
+from sim.fleet import Build
+from sim.loop import Loop, Process, Seat
+from sim.network import Network
+from sim.outcome import Outcome, Record, outcome
+from sim.shells import DecodeShell, HandOffShell, MixedShell, PrefillShell
+from sim.workload import Arrival
+from transfer.sink import Sink, SourceLost
+from transfer.source import SinkLost, Source
+
+if TYPE_CHECKING:
+    from sim.policies import Policy
+
+
+NOBODY = Arrival(0.0, 1, 1)
+
+
+@dataclass(slots=True, eq=False)
+class World:
+    """What all processes of a simulation share."""
+
+    loop: Loop
+    network: Network
+    upper: Sequence[float]
+    """Edges of the gaps' histogram."""
+    slo: Slo
+    records: dict[int, Record] = field(default_factory=dict)
+    """Requests under way, by a counter that no two of them share, at whatever gateway."""
+
+
+class Worker(Process):
+    """One life of a worker."""
+
+    def __init__(self, world: World, build: Build, incarnation: int, order: int, policy: Policy) -> None:
+        super().__init__(world.loop, order)
+        self.me = Identity(build.name, incarnation)
+        self.build = build
+        self.network = world.network
+        self.upper = world.upper
+        self.slowness = 1.0
+        self.ledger = Pages(build.pages)
+        self._world = world
+        self.prefill: PrefillShell | None = None
+        self.decode: DecodeShell | None = None
+        self.mixed: MixedShell | None = None
+        handoff = HandOffShell(self, Source(build.shape), Sink(build.shape, self.ledger), build.shape)
+        self.handoff = handoff
+        self.source_seat, self.sink_seat = handoff.source_seat, handoff.sink_seat
+        if build.role is Role.MIXED:
+            self.mixed = MixedShell(self, policy.mixed(self.me, build, self.ledger), build.cost)
+        if build.role is Role.PREFILL:
+            self.prefill = PrefillShell(self, policy.prefill(self.me, build, self.ledger), build.cost)
+        if build.role is Role.DECODE:
+            self.decode = DecodeShell(self, policy.decode(self.me, build, self.ledger), build.cost)
+        self.network.peers[self.me] = self
+
+    @property
+    def prefill_seat(self) -> Seat:
+        """Of the prefill policy."""
+        assert self.prefill is not None
+        return self.prefill.seat
+
+    @property
+    def decode_seat(self) -> Seat:
+        """Of the decode policy."""
+        assert self.decode is not None
+        return self.decode.seat
+
+    def orders(self) -> tuple[int, int]:
+        """Orders that its decode engine has got, and the steps that they came to."""
+        shells = [shell for shell in (self.decode, self.mixed) if shell is not None]
+        return sum(shell.runs for shell in shells), sum(shell.batch.steps for shell in shells)
+
+    def member(self) -> Member:
+        """What it says of itself."""
+        build = self.build
+        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=True)
+
+    def send(self, to: Identity, message: Message) -> bool:
+        """To a gateway or to another worker; False if it is known to be gone."""
+        return self.network.send(self.me, to, message)
+
+    def heard(self, envelope: tuple[Identity, Message]) -> None:
+        """A message of a gateway or of another worker."""
+        _, message = envelope
+        match message:
+            case Offer() | Prompt() | Cancel():
+                for shell in (self.prefill, self.mixed):
+                    if shell is not None:
+                        self.post(shell.seat, message)
+                if self.decode is not None and isinstance(message, Cancel):
+                    self.post(self.decode.seat, message)
+            case _:
+                self.handoff.heard(message)  # type: ignore[arg-type]
+
+    def record(self, ticket: Ticket) -> Record:
+        """Of the request that the ticket is for; one that is over already is nobody's."""
+        return self._world.records.get(ticket.counter) or Record(NOBODY, self.loop.now)
+
+    def token(self, record: Record, at_s: float | None = None) -> None:
+        """A token of it was made, now unless it is told otherwise."""
+        record.token(self.loop.now if at_s is None else at_s, self.upper)
+
+    def lost(self, peer: Identity) -> None:
+        """Another worker's life is over."""
+        self.post(self.source_seat, SinkLost(peer))
+        self.post(self.sink_seat, SourceLost(peer))
+
+    def die(self) -> None:
+        """At once; only what was sent before arrives."""
+        for shell in (self.decode, self.mixed):
+            if shell is not None:
+                shell.die()
+        self.alive = False
+
+
+class Gateway(Process):
+    """A router and its clients."""
+
+    def __init__(
+        self, world: World, name: str, order: int, router: Router, over: Callable[[Record, Outcome], None]
+    ) -> None:
+        super().__init__(world.loop, order)
+        self.me = Identity(name, 1)
+        self.router = router
+        self._world = world
+        self._over = over
+        self._samplings: dict[int, Sampling] = {}
+        self._seat = self.seat(router, self._perform)
+        world.network.peers[self.me] = self
+
+    def ask(
+        self,
+        counter: int,
+        arrival: Arrival,
+        prompt: tuple[int, ...],
+        prefix: tuple[int, ...],
+        most: int,
+        timeout_s: float,
+    ) -> None:
+        """A client's request, which will come to at most `most` tokens as far as anybody was told."""
+        sampling = self._samplings.get(most)
+        if sampling is None:
+            sampling = self._samplings[most] = Sampling(most)
+        self._world.records[counter] = Record(arrival, self.loop.now)
+        hints = Hints(session=arrival.session, tenant=arrival.tenant, program_step=arrival.turn, tool=arrival.tool)
+        request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
+        self.post(self._seat, routing.Arrived(counter, request))
+
+    def heard(self, envelope: tuple[Identity, Message]) -> None:
+        """A worker's message."""
+        self.post(self._seat, envelope[1])
+
+    def up(self, member: Member) -> None:
+        """A worker can be used."""
+        self.post(self._seat, routing.WorkerUp(member))
+
+    def down(self, identity: Identity) -> None:
+        """A worker is lost."""
+        self.post(self._seat, routing.WorkerDown(identity))
+
+    def _perform(self, command: routing.RouterCommand) -> None:
+        match command:
+            case routing.ToOne(who, message):
+                self._world.network.send(self.me, who, message)
+            case routing.Deliver(counter, tokens):
+                record = self._world.records[counter]
+                record.tokens += len(tokens)
+                if record.ttft_s is None:
+                    record.ttft_s = self.loop.now - record.arrived_s
+            case routing.Complete():
+                pass
+            case routing.End():
+                self._end(command)
+
+    def _end(self, end: routing.End) -> None:
+        world = self._world
+        record = world.records.pop(end.counter)
+        found = outcome(
+            record, end.phase, end.code, end.cached_tokens, end.attempts, self.loop.now, world.slo, world.upper
+        )
+        self._over(record, found)

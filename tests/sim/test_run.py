@@ -1,0 +1,244 @@
+"""Whole simulations: every request ends, the same input gives the same digits, sessions wait, faults are survived."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from core.errors import SetupError
+from core.request import Phase, Slo
+from sim.fleet import workers
+from sim.generators import AZURE_CONV, generate
+from sim.outcome import Outcome
+from sim.policies import BASELINES, BATON, policy
+from sim.run import Settings, Simulation, page_hashes, simulate
+from sim.scenario import Link, Lose, Return, Scenario, Slow
+from sim.workload import Arrival, Workload
+
+COST = "h200-llama-3.1-8b"
+SLO = Slo(0.4, 0.05)
+NAMES = [each.name for each in (BATON, *BASELINES)]
+
+
+def run(
+    workload: Workload, spec: str = "2 prefill, 2 decode", name: str = "fcfs", kv: int | None = 100_000, **more
+) -> tuple[list[Outcome], Simulation]:
+    scenario = more.pop("scenario", Scenario("none"))
+    outcomes: list[Outcome] = []
+    found: list[Simulation] = []
+    settings = Settings(**{"slo": SLO, "check_every": 50, **more})
+    simulate(
+        workload, workers(spec, COST, kv=kv), policy(name), settings,
+        scenario=scenario, over=outcomes.append, watch=found.append,
+    )  # fmt: skip
+    return outcomes, found[0]
+
+
+def empty(simulation: Simulation) -> None:
+    """Nothing of any request is left anywhere."""
+    simulation.loop.run(simulation.loop.now + 100.0)
+    assert not simulation.world.records
+    for gateway in simulation.gateways:
+        assert len(gateway.router) == 0
+    for worker in simulation.workers.values():
+        assert worker.ledger.available == worker.ledger.total, worker.me
+        for shell in (worker.decode, worker.mixed):
+            assert shell is None or len(shell.batch) == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_request_is_served_and_nothing_is_left(name):
+    workload = generate(AZURE_CONV, seed=3, count=150, rate=10.0)
+    outcomes, simulation = run(workload, name=name, slo=Slo(5.0, 0.05))
+    assert len(outcomes) == 150
+    for each in outcomes:
+        assert (each.phase, each.code, each.tokens) == (Phase.DONE, "OK", each.output)
+        assert each.ttft_s is not None
+        assert each.ttft_s > 0
+        assert each.e2e_s >= each.ttft_s + each.gap_mean_s * (each.tokens - 1) - 1e-9
+    empty(simulation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_little_memory_and_many_requests_at_once(name):
+    """More than the arenas hold arrives within a second; none is lost."""
+    workload = generate(AZURE_CONV, seed=4, count=60, rate=60.0)
+    outcomes, simulation = run(workload, name=name, kv=20_000)
+    assert len(outcomes) == 60
+    assert all(each.phase in (Phase.DONE, Phase.REJECTED) for each in outcomes)
+    assert sum(each.phase is Phase.DONE for each in outcomes) >= 20
+    empty(simulation)
+
+
+def test_one_request_takes_the_sum_of_its_parts():
+    (build, other) = workers("1 prefill, 1 decode", COST)
+    settings = Settings(hop_s=0.001)
+    outcomes: list[Outcome] = []
+    arrivals = Workload("one", (Arrival(0.0, 1000, 11),))
+    simulate(arrivals, (build, other), policy("fcfs"), settings, over=outcomes.append)
+    (only,) = outcomes
+    cost = build.cost
+    assert only.ttft_s == pytest.approx(cost.prefill_s([(1000, 0)]) + 4 * 0.001)
+    nbytes = build.shape.pages_for(1000) * build.shape.page_nbytes
+    pull_s = cost.transfer_s(nbytes, 1, "rdma-400g") + 0.001  # one message of readiness
+    steps_s = cost.decode_span_s(1, 1001, 10)
+    assert only.e2e_s == pytest.approx(cost.prefill_s([(1000, 0)]) + 3 * 0.001 + pull_s + steps_s + 0.001)
+    assert only.gap_mean_s == pytest.approx((pull_s + steps_s) / 10)
+    assert only.gap_p99_s >= pull_s + cost.decode_s(1, 1001)
+
+
+def test_a_rejected_request_is_a_miss():
+    """Goals that nobody can meet: refused early, with a typed reason, and counted as arrived."""
+    (prefill, decode) = workers("1 prefill, 1 decode", COST)
+    workload = Workload("burst", tuple(Arrival(i * 1e-3, 8000, 5) for i in range(40)))
+    result = simulate(workload, (prefill, decode), policy("fcfs"), Settings(slo=Slo(0.5, 0.05)))
+    assert result.tally.arrived == 40
+    assert result.tally.phases[Phase.REJECTED] > 0
+    assert result.tally.codes["RESOURCE_EXHAUSTED"] == result.tally.phases[Phase.REJECTED]
+    assert result.tally.good < 40
+    assert result.tally.attainment == result.tally.good / 40
+
+
+def test_turns_wait_for_the_turn_before():
+    turns = tuple(
+        Arrival(float(i), 500 * (i + 1), 50, session="s", turn=i, gap_s=2.0 if i < 3 else None) for i in range(4)
+    )
+    alone = Arrival(0.5, 300, 10)
+    workload = Workload("talk", tuple(sorted((*turns, alone), key=lambda each: each.at_s)))
+    outcomes, _ = run(workload)
+    talk = [each for each in outcomes if each.session]
+    assert [each.turn for each in talk] == [0, 1, 2, 3]
+    for before, after in pairwise(talk):
+        assert after.at_s == pytest.approx(before.at_s + before.e2e_s + 2.0)
+
+
+def test_an_iterable_is_taken_as_it_comes():
+    workload = generate(AZURE_CONV, seed=5, count=80, rate=20.0)
+    taken: list[float] = []
+    found: list[Simulation] = []
+
+    def arrivals():
+        for arrival in workload.arrivals:
+            if found:
+                taken.append(found[0].loop.now)
+            yield arrival
+
+    builds = workers("2 prefill, 2 decode", COST)
+    streamed = simulate(arrivals(), builds, policy("fcfs"), Settings(slo=SLO), watch=found.append)
+    whole = simulate(workload, builds, policy("fcfs"), Settings(slo=SLO))
+    assert streamed.tally.ttft.cdf() == whole.tally.ttft.cdf()
+    assert taken == sorted(taken)
+    assert taken[-1] > 1.0, "read at once"
+
+
+PRINTED = """
+import json, sys
+from dataclasses import asdict
+from core.request import Slo
+from sim.fleet import workers
+from sim.generators import AZURE_CONV, generate
+from sim.policies import policy
+from sim.run import Settings, simulate
+from sim.scenario import Lose, Return, Scenario
+found = []
+faults = (Lose(2.0, "decode-0"), Return(3.0, "decode-0")) if sys.argv[2] == "loss" else ()
+simulate(
+    generate(AZURE_CONV, seed=7, count=120, rate=20.0),
+    workers("2 prefill, 2 decode", "h200-llama-3.1-8b", kv=60000),
+    policy(sys.argv[1]), Settings(slo=Slo(0.4, 0.05), gateways=2, load_s=1.0),
+    scenario=Scenario("any", faults), over=found.append,
+)
+print(json.dumps([asdict(each) for each in found]))
+"""
+
+
+@pytest.mark.parametrize("name", ["baton", "round-robin", "colocated-chunked", "with loss"])
+def test_the_same_digits_in_another_process(name):
+    loss = name == "with loss"
+    scenario = Scenario("loss", (Lose(2.0, "decode-0"), Return(3.0, "decode-0"))) if loss else Scenario("none")
+    found: list[Outcome] = []
+    which = "fcfs" if loss else name
+    simulate(
+        generate(AZURE_CONV, seed=7, count=120, rate=20.0), workers("2 prefill, 2 decode", COST, kv=60_000),
+        policy(which), Settings(slo=SLO, gateways=2, load_s=1.0), scenario=scenario, over=found.append,
+    )  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", PRINTED, which, "loss" if loss else "none"]
+    told = subprocess.run(
+        command,
+        cwd=root,
+        env={"PYTHONHASHSEED": "17", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert json.loads(told) == json.loads(json.dumps([asdict(each) for each in found]))
+
+
+@pytest.mark.parametrize("lost", ["decode-0", "prefill-0"])
+def test_a_lost_worker_costs_a_pause_and_no_token(lost):
+    workload = generate(AZURE_CONV, seed=8, count=200, rate=60.0)
+    scenario = Scenario("loss", (Lose(2.0, lost), Return(2.5, lost)))
+    outcomes, simulation = run(workload, scenario=scenario, load_s=0.5, slo=Slo(5.0, 0.05))
+    assert len(outcomes) == 200
+    assert all((each.phase, each.tokens) == (Phase.DONE, each.output) for each in outcomes)
+    assert any(each.attempts > 1 for each in outcomes), "nobody was there"
+    assert (
+        max(each.gap_p99_s for each in outcomes if each.attempts > 1 and each.tokens > 1) > 0.025 or lost != "decode-0"
+    )
+    assert simulation.workers[lost].me.incarnation == 2
+    empty(simulation)
+
+
+def test_a_slow_worker_and_a_slow_link_are_slower():
+    workload = generate(AZURE_CONV, seed=9, count=100, rate=5.0)
+    plain, _ = run(workload, spec="1 prefill, 1 decode")
+    slow, _ = run(workload, spec="1 prefill, 1 decode", scenario=Scenario("slow", (Slow(0.0, "decode-0", 3.0),)))
+    link, _ = run(
+        workload, spec="1 prefill, 1 decode", scenario=Scenario("link", (Link(0.0, factor=0.05, delay_s=0.01),))
+    )
+    base = sum(each.e2e_s for each in plain)
+    assert sum(each.e2e_s for each in slow) > 2 * base
+    assert sum(each.e2e_s for each in link) > base + 100 * 0.01
+
+
+@pytest.mark.parametrize(
+    ("scenario", "message"),
+    [
+        (Scenario("x", (Lose(1.0, "decode-9"),)), "decode-9"),
+        (Scenario("x", (Link(1.0, source="nobody"),)), "nobody"),
+    ],
+)
+def test_a_fault_of_nobody_is_refused(scenario, message):
+    with pytest.raises(SetupError, match=message):
+        run(generate(AZURE_CONV, seed=1, count=5, rate=5.0), scenario=scenario)
+
+
+def test_max_tokens_are_what_machines_are_told():
+    workload = generate(AZURE_CONV, seed=2, count=30, rate=10.0)
+    asked: list[int] = []
+    outcomes, simulation = run(workload, max_tokens=5)
+    assert all(each.tokens == min(5, each.output) for each in outcomes)
+    outcomes, _ = run(workload, max_tokens=4000)
+    assert all(each.tokens == each.output for each in outcomes)
+    del asked, simulation
+
+
+def test_page_hashes_follow_blocks():
+    one = Arrival(0.0, 1300, 1, blocks=(7, 8, 9), block_tokens=512)
+    two = replace(one, prompt=1100, blocks=(7, 8, 10))
+    assert page_hashes(one, 512) == (7, 8)
+    a, b = page_hashes(one, 64), page_hashes(two, 64)
+    assert (len(a), len(b)) == (1300 // 64, 1100 // 64)
+    assert a[:16] == b[:16]
+    assert not set(a[16:]) & set(b[16:])
+    assert len(set(a)) == len(a)
+    with pytest.raises(SetupError, match="page tokens: got 48"):
+        page_hashes(one, 48)
+    assert page_hashes(Arrival(0.0, 1300, 1), 64) == ()
