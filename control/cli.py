@@ -10,10 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from core.errors import RpcFailure, SetupError
+
+
+class Verb(argparse.ArgumentParser):
+    """A verb's flags; its last paragraph is made only when somebody asks for help."""
+
+    last: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        """The help, last paragraph included."""
+        if self.last is not None:
+            self.epilog = self.last()
+        return super().format_help()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where a local deployment leaves word of itself (default: $BATON_STATE or the user's state directory)",
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Verb)
 
     up = verbs.add_parser("up", help="start a deployment on this machine")
     up.add_argument("--config", metavar="FILE", help="TOML file with the same names as the flags; flags win")
@@ -53,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--model", help="say how much fits for this model directory or hub id")
     doctor.add_argument("--kv-memory", default="256M", help="KV cache of a worker (default %(default)s)")
     doctor.add_argument("--port", type=int, default=50051, help="gateway port to look at (default %(default)s)")
+    _simulation(verbs.add_parser("simulate", help="what a deployment would do with a workload, without one"))
     for verb in verbs.choices.values():
         verb.add_argument("-o", "--output", choices=("table", "json"), default="table")
     return top
@@ -95,6 +109,10 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             from control.status import status
 
             return status(state.read(where), as_json=as_json)
+        case "simulate":
+            from control.simulate import run
+
+            return run(args, as_json=as_json)
         case _:
             from control.doctor import doctor
 
@@ -119,6 +137,89 @@ def _settings(up: argparse.ArgumentParser) -> None:
         else:
             kind = {"int": int, "float": float, "str": str}[str(field.type)]
             up.add_argument(flag, dest=field.name, type=kind, default=None, help=text, metavar=kind.__name__.upper())
+
+
+def _simulation(simulate: Verb) -> None:
+    """Flags of `baton simulate` (docs/simulator.md)."""
+    simulate.formatter_class = argparse.RawDescriptionHelpFormatter
+    simulate.last = _policies
+    add = simulate.add_argument
+    what = (
+        "a shipped generator, a file, or a file's name among the public traces (docs/workloads.md; default %(default)s)"
+    )
+    add("--trace", default="azure-conv", metavar="NAME|FILE", help=what)
+    add("--workers", default="2 prefill, 2 decode", metavar="SPEC", help='such as "4 prefill tp2, 4 decode tp1"')
+    add(
+        "--cost",
+        default="h200-llama-3.1-8b",
+        metavar="NAME",
+        help="DEVICE-MODEL of the cost model (default %(default)s)",
+    )
+    add("--policy", default="baton", metavar="NAME|FILE.py", help="one of those below, or a file with a POLICY")
+    add("--compare", metavar="NAME,...", help="others beside it; all: every one below")
+    add("--slo", default="ttft=0.4,gap=0.05", metavar="GOALS", help="seconds; empty for none (default %(default)s)")
+    add("--rate", type=_more_than_0, metavar="R", help="requests (or sessions) a second; default: as recorded")
+    add("--cv", type=_at_least_0, metavar="X", help="variation of the gaps between arrivals, drawn anew; 1: Poisson")
+    add("--requests", type=_count, metavar="N", help="how many; default: all of a file, 2000 of a generator")
+    add("--window", metavar="START:STOP", help="this part of a file with times, in seconds")
+    add("--jitter", type=_more_than_0, metavar="S", help="spread stamps that are rounded to S seconds (Mooncake: 3)")
+    add("--think", type=_at_least_0, metavar="S", help="rows of a length file are turns of sessions with this pause")
+    add("--agent", metavar="NAME", help="one kind of a file of agents")
+    add("--scenario", metavar="NAME|FILE.toml", help="what goes wrong and what changes")
+    add("--seed", type=int, default=1, metavar="N", help="the first seed (default %(default)s)")
+    add("--seeds", type=_count, default=1, metavar="N", help="how many (default %(default)s)")
+    add(
+        "--max-tokens", type=_count, metavar="N", help="what clients ask for at most; default: what the answer comes to"
+    )
+    add("--page-tokens", type=_count, default=16, metavar="N", help="tokens in a page of KV (default %(default)s)")
+    add(
+        "--kv-tokens",
+        type=_count,
+        metavar="N",
+        help="tokens of KV a worker holds; default: what fits beside the weights",
+    )
+    add("--lane", default="rdma-400g", metavar="NAME", help="how KV moves (default %(default)s)")
+    add("--gateways", type=_count, default=1, metavar="N", help="how many (default %(default)s)")
+    add("--rates", metavar="R,...", help="attainment at each of these rates")
+    add("--goodput", action="store_true", help="search the highest rate that is sustained, from --rate on")
+    add("--share", type=_more_than_0, default=0.9, metavar="X", help="that must be good for it (default %(default)s)")
+    add(
+        "--warm",
+        type=_at_least_0,
+        default=0.0,
+        metavar="S",
+        help="of it and of --rates: who comes this early is not judged",
+    )
+    add("--cool", type=_at_least_0, default=0.0, metavar="S", help="nor who comes this shortly before the last")
+    add("--out", metavar="DIR", help="write report.html, summary.json, requests.csv and timeline.csv there")
+
+
+def _policies() -> str:
+    from control.simulate import about
+
+    return about()
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"got {text!r}, want an integer of at least 1")
+    return int(text)
+
+
+def _at_least_0(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a finite number of at least 0")
+    return value
+
+
+def _more_than_0(text: str) -> float:
+    if not (value := _at_least_0(text)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a finite number above 0")
+    return value
 
 
 def _deployment(args: argparse.Namespace) -> Any:

@@ -1,0 +1,241 @@
+"""Our policies beside what others ship, and without one idea at a time, on the same simulated workers and workloads.
+
+The scenarios below were written down before anything was tuned on them. Per workload: goodput of every baseline and of
+ours, bisected with every seed; then all of them, and ours without each idea, at the rate where the best of the shipped
+baselines (least loaded with four orders of prompts) attains 90 %. A short request has at most 512 tokens that no
+earlier prompt of the workload had. Whoever is not served has no time to first token: it counts as infinitely late.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.report import Row, emit, parser, progress
+from core.errors import SetupError
+from core.request import Phase, Slo
+from sim.fleet import workers
+from sim.goodput import Estimate, Goal, search, trial
+from sim.outcome import Outcome
+from sim.plot import Axis, Bar, bars
+from sim.policies import ABLATIONS, BASELINES, BATON, policy
+from sim.run import Settings
+from sim.source import Source, source
+from sim.workload import Workload
+
+WORKERS = "4 prefill, 4 decode"
+COST = "h200-llama-3.1-8b"
+PAGE_TOKENS = 64
+MAX_TOKENS = 4096
+"""What every client allows; how much an answer comes to, no policy knows."""
+SHORT_TOKENS = 512
+SHIPPED = ("fcfs", "shortest", "hrrn", "long-share")
+"""The best of these is what gains are reported against."""
+SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A workload, its goals, and the rate (requests or sessions a second) at which a search starts."""
+
+    name: str
+    trace: str
+    options: dict[str, Any]
+    slo: Slo
+    start: float
+
+    def source(self, count: int | None) -> Source:
+        """The workload at any rate; `count` instead of its own number of requests."""
+        return source(self.trace, **{**self.options, **({} if count is None else {"count": count})})
+
+
+CASES = (
+    Case("azure conversation", "azure_llm_2023_conv.csv.gz", {"count": 1500, "cv": 1.09}, Slo(0.4, 0.05), 150.0),
+    Case(
+        "mooncake conversation", "mooncake_conversation_first30min.jsonl.gz", {"count": 1500, "tick_s": 3.0},
+        Slo(2.0, 0.05), 8.0,
+    ),
+    Case("sharegpt turns", "sharegpt_8k_llama2_lengths.csv.gz", {"count": 1500, "think_s": 30.0}, Slo(0.4, 0.05), 20.0),
+    Case("agent sessions", "agent_sessions_chars.csv.gz", {"count": 1200}, Slo(1.0, 0.05), 3.0),
+)  # fmt: skip
+QUICK = (Case("azure shape", "azure-conv", {"count": 1000}, Slo(0.4, 0.05), 60.0),)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One policy at one rate, over seeds."""
+
+    attained: Estimate
+    short_p90_s: Estimate
+    served: float
+    cached: float
+    """Share of prompt tokens."""
+
+
+def new_tokens(workload: Workload) -> dict[tuple[Any, ...], int]:
+    """Of each request: prompt tokens that no earlier prompt had."""
+    seen: set[int] = set()
+    found: dict[tuple[Any, ...], int] = {}
+    for arrival in workload.arrivals:
+        known = sum(1 for _ in itertools.takewhile(seen.__contains__, arrival.blocks))
+        key = (arrival.session, arrival.turn) if arrival.session else (arrival.at_s,)
+        found[key] = arrival.prompt - min(arrival.prompt, known * arrival.block_tokens)
+        seen.update(arrival.blocks)
+    return found
+
+
+def at_rate(case: Case, name: str, rate: float, seeds: Iterable[int], count: int | None) -> Figures:
+    """A policy at one rate."""
+    builds, settings = _deployment(case)
+    attained, short, served, cached = [], [], [], []
+    for seed in seeds:
+        found: list[Outcome] = []
+        made = case.source(count).at(rate, seed)
+        goal = Goal(share=SHARE, least=1)
+        one = trial(_always(made), rate, seed, builds, policy(name), settings, goal, over=found.append)
+        new = new_tokens(made)
+        times = sorted(
+            each.ttft_s if each.phase is Phase.DONE and each.ttft_s is not None else math.inf
+            for each in found
+            if new[(each.session, each.turn) if each.session else (each.at_s,)] <= SHORT_TOKENS
+        )
+        attained.append(one.attained)
+        short.append(times[math.ceil(0.9 * len(times)) - 1] if times else math.nan)
+        served.append(sum(each.phase is Phase.DONE for each in found) / len(found))
+        cached.append(sum(each.cached for each in found) / sum(each.prompt for each in found))
+    finite = [value for value in short if math.isfinite(value)]
+    worst = Estimate((math.inf,), math.inf, None)
+    spread = Estimate.of(short) if len(finite) == len(short) else worst
+    return Figures(Estimate.of(attained), spread, statistics.fmean(served), statistics.fmean(cached))
+
+
+def _always(made: Workload) -> Callable[[float, int], Workload]:
+    return lambda rate, seed: made
+
+
+def sustained(case: Case, name: str, seed: int, count: int | None) -> tuple[float, float]:
+    """Goodput by p99 and by mean, of one seed."""
+    builds, settings = _deployment(case)
+    goal = Goal(share=SHARE, precision=0.022, least=1)
+    kept = case.source(count)
+
+    def run(rate: float) -> Any:
+        return trial(kept.at, rate, seed, builds, policy(name), settings, goal)
+
+    ours, by_mean, _ = search(run, case.start, goal)
+    return ours.rate, by_mean.rate
+
+
+def _deployment(case: Case) -> tuple[Any, Settings]:
+    builds = workers(WORKERS, COST, page_tokens=PAGE_TOKENS)
+    return builds, Settings(slo=case.slo, max_tokens=MAX_TOKENS)
+
+
+def _job(job: tuple[str, Case, str, Any, int | None]) -> tuple[tuple[str, Case, str, Any, int | None], Any]:
+    kind, case, name, what, count = job
+    if kind == "goodput":
+        return job, sustained(case, name, what, count)
+    rate, seeds = what
+    return job, at_rate(case, name, rate, seeds, count)
+
+
+def spread(jobs: list[Any], each: Callable[[Any, Any], None]) -> None:
+    """All jobs on all cores; what comes of each does not depend on that."""
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        for done, (job, found) in enumerate(pool.imap_unordered(_job, jobs), 1):
+            each(job, found)
+            progress(f"  {done}/{len(jobs)}: {job[1].name}, {job[2]}")
+
+
+def study(case: Case, seeds: list[int], count: int | None) -> dict[str, Any]:
+    """Everything about one workload."""
+    names = [each.name for each in (BATON, *BASELINES)]
+    rates: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    jobs: list[Any] = [("goodput", case, name, seed, count) for name in names for seed in seeds]
+    spread(jobs, lambda job, found: rates[job[2]].update({job[3]: found}))
+    goodputs = {name: Estimate.of([rates[name][seed][0] for seed in seeds]) for name in names}
+    by_mean = {name: Estimate.of([rates[name][seed][1] for seed in seeds]) for name in names}
+    best = max(SHIPPED, key=lambda name: goodputs[name].mean)
+    rate = goodputs[best].mean
+    figures: dict[str, Figures] = {}
+    if rate > 0:
+        jobs = [("rate", case, each.name, (rate, seeds), count) for each in (BATON, *BASELINES, *ABLATIONS)]
+        spread(jobs, lambda job, found: figures.update({job[2]: found}))
+    return {
+        "case": case.name,
+        "slo": asdict(case.slo),
+        "best": best,
+        "rate": rate,
+        "goodput": {name: asdict(goodputs[name]) for name in names},
+        "goodput_by_mean": {name: asdict(by_mean[name]) for name in names},
+        "at_rate": {each.name: asdict(figures[each.name]) for each in (BATON, *BASELINES, *ABLATIONS) if figures},
+    }
+
+
+def rows(found: dict[str, Any]) -> list[Row]:
+    """Ours beside the best shipped baseline, beside colocation, and beside ours without each idea."""
+    case, best, rate = found["case"], found["best"], found["rate"]
+    goodputs, figures = found["goodput"], found["at_rate"]
+    made = [
+        Row(f"{case}: goodput", goodputs["baton"]["mean"], goodputs[name]["mean"], name, "requests or sessions/s")
+        for name in (best, *(each.name for each in BASELINES if each.name != best))
+    ]
+    if figures:
+        p90 = {name: each["short_p90_s"]["mean"] for name, each in figures.items()}
+        names = [best, *(each.name for each in (*BASELINES, *ABLATIONS) if each.name != best)]
+        made += [
+            Row(f"{case} at {rate:.3g}/s: short requests' TTFT p90", p90["baton"], p90[name], name, "s", False)
+            for name in names
+            if math.isfinite(p90["baton"]) and math.isfinite(p90[name])
+        ]
+        attained = {name: each["attained"]["mean"] for name, each in figures.items()}
+        made += [
+            Row(f"{case} at {rate:.3g}/s: attained", attained["baton"], attained[name], name, "share") for name in names
+        ]
+    return made
+
+
+def main() -> None:
+    """Figures as JSON, and with ``--json FILE`` everything behind them beside it, with a chart."""
+    args = parser("policies", "our policies beside what others ship, in the simulator").parse_args()
+    cases, seeds, count = (QUICK, [1], 300) if args.quick else (CASES, [1, 2, 3, 4, 5], None)
+    found = []
+    for case in cases:
+        progress(case.name)
+        try:
+            found.append(study(case, seeds, count))
+        except SetupError as error:
+            sys.exit(f"bench.policies: {error}")
+        if args.json:
+            _keep(Path(args.json), found)
+    emit("policies", [row for each in found for row in rows(each)], args.json)
+
+
+def _keep(path: Path, found: list[dict[str, Any]]) -> None:
+    """What the report is made of."""
+    path.with_suffix(".details.json").write_text(json.dumps(found, indent=1) + "\n")
+    names = [each.name for each in (BATON, *BASELINES)]
+    groups = []
+    for one in found:
+        best = one["goodput"][one["best"]]["mean"] or 1.0
+        groups.append((one["case"], [_bar(name, one["goodput"][name], best) for name in names]))
+    chart = bars("Goodput against the best shipped baseline", groups, Axis("goodput, best shipped baseline = 1"))
+    path.with_suffix(".svg").write_text(chart + "\n")
+
+
+def _bar(name: str, value: dict[str, Any], unit: float) -> Bar:
+    half = value["half"] or 0.0
+    return Bar(name, value["mean"] / unit, (value["mean"] - half) / unit, (value["mean"] + half) / unit)
+
+
+if __name__ == "__main__":
+    main()
