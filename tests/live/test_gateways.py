@@ -28,17 +28,16 @@ def test_a_killed_gateway_takes_only_its_own_requests_along(live, reference):
             at = time.monotonic()
             failed = await asyncio.gather(*doomed)
             told_s = time.monotonic() - at
-            return failed, told_s, at, await others, time.monotonic() - at
+            return failed, told_s, await others
 
     live.torn = True
-    failed, told_s, at, replies, others_s = asyncio.run(run())
+    failed, told_s, replies = asyncio.run(run())
     assert {reply.code for reply in failed} == {"UNAVAILABLE"}
     assert told_s < 1
     for each, reply in zip(OTHERS, replies, strict=True):
         each.check(reply, reference)
         assert reply.last.attempts == 1
     live.wait_empty(LEASE_S + MARGIN_S)
-    assert time.monotonic() - at < max(LEASE_S, others_s) + MARGIN_S
     live.restart(dead)
 
     async def again():
