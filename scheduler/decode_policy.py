@@ -114,9 +114,9 @@ class DecodeConfig:
     """Which rule of `scheduler/past_future.py`."""
     forecast_by: Literal["", "group", "tenant"] = ""
     """Which of a request's hints names the history that its length is forecast from; empty: one history for all."""
-    gap_share: float = 0.9
+    gap_share: float = 1.0
     """Share of the smallest promised gap that a step may take, as the cost model predicts it; without one no cap."""
-    gap_quantile: float = 0.9
+    gap_quantile: float = 0.5
     """The step's time is taken to be as long as this share of the cost model's own errors allow."""
     host_pages: int = 0
     """Pages of host memory to swap to; 0: rows are always computed again."""

@@ -7,6 +7,7 @@ time by deadline, who cannot last; suspension of a running step for an urgent re
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ class DualQueueSettings:
     | easy_s | 10 | s | a job without a deadline is treated as if it had one so long after it was accepted |
     | stretch | 4 | | nobody ages before so many times the own time alone |
     | grace_s | 1 | s | and so long after the deadline |
+    | headroom | 8 | | a long job leaves so many times its own time free in a line as long as it may wait; see below |
     | load_s | 10 | s | over which the short ones' share of the worker's time is averaged |
     | suspend_s | 0.005 | s | until a step that was asked to stop has stopped: one operator |
     | margin | 1.5 | | a step that will be in time is suspended only if it can spare so many times the waiter's time |
@@ -43,6 +45,7 @@ class DualQueueSettings:
     easy_s: float = 10.0
     stretch: float = 4.0
     grace_s: float = 1.0
+    headroom: float = 8.0
     load_s: float = 10.0
     suspend_s: float = 0.005
     margin: float = 1.5
@@ -96,8 +99,8 @@ class DualQueue:
     In this order:
 
     1. whoever has aged, the oldest age first (below);
-    2. a short batch that is complete (`Gather`), unless a long job could not wait that long: then whichever of the two
-       could not wait for the other, and if that is both, the earlier deadline;
+    2. a short batch that is complete (`Gather`), unless the long jobs could not wait that long: then whichever of the
+       two could not wait for the other, and if that is both, the earlier deadline;
     3. rescuable long jobs by deadline, a chunk a step. While short ones gather, a chunk ends with their window, but is
        never shorter than the knee;
     4. late jobs.
@@ -110,7 +113,11 @@ class DualQueue:
     ones until it has aged, and by nobody later.
 
     **Accepted** is a short job if the short ones before it, the window and its own step are done in time; a long one
-    if all rescuable ones with no longer a budget are, at the share of time that the short ones leave.
+    if with it in line by deadline all long ones are, at the share of time that the short ones leave, and have time to
+    spare: `headroom` times what it takes alone, times the square of (its wait / the wait that is allowed). So time
+    that is scarce goes to those who need little of it, as trunk reservation has it in networks of calls; an idle worker
+    takes whatever it can finish. (Moore's rule, which drops the longest of a line that is too long, finishes the most
+    in time; here nobody is dropped who was accepted, so the longest are not let in.)
 
     **Suspended** is a running long step for the most urgent short job (FlowPrefill's cases): never if that one is
     late in any case or in time behind the step; if the step's own job is late, always; else if it can spare `margin`
@@ -147,10 +154,10 @@ class DualQueue:
         """Those in line that have begun, by age."""
         self._short_backlog = Backlog()
         """Of short jobs that are not late, what is in no step."""
-        self._long_backlogs: dict[int, Backlog] = {}
-        """Of long ones, by budget."""
-        self._counted: dict[str, tuple[int, Job]] = {}
-        """Where, and as what, a job is in the backlogs."""
+        self._wanted: list[tuple[float, str]] = []
+        """Of long jobs that are not late, deadlines and keys in order; those on the way and in steps as well."""
+        self._counted: dict[str, tuple[bool, Job]] = {}
+        """Whether a job counts as a short one, and what of it is in no step."""
         self._running: _Out | None = None
         self._suspended: _Out | None = None
         self._load = 0.0
@@ -192,14 +199,15 @@ class DualQueue:
     def wait_s(self, new: int, cached: int, now: float, wanted_s: float = math.inf, suspendable: bool = False) -> float:
         rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
         if new > self.short_tokens:
-            before = Backlog() + self._short_backlog
-            own = _budget(wanted_s if wanted_s < math.inf else self._set.easy_s)
-            for budget, backlog in self._long_backlogs.items():
-                if budget <= own:
-                    before += backlog
-            if self._suspended is not None:
-                rest_s += self._suspended.rest_s
-            return (rest_s + self._pace.seconds(before, new, cached)) / (1.0 - min(0.9, self._load_at_time(now)))
+            own = Job("", new, cached, now, now + min(wanted_s, self._set.easy_s))
+            own_s, slack_s = self._by_deadline(now, own)
+            if wanted_s < math.inf:
+                alone_s = self._alone_s(own)
+                filled = min(1.0, (own_s - alone_s) / wanted_s) if wanted_s > 0 else 1.0
+                lacking_s = self._set.headroom * filled**2 * alone_s - slack_s
+                if lacking_s > 0:
+                    return max(own_s, wanted_s + lacking_s)
+            return own_s
         own_s = self._pace.seconds(self._short_backlog, new, cached)
         if suspendable and rest_s > self._set.suspend_s and self._can_spare(own_s, now):
             rest_s = self._set.suspend_s
@@ -304,11 +312,8 @@ class DualQueue:
         assert self._short <= self._jobs.keys()
         assert self._begun <= self._jobs.keys()
         assert self._counted.keys() <= self._jobs.keys()
-        backlogs: dict[int, Backlog] = {}
-        for budget, job in self._counted.values():
-            backlogs.setdefault(budget, Backlog()).add(job)
-        assert self._short_backlog == backlogs.pop(_SHORT, Backlog())
-        assert self._long_backlogs == backlogs
+        assert self._short_backlog == Backlog(job for short, job in self._counted.values() if short)
+        assert self._wanted == sorted((job.wanted_by, job.key) for short, job in self._counted.values() if not short)
 
     def document(self) -> dict[str, Any]:
         return {
@@ -320,7 +325,7 @@ class DualQueue:
             "late": self._late.items(),
             "ages": self._ages.items(),
             "going": self._going.items(),
-            "counted": [[budget, asdict(job)] for budget, job in self._counted.values()],
+            "counted": [[short, asdict(job)] for short, job in self._counted.values()],
             "running": asdict(self._running) if self._running else None,
             "suspended": asdict(self._suspended) if self._suspended else None,
             "load": [self._load, self._load_at],
@@ -332,9 +337,9 @@ class DualQueue:
         self._gather.restore(document["gather"])
         self._long, self._late = Ranked(document["long"]), Ranked(document["late"])
         self._ages, self._going = Ranked(document["ages"]), Ranked(document["going"])
-        self._short_backlog, self._long_backlogs, self._counted = Backlog(), {}, {}
-        for budget, each in document["counted"]:
-            self._count_as(budget, Job(**each))
+        self._short_backlog, self._wanted, self._counted = Backlog(), [], {}
+        for short, each in document["counted"]:
+            self._count_as(short, Job(**each))
         self._running, self._suspended = _out(document["running"]), _out(document["suspended"])
         self._load, self._load_at = document["load"]
 
@@ -393,7 +398,7 @@ class DualQueue:
     def _goes_before(self, first: Job, long: Job, now: float) -> bool:
         """Does the short batch go before the long job's next chunk?"""
         batch_s = self._gather.batch_s()
-        if long.wanted_by - now - self._alone_s(long) >= batch_s:
+        if self._by_deadline(now)[1] >= batch_s:
             return True
         if first.wanted_by - now - batch_s >= self._chunk_s(long):
             return False
@@ -500,39 +505,53 @@ class DualQueue:
         """Share of the time that short steps take, lately."""
         return self._load * math.exp(-(now - self._load_at) / self._set.load_s)
 
-    # Backlogs.
-    def _count(self, job: Job) -> None:
-        short = job.key in self._short
-        self._count_as(_SHORT if short else _budget(job.wanted_by - job.accepted_at), job)
+    # What is yet to compute.
+    def _by_deadline(self, now: float, own: Job | None = None) -> tuple[float, float]:
+        """Seconds until `own` is computed if the long jobs go by deadline, and the least slack of any of them with it.
 
-    def _count_as(self, budget: int, job: Job) -> None:
-        self._counted[job.key] = budget, job
-        if budget == _SHORT:
+        They have the time that short ones leave. O(long jobs), of which there are no more than can be in time.
+        """
+        rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
+        if self._suspended is not None:
+            rest_s += self._suspended.rest_s
+        free = 1.0 - min(0.9, self._load_at_time(now))
+        total, own_s, least_s = Backlog() + self._short_backlog, 0.0, math.inf
+        wanted = self._wanted
+        at = len(wanted) if own is None else bisect_right(wanted, own.wanted_by, key=lambda each: each[0])
+        for wanted_by, key in wanted[:at]:
+            total.add(self._counted[key][1])
+            least_s = min(least_s, wanted_by - now - (rest_s + self._pace.seconds(total)) / free)
+        if own is not None:
+            total.add(own)
+            own_s = (rest_s + self._pace.seconds(total)) / free
+            least_s = min(least_s, own.wanted_by - now - own_s)
+            for wanted_by, key in wanted[at:]:
+                total.add(self._counted[key][1])
+                least_s = min(least_s, wanted_by - now - (rest_s + self._pace.seconds(total)) / free)
+        return own_s, least_s
+
+    def _count(self, job: Job) -> None:
+        self._count_as(job.key in self._short, job)
+
+    def _count_as(self, short: bool, job: Job) -> None:
+        self._counted[job.key] = short, job
+        if short:
             self._short_backlog.add(job)
         else:
-            self._long_backlogs.setdefault(budget, Backlog()).add(job)
+            insort(self._wanted, (job.wanted_by, job.key))
 
     def _uncount(self, key: str) -> None:
         counted = self._counted.pop(key, None)
         if counted is None:
             return
-        budget, job = counted
-        if budget == _SHORT:
+        short, job = counted
+        if short:
             self._short_backlog.take(job)
         else:
-            backlog = self._long_backlogs[budget]
-            backlog.take(job)
-            if not backlog.rows:
-                del self._long_backlogs[budget]
+            del self._wanted[bisect_left(self._wanted, (job.wanted_by, job.key))]
 
 
-_SHORT = -(1 << 30)
 _NOTHING = Backlog()
-
-
-def _budget(seconds: float) -> int:
-    """Times that differ by less than the square root of 2 share one; a longer one has the same or a higher."""
-    return math.floor(2 * math.log2(max(seconds, 1e-6)))
 
 
 def _out(document: Mapping[str, Any] | None) -> _Out | None:

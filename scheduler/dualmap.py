@@ -2,8 +2,11 @@
 
 DualMap (ICLR 2026): a prefix is hashed twice onto a ring of prefill workers, so that its requests meet their cache
 again (at least a share 1 - 2/m of m requests hits), while two choices instead of one keep the largest load near the
-mean (log log n / log 2 above it instead of log n / log log n). Of the two the one with the longer cached prefix is
-asked first, unless its predicted time to first token misses what is wanted: then the one with the shorter time is.
+mean (log log n / log 2 above it instead of log n / log log n). The paper asks the one with the longer cached prefix
+first, unless its predicted time to first token misses what is wanted: then the one with the shorter time. Where much
+time is allowed and little is cached that piles prompts up behind each other; so here the queue counts before that as
+well, a cached token for as much as `loyalty` queued ones, and the lightest of all other workers is a third candidate
+where its queue is shorter by the prompt, which nobody finds there the next time.
 Prefixes that are too common for two workers are lengthened (`scheduler/heat.py`). The paper moves queued requests
 between the two when a worker falls behind; here such a worker refuses, and the order of tries does that work: the two,
 then the rest by our own queued tokens (P/D-Serve, forwarding upon rejection). Requests without hashes have no place of
@@ -27,6 +30,8 @@ A request with few new tokens skips disaggregation where a mixed worker has slac
 | hot | 1/n | 2.0 | a prefix with a larger share, n being the number of prefill workers, is lengthened |
 | cool | 1/n | 1.0 | below this share it is not any more |
 | known_pages | pages | 0 | most that are remembered of a worker; 0: as many as its arena has |
+| loyalty | tokens | 4.0 | of others' that a request waits for rather than compute one that is cached elsewhere |
+| astray | prompts | 1.0 | by which the queue elsewhere must be shorter; infinite: only the two, as in the paper |
 | margin | share | 0.9 | of the wanted time to first token that a prediction may use |
 | tokens_per_s | tokens/s | 10000 | speed of a prefill worker before it is measured, without a cost model |
 | prior_samples | samples | 4 | weight of that |
@@ -67,6 +72,8 @@ class DualMapConfig:
     hot: float = 2.0
     cool: float = 1.0
     known_pages: int = 0
+    loyalty: float = 4.0
+    astray: float = 1.0
     margin: float = 0.9
     tokens_per_s: float = 10_000.0
     prior_samples: int = 4
@@ -105,11 +112,12 @@ class DualMap:
 
     def sources(self, need: Need, workers: Workers) -> Iterator[Post]:
         self._refresh(workers)
-        pair = self._pair(need, workers)
+        pair = self._pair(need)
         if self._mixed and self._few(need, pair, workers) <= self._config.skip_tokens:
             yield from self._slack(need, workers)
-        yield from pair
-        yield from (post for post in workers.prefills if post not in pair)
+        first = self._first(pair, need, workers)
+        yield from first
+        yield from (post for post in workers.prefills if post not in first)
 
     def sinks(self, source: Post, need: Need, workers: Workers) -> tuple[Post, ...]:
         if workers.keeps(source, need):
@@ -130,7 +138,7 @@ class DualMap:
 
     def fewest(self, need: Need, workers: Workers) -> int:
         self._refresh(workers)
-        return self._few(need, self._pair(need, workers), workers)
+        return self._few(need, self._pair(need), workers)
 
     def accepted(self, source: Post, need: Need) -> None:
         if need.prefix:
@@ -174,24 +182,30 @@ class DualMap:
         self._known = {who: known for who, known in self._known.items() if who in workers}
         self._samples = {who: sample for who, sample in self._samples.items() if who in workers}
 
-    def _pair(self, need: Need, workers: Workers) -> tuple[Post, ...]:
-        """The prefix's two workers, in the order in which they are asked."""
+    def _pair(self, need: Need) -> tuple[Post, ...]:
+        """The prefix's two workers."""
         if not need.prefix or not self._named:
             return ()
         if need.note is None:
             need.note = self._heat.key(need.prefix, len(self._named))
         assert isinstance(need.note, int)
-        pair = tuple(self._named[name] for name in self._ring.pair(need.note))
-        if len(pair) < 2:
-            return pair
-        one, other = pair
-        new = [self._new(post, need, workers) for post in pair]
-        if new[1] < new[0] or (new[1] == new[0] and other.queue_tokens < one.queue_tokens):
-            one, other = other, one
-        soon = self.ttft_s(one, need, workers)
-        if soon > self._config.margin * need.wait_s and self.ttft_s(other, need, workers) < soon:
-            one, other = other, one
-        return one, other
+        return tuple(self._named[name] for name in self._ring.pair(need.note))
+
+    def _first(self, pair: tuple[Post, ...], need: Need, workers: Workers) -> list[Post]:
+        """The prefix's two workers and the lightest other one, in the order in which they are asked."""
+        if not pair:
+            return []
+        loyalty = self._config.loyalty
+        scores = [(post.queue_tokens + loyalty * self._new(post, need, workers), post.queue_tokens) for post in pair]
+        posts = [post for _, post in sorted(zip(scores, pair, strict=True), key=lambda each: each[0])]
+        lightest = next((post for post in workers.prefills if post not in pair), None)
+        if lightest is not None:
+            score = lightest.queue_tokens + loyalty * self._new(lightest, need, workers)
+            score += self._config.astray * need.tokens
+            posts.insert(sum(each[0] <= score for each in scores), lightest)
+        if self.ttft_s(posts[0], need, workers) > self._config.margin * need.wait_s:
+            posts.sort(key=lambda post: self.ttft_s(post, need, workers))
+        return posts
 
     def _new(self, post: Post, need: Need, workers: Workers) -> int:
         """Tokens that `post` would have to compute, at least one."""

@@ -66,6 +66,8 @@ class RouterConfig:
     """Refusals after which a request that is being placed waits for a worker to say that it has room."""
     offer_pages: int = 1024
     """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
+    by_goal: bool = True
+    """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
 
 
 class Router:
@@ -232,7 +234,7 @@ class Router:
     def _patience(self, flight: Flight) -> float:
         """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
         call = flight.call
-        if flight.placements:
+        if flight.placements or not self._config.by_goal:
             return call.deadline
         return call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s)
 

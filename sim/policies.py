@@ -39,6 +39,8 @@ MAX_STEPS = 1000
 
 PREFILL = PrefillConfig(chunk_tokens=CHUNK_TOKENS, max_rows=64)
 DECODE = DecodeConfig(max_rows=MAX_ROWS, max_steps=MAX_STEPS)
+QUEUE = RouterConfig(by_goal=False)
+"""Nobody is refused because of a goal: vLLM, SGLang and Dynamo queue whoever comes."""
 
 
 def fcfs(config: PrefillConfig, cost: CostModel) -> Order:
@@ -96,9 +98,8 @@ BATON = Policy(
     gap_cap=True,
 )
 
-BASELINES = (
+_SHIPPED = (
     Policy("fcfs", "first come, first served, at the least loaded worker"),
-    Policy("round-robin", "first come, first served, workers in turn", placement=lambda cost: RoundRobin()),
     Policy(
         "shortest",
         "the shortest prompt first, as SGLang offers it; least loaded worker",
@@ -114,17 +115,45 @@ BASELINES = (
         "long prompts take a bounded share of each step, as in vLLM; least loaded worker",
         lambda config, cost: LongShare(config.chunk_tokens, config.max_rows, cost),
     ),
-    Policy("splitwise", "shortest queues on both sides", placement=lambda cost: Splitwise()),
-    Policy("distserve", "static pairs of prefill and decode workers", placement=lambda cost: DistServe()),
+)
+
+SHIPPED = tuple(replace(policy, router_config=QUEUE) for policy in _SHIPPED)
+"""What gains are reported against: least loaded, with the orders that others ship. Like those they queue everybody."""
+
+REFUSING = tuple(
+    replace(
+        policy, name=f"{policy.name}-refusing", about=f"{policy.about}; refuses who cannot be in time, as ours does"
+    )
+    for policy in _SHIPPED
+)
+"""The same with our refusals, which nobody ships: what is left is the gain of the rest."""
+
+BASELINES = (
+    *SHIPPED,
+    Policy(
+        "round-robin",
+        "first come, first served, workers in turn",
+        placement=lambda cost: RoundRobin(),
+        router_config=QUEUE,
+    ),
+    Policy("splitwise", "shortest queues on both sides", placement=lambda cost: Splitwise(), router_config=QUEUE),
+    Policy(
+        "distserve",
+        "static pairs of prefill and decode workers",
+        placement=lambda cost: DistServe(),
+        router_config=QUEUE,
+    ),
     Policy(
         "colocated-prefill-first",
         "every worker does both phases, whole prompts before decode steps, as vLLM did before version 1",
+        router_config=QUEUE,
         mixed_config=replace(PREFILL_FIRST, max_rows=MAX_ROWS, max_steps=MAX_STEPS),
         colocated=True,
     ),
     Policy(
         "colocated-chunked",
         "every worker does both phases, chunks of prompts beside decode rows, after Sarathi-Serve",
+        router_config=QUEUE,
         mixed_config=replace(SARATHI, max_rows=MAX_ROWS, max_steps=MAX_STEPS),
         colocated=True,
     ),
@@ -138,6 +167,13 @@ ABLATIONS = (
         about="short prompts do not wait for each other",
         order=dual_queue(DualQueueSettings(gather=GatherSettings(window_least_s=0.0, window_most_s=0.0))),
     ),
+    replace(
+        BATON,
+        name="baton-without-headroom",
+        about="long prompts that fit are let in, however full the line is",
+        order=dual_queue(DualQueueSettings(headroom=0.0)),
+    ),
+    replace(BATON, name="baton-without-refusals", about="everybody queues", router_config=QUEUE),
     replace(BATON, name="baton-without-preemption", about="steps are not suspended", prefill_config=PREFILL),
     replace(BATON, name="baton-without-dualmap", about="least loaded worker", placement=lambda cost: LeastLoaded()),
     replace(BATON, name="baton-without-forecast", about="memory for all that may come", decode_config=DECODE),
@@ -150,8 +186,8 @@ ABLATIONS = (
     ),
 )
 
-POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *ABLATIONS)}
-"""By name: ours, what others ship, and ours without one idea at a time."""
+POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *REFUSING, *ABLATIONS)}
+"""By name: ours, what others ship, that with our refusals, and ours without one idea at a time."""
 
 
 def policy(name: str) -> Policy:

@@ -288,6 +288,32 @@ def test_a_short_request_waits_for_short_ones_and_a_long_one_for_all():
     assert order.wait_s(1000, 0, 0.0, wanted_s=20.0) == pytest.approx(0.0001 * (80 + 3000 + 5000 + 1000))
 
 
+def test_nobody_is_let_in_who_makes_a_long_job_late():
+    """10,000 tokens/s. Behind 4,000 tokens wanted in 1 s, 5,000 that are wanted sooner can be in time, 7,000 cannot."""
+    order = DualQueue(1000, 8, COST, replace(PLAIN, headroom=0.0))
+    order.expect(Job("a", 4000, 0, 0.0, 1.0), 0.0)
+    assert order.wait_s(5000, 0, 0.0, wanted_s=0.8) == pytest.approx(0.5)
+    assert order.wait_s(7000, 0, 0.0, wanted_s=0.8) == pytest.approx(0.8 + 0.1), "0.1 s too long for the one before"
+    assert order.wait_s(7000, 0, 0.0, wanted_s=2.0) == pytest.approx(1.1), "behind it there is room"
+
+
+@pytest.mark.parametrize(
+    ("before", "new", "accepted"),
+    [(0, 9000, True), (4000, 500, True), (4000, 3000, False), (7000, 600, False), (7000, 300, True)],
+)
+def test_who_needs_much_of_a_full_line_is_refused(before, new, accepted):
+    """Of 1 s: 8 times what it takes alone stays free, times the square of how full the line is before it."""
+    order = DualQueue(1000, 8, COST, PLAIN)
+    if before:
+        order.expect(Job("a", before, 0, 0.0, 0.9), 0.0)
+    wait_s = order.wait_s(new, 0, 0.0, wanted_s=1.0)
+    assert (wait_s <= 1.0) == accepted
+    assert wait_s >= (before + new) / 10_000 - 1e-9
+    if before:
+        spare_s = min(0.9 - before / 10_000, 1.0 - (before + new) / 10_000)
+        assert (8 * new / 10_000 * (before / 10_000) ** 2 <= spare_s) == accepted
+
+
 def test_what_short_ones_take_of_the_time_is_not_there_for_long_ones():
     order = DualQueue(1000, 8, COST, PLAIN)
     alone = order.wait_s(1000, 0, 0.0, 9.0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +68,10 @@ def test_mixing_is_splitmix():
     assert mix64(0x9E3779B97F4A7C15) == 0x6E789E6AA1B965F4
 
 
+LOYAL = DualMapConfig(hot=1000.0, loyalty=1e6, astray=math.inf)
+"""Nobody leaves a prefix for a shorter queue, as in the paper."""
+
+
 # Load and hits.
 def zipf(rng: random.Random, count: int, kinds: int) -> list[int]:
     """Keys of a Zipf law with exponent 0.9, flat at the top, as it is when hot prefixes are split."""
@@ -94,11 +100,11 @@ def test_two_choices_keep_the_largest_load_near_the_mean():
 
 def test_a_prefix_misses_at_most_once_at_each_of_its_two_workers():
     """Hits >= 1 - 2 / m of m requests, whatever the loads are, as long as both are fast enough."""
-    placement = DualMap(DualMapConfig(hot=1000.0))
+    placement = DualMap(LOYAL)
     workers, posts = fleet(placement, *(f"p{n}" for n in range(16)), "d1")
     rng, seen, asked, hits = random.Random(2), set(), Counter(), Counter()
     for key in zipf(rng, 3000, 300):
-        this = need(pages(key))
+        this = need(pages(key), wait_s=math.inf)
         source = next(iter(placement.sources(this, workers)))
         asked[key] += 1
         hits[key] += (key, source.identity) in seen
@@ -122,9 +128,12 @@ def test_the_worker_with_the_prefix_comes_first_and_the_rest_by_their_queues():
     for number, name in enumerate(sorted(set(posts) - {one, other, "d1"})):
         put(workers, posts[name], posts["d1"], 50 - number)
     placement.accepted(posts[other], need(pages(1)))
-    put(workers, posts[other], posts["d1"], 3000)
+    put(workers, posts[other], posts["d1"], 60)
     rest = sorted(set(posts) - {one, other, "d1"}, reverse=True)
-    assert order(placement, workers, need(pages(1))) == [other, one, *rest]
+    this = need(pages(1), wait_s=1.0)
+    assert order(placement, workers, this) == [other, one, *rest], "16 cached tokens for 4 times as many queued ones"
+    put(workers, posts[other], posts["d1"], 6)
+    assert order(placement, workers, this) == [one, other, *rest]
     assert placement.fewest(need(pages(1)), workers) == 40 - 4 * PAGE
     assert placement.fewest(need(pages(2)), workers) == 40
 
@@ -140,13 +149,26 @@ def test_of_two_that_know_nothing_the_one_with_the_shorter_queue_comes_first():
 @pytest.mark.parametrize(("queued", "first"), [(800, "cached"), (900, "other")])
 def test_the_one_with_the_prefix_is_left_when_it_would_be_too_late(queued, first):
     """1,000 tokens/s, 16 of 40 tokens cached, 1 s wanted, of which 0.9 may be used: 876 queued tokens."""
-    placement = DualMap(DualMapConfig(tokens_per_s=1000.0))
+    placement = DualMap(replace(LOYAL, tokens_per_s=1000.0))
     workers, posts = fleet(placement, "p1", "p2", "p3", "d1")
     one, other = pair_of(placement, workers, pages(1))
     placement.accepted(posts[one], need(pages(1)))
     put(workers, posts[one], posts["d1"], queued)
     asked = order(placement, workers, need(pages(1), wait_s=1.0))[0]
     assert asked == (one if first == "cached" else other)
+
+
+def test_a_third_worker_comes_first_where_it_is_lighter_by_the_prompt():
+    placement = DualMap()
+    workers, posts = fleet(placement, "p1", "p2", "p3", "d1")
+    this = need(pages(1), wait_s=1.0)
+    one, other, third = order(placement, workers, this)
+    for name in (one, other):
+        put(workers, posts[name], posts["d1"], 40)
+    assert order(placement, workers, this) == [one, other, third]
+    for name in (one, other):
+        put(workers, posts[name], posts["d1"], 1)
+    assert order(placement, workers, this) == [third, one, other]
 
 
 def test_a_speed_is_measured():

@@ -97,7 +97,7 @@ def test_a_rejected_request_is_a_miss():
     """Goals that nobody can meet: refused early, with a typed reason, and counted as arrived."""
     (prefill, decode) = workers("1 prefill, 1 decode", COST)
     workload = Workload("burst", tuple(Arrival(i * 1e-3, 8000, 5) for i in range(40)))
-    result = simulate(workload, (prefill, decode), policy("fcfs"), Settings(slo=Slo(0.5, 0.05)))
+    result = simulate(workload, (prefill, decode), policy("fcfs-refusing"), Settings(slo=Slo(0.5, 0.05)))
     assert result.tally.arrived == 40
     assert result.tally.phases[Phase.REJECTED] > 0
     assert result.tally.codes["RESOURCE_EXHAUSTED"] == result.tally.phases[Phase.REJECTED]
