@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
 from typing import Any
@@ -44,6 +43,8 @@ class Loop:
         self.check_every = check_every
         self.events = 0
         """Events that machines have taken."""
+        self.stopped = False
+        """Set it, and `run` returns after this turn."""
         self._agenda: list[tuple[float, int, int, int, Callable[..., None], Any]] = []
         self._put = 0
 
@@ -57,32 +58,43 @@ class Loop:
         self._put += 1
         heappush(self._agenda, (when, kind, order, self._put, call, argument))
 
-    def run(self, until: float = float("inf"), *, idle: Callable[[], bool] | None = None) -> None:
-        """Until nothing is left to do, or that time, or `idle()` after a turn."""
+    def run(self, until: float = float("inf")) -> None:
+        """Until nothing is left to do, or that time, or somebody has set `stopped`."""
         agenda = self._agenda
         since, spins = -1.0, 0
         while agenda and agenda[0][0] <= until:
             when, _, _, _, call, argument = heappop(agenda)
-            spins = spins + 1 if when == since else 0
-            if spins > SPIN:
-                raise LocalError(f"loop: got {spins} turns at {when} s, want time to pass")
-            self.now = since = when
+            if when == since:
+                spins += 1
+                if spins > SPIN:
+                    raise LocalError(f"loop: got {spins} turns at {when} s, want time to pass")
+            else:
+                self.now, since, spins = when, when, 0
             self.turns += 1
             call(argument)
-            if idle is not None and idle():
+            if self.stopped:
+                self.stopped = False
                 return
         if until != float("inf"):
             self.now = max(self.now, until)
 
 
-@dataclass(slots=True, eq=False)
 class Seat:
     """A machine and the shell that performs its commands."""
 
-    machine: Machine[Any, Any]
-    perform: Callable[[Any], None]
-    counts: Counter[str] | None = None
-    """Commands by kind, if somebody wants to know."""
+    __slots__ = ("alone", "counts", "due", "fresh", "machine", "perform")
+
+    def __init__(self, machine: Machine[Any, Any], perform: Callable[[Any], None], alone: bool) -> None:
+        self.machine = machine
+        self.perform = perform
+        self.alone = alone
+        """Its deadline is changed by its own events only; others may be woken by memory that somebody else freed."""
+        self.counts: Counter[str] | None = None
+        """Commands by kind, if somebody wants to know."""
+        self.fresh = True
+        """It has had an event since it was asked for its deadline."""
+        self.due: float | None = None
+        """What it answered."""
 
 
 class Process:
@@ -99,9 +111,9 @@ class Process:
         self._alarm = float("inf")
         self._checked = order % 97
 
-    def seat(self, machine: Machine[Any, Any], perform: Callable[[Any], None]) -> Seat:
+    def seat(self, machine: Machine[Any, Any], perform: Callable[[Any], None], *, alone: bool = False) -> Seat:
         """Give a machine its place here."""
-        seat = Seat(machine, perform)
+        seat = Seat(machine, perform, alone)
         self._seats.append(seat)
         return seat
 
@@ -112,23 +124,26 @@ class Process:
 
     def post(self, seat: Seat, event: Any) -> None:
         """Give the machine an event, after everything posted before; nothing happens to the dead."""
-        if not self.alive:
-            return
-        self._queue.append((seat, event))
-        if not self._draining:
-            self._drain()
+        if self.alive:
+            self._queue.append((seat, event))
+            if not self._draining:
+                self._drain()
 
     def _drain(self) -> None:
         loop, queue = self.loop, self._queue
+        now = loop.now
         self._draining = True
         try:
             while queue:
                 seat, event = queue.popleft()
                 loop.events += 1
-                for command in seat.machine.on(event, loop.now):
-                    if seat.counts is not None:
-                        seat.counts[type(command).__name__] += 1
-                    seat.perform(command)
+                seat.fresh = True
+                commands = seat.machine.on(event, now)
+                if seat.counts is not None:
+                    seat.counts.update([type(command).__name__ for command in commands])
+                perform = seat.perform
+                for command in commands:
+                    perform(command)
                 self._checked += 1
                 if self._checked >= loop.check_every:
                     self._checked = 0
@@ -142,20 +157,24 @@ class Process:
         """One alarm is under way for the earliest deadline; an older, later one finds nothing to do."""
         due = self._alarm
         for seat in self._seats:
-            when = seat.machine.deadline()
-            if when is not None and when < due:
-                due = when
+            if seat.fresh or not seat.alone:
+                seat.fresh = False
+                seat.due = seat.machine.deadline()
+            if seat.due is not None and seat.due < due:
+                due = seat.due
         if due < self._alarm:
-            self._alarm = due = max(due, self.loop.now)
+            now = self.loop.now
+            self._alarm = due = due if due > now else now
             self.loop.at(due, Kind.TIMER, self.order, self._ring, due)
 
     def _ring(self, alarm: float) -> None:
         if alarm != self._alarm or not self.alive:
             return
         self._alarm = float("inf")
+        now = self.loop.now
         for seat in self._seats:
             when = seat.machine.deadline()
-            if when is not None and when <= self.loop.now:
+            if when is not None and when <= now:
                 self._queue.append((seat, None))
         if self._queue:
             self._drain()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 import transfer.sink as taking
 import transfer.source as giving
 from core.kv import KvShape
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken, Tokens, ToPeer
+from core.messages import First, Refuse, Reserve, Tokens
 from core.request import Request, Ticket
 from scheduler import decode_events as decoding
 from scheduler import mixed_events as mixing
@@ -332,20 +332,8 @@ class HandOffShell:
     def __init__(self, worker: Worker, source: giving.Source, sink: taking.Sink, shape: KvShape) -> None:
         self._worker = worker
         self._shape = shape
-        self.source_seat = worker.seat(source, self._give)
-        self.sink_seat = worker.seat(sink, self._take)
-
-    def heard(self, message: ToPeer) -> None:
-        """A message of the other side."""
-        match message:
-            case Reserve() | Ready():
-                self._worker.post(self.sink_seat, message)
-            case Release(ticket) if ticket.source != self._worker.me:
-                self._worker.post(self.sink_seat, message)
-            case Grant() | Refuse() | Taken() | Release():
-                self._worker.post(self.source_seat, message)
-            case _:
-                assert_never(message)
+        self.source_seat = worker.seat(source, self._give, alone=True)
+        self.sink_seat = worker.seat(sink, self._take, alone=True)
 
     def _give(self, command: giving.SourceCommand) -> None:
         worker = self._worker
