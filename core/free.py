@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, starmap
 
 Run = tuple[int, int]
 """First page, and first page behind the last."""
@@ -147,4 +147,4 @@ def numbers(runs: Sequence[Run]) -> tuple[int, ...]:
     """The pages of runs, in order: the inverse of `joined`."""
     if len(runs) == 1:
         return tuple(range(*runs[0]))
-    return tuple([page for start, stop in runs for page in range(start, stop)])
+    return tuple(chain.from_iterable(starmap(range, runs)))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 
 from core.errors import LocalError
 from core.free import FreeRuns, Run, cut_tail, extend, joined, numbers
@@ -132,6 +133,10 @@ class Pages:
     def reclaimed_pages(self) -> int:
         """Cached pages whose memory was wanted so far."""
         return self._prefixes.reclaimed_pages
+
+    def counted(self, state: Owner) -> int:
+        """Pages in a state of holders, or SHARED."""
+        return self._counts[state]
 
     def counts(self) -> dict[Owner, int]:
         """Pages in every state; the sum is `total`."""
@@ -309,22 +314,26 @@ class Pages:
         """Invariants: every page is in exactly one place, counts agree, promises are covered."""
         self._free.check()
         self._prefixes.check([holding.prefix for holding in self._holdings.values()])
-        taken = list(numbers(self._free.runs()))
+        taken = list(self._free.runs())
         mine = dict.fromkeys(Owner, 0)
-        for name, holding in self._holdings.items():
-            table = self.pages(name)
-            assert holding.runs == joined(table)
-            assert holding.shared <= holding.prefix.stop <= holding.count == len(table)
+        for holding in self._holdings.values():
+            table = holding.runs
+            assert holding.shared <= holding.prefix.stop <= holding.count == sum(stop - start for start, stop in table)
+            assert all(before[1] != after[0] for before, after in pairwise(table)), "runs not joined"
+            assert holding.numbers is None or holding.numbers == numbers(table)
             for piece in holding.prefix.path():
                 if piece.stop <= holding.shared or piece.owner is holding:
-                    assert table[piece.stop - len(piece.hashes) : piece.stop] == numbers(piece.runs)
-            taken += table[holding.shared :]
+                    assert holding.between(piece.stop - len(piece.hashes), piece.stop) == joined(numbers(piece.runs))
+            taken += holding.between(holding.shared, holding.count)
             mine[holding.state] += holding.own
         for piece in self._prefixes.pieces():
             if piece.owner is None:
-                taken += numbers(piece.runs)
+                taken += piece.runs
                 mine[Owner.SHARED if piece.refs else Owner.CACHED] += len(piece.hashes)
-        assert sorted(taken) == list(range(self.total)), "a page is lost or owned twice"
+        taken.sort()
+        assert [start for start, _ in taken] == [0, *(stop for _, stop in taken[:-1])], "a page is lost or owned twice"
+        assert taken[-1][1] == self.total
+        assert all(start < stop for start, stop in taken)
         assert self.counts() == {**mine, Owner.FREE: self._free.count}
         assert self._promised == sum(holding.promised for holding in self._holdings.values())
         assert 0 <= self._promised <= self._free.count + self._prefixes.idle_pages, "more promised than available"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from core.quick import quick_init
 from core.request import Phase, Slo
 from sim.gaps import beyond, quantile
 from sim.workload import Arrival
@@ -57,6 +58,7 @@ class Record:
         self.sent_s = last_s
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One request, when it is over. Times in seconds."""

@@ -15,6 +15,7 @@ from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
+from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
@@ -26,6 +27,7 @@ DOUBT_S = 0.5
 
 
 # Events from this worker (the messages Reserve, Ready and Release come from the source).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Decided:
     """The decode policy's answer to `AskPolicy`: its promise is in the ledger if `granted`."""
@@ -35,6 +37,7 @@ class Decided:
     reason: str = ""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """A read brought its pages; these are the digests of what is in them now."""
@@ -44,6 +47,7 @@ class Pulled:
     digests: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class PullFailed:
     """A read reported a failure; `in_doubt` if bytes may still land."""
@@ -53,6 +57,7 @@ class PullFailed:
     in_doubt: bool = False
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Forget the ticket; the source is told."""
@@ -61,6 +66,7 @@ class Drop:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SourceLost:
     """This life of a peer is over."""
@@ -68,6 +74,7 @@ class SourceLost:
     identity: Identity
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Fenced:
     """The agents that posted these reads are gone: they cannot land any more."""
@@ -76,6 +83,7 @@ class Fenced:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SendToSource:
     """Send a message to the ticket's source."""
@@ -83,6 +91,7 @@ class SendToSource:
     message: Grant | Refuse | Taken | Release
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskPolicy:
     """May this come here?"""
@@ -91,6 +100,7 @@ class AskPolicy:
     request: Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Read:
     """Pull `runs` of the source's arena into `pages` of ours and compute their digests.
@@ -106,6 +116,7 @@ class Read:
     tokens: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Fence:
     """Destroy the agents that posted these reads; ends in `Fenced`."""
@@ -113,6 +124,7 @@ class Fence:
     read_ids: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """All of the prompt's KV is here and verified; its pages are the policy's, held under `ticket.key`."""
@@ -123,6 +135,7 @@ class Arrived:
     pull: Pull
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Gone:
     """The ticket is forgotten, its promise and pages are no longer its own."""
@@ -133,6 +146,7 @@ class Gone:
     """True if the KV was damaged and the request should be computed anew."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Pull:
     """What a hand-off cost."""

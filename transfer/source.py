@@ -14,12 +14,14 @@ from enum import StrEnum
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
 
 
 # Events from this worker (the messages Grant, Refuse, Taken and Release come from the sink).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskSink:
     """Ask the ticket's sink for memory."""
@@ -29,6 +31,7 @@ class AskSink:
     deadline: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """The KV of the first `tokens` prompt tokens is written; `firsts` once the prompt is complete."""
@@ -39,6 +42,7 @@ class Sealed:
     firsts: tuple[First, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digested:
     """Digests of the pages asked for by `Digest` with this key."""
@@ -48,6 +52,7 @@ class Digested:
     digests: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Withdraw:
     """Forget the ticket; the sink is told."""
@@ -56,6 +61,7 @@ class Withdraw:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SinkLost:
     """This life of a peer is over."""
@@ -64,6 +70,7 @@ class SinkLost:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SendToSink:
     """Send a message to the ticket's sink."""
@@ -71,6 +78,7 @@ class SendToSink:
     message: Reserve | Ready | Release
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digest:
     """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
@@ -81,6 +89,7 @@ class Digest:
     tokens: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class GrantCame:
     """The sink promised memory."""
@@ -88,6 +97,7 @@ class GrantCame:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class HandOffEnded:
     """The ticket is forgotten and its pages are the policy's again."""
