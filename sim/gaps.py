@@ -72,9 +72,8 @@ def beyond(counts: Sequence[int], upper: Sequence[float], bound_s: float) -> int
     return sum(counts[bisect_left(upper, bound_s) + 1 :])
 
 
-def quantile(counts: Sequence[int], upper: Sequence[float], share: float) -> float:
-    """The upper edge of the bucket of the nearest rank; 0 without any gap."""
-    total = sum(counts)
+def quantile(counts: Sequence[int], upper: Sequence[float], share: float, total: int) -> float:
+    """The upper edge of the bucket of the nearest rank among `total`, the sum of the counts; 0 without any gap."""
     if not total:
         return 0.0
     rank, seen = math.ceil(share * total), 0

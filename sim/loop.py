@@ -124,18 +124,17 @@ class Process:
 
     def post(self, seat: Seat, event: Any) -> None:
         """Give the machine an event, after everything posted before; nothing happens to the dead."""
-        if self.alive:
-            self._queue.append((seat, event))
-            if not self._draining:
-                self._drain()
-
-    def _drain(self) -> None:
-        loop, queue = self.loop, self._queue
+        if not self.alive:
+            return
+        queue = self._queue
+        if self._draining:
+            queue.append((seat, event))
+            return
+        loop = self.loop
         now = loop.now
         self._draining = True
         try:
-            while queue:
-                seat, event = queue.popleft()
+            while True:
                 loop.events += 1
                 seat.fresh = True
                 commands = seat.machine.on(event, now)
@@ -149,6 +148,9 @@ class Process:
                     self._checked = 0
                     for each in self._seats:
                         each.machine.check()
+                if not queue:
+                    break
+                seat, event = queue.popleft()
         finally:
             self._draining = False
         self._arm()
@@ -172,11 +174,10 @@ class Process:
             return
         self._alarm = float("inf")
         now = self.loop.now
-        for seat in self._seats:
-            when = seat.machine.deadline()
-            if when is not None and when <= now:
-                self._queue.append((seat, None))
-        if self._queue:
-            self._drain()
+        dues = [(seat, seat.machine.deadline()) for seat in self._seats]
+        late = [seat for seat, when in dues if when is not None and when <= now]
+        if late:
+            self._queue.extend([(seat, None) for seat in late[1:]])
+            self.post(late[0], None)
         else:
             self._arm()

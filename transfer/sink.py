@@ -351,10 +351,10 @@ class Sink:
         taking = self._taking[piece.key]
         taking.reads.discard(event.read_id)
         taking.read_s += event.seconds
-        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
-        if not wrong:
+        if event.digests == piece.ready.digests:
             taking.verified_pages += len(piece.pages)
             return self._finish(taking, now)
+        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
         self.mismatches += wrong
         if piece.again:
             return self._forget(taking, f"{wrong} pages differ from their digests", tell=True, recompute=True)
