@@ -134,10 +134,6 @@ class Pages:
         """Cached pages whose memory was wanted so far."""
         return self._prefixes.reclaimed_pages
 
-    def counted(self, state: Owner) -> int:
-        """Pages in a state of holders, or SHARED."""
-        return self._counts[state]
-
     def counts(self) -> dict[Owner, int]:
         """Pages in every state; the sum is `total`."""
         cached = self._prefixes.idle_pages + self._prefixes.pinned_pages
@@ -172,6 +168,19 @@ class Pages:
             raise LocalError(f"promise to {holder}: got {count} pages, want at most {self.available}")
         self._holding(holder, state).promised += count
         self._promised += count
+
+    def keep(self, holder: str, count: int, state: Owner) -> None:
+        """Have `count` pages in all set aside for `holder`, beside those it has: more or fewer than before."""
+        holding = self._holdings.get(holder)
+        before = holding.promised if holding else 0
+        if count < 0 or count - before > self.available:
+            raise LocalError(f"promise to {holder}: got {count} pages, want at most {before + self.available}")
+        if holding is None or holding.state is not state:
+            holding = self._holding(holder, state)
+        holding.promised = count
+        self._promised += count - before
+        if not count and not holding.count:
+            del self._holdings[holder]
 
     def unpromise(self, holder: str) -> None:
         """Give back what `holder` was promised and has not bound; its pages stay."""

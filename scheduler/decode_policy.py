@@ -436,8 +436,7 @@ class DecodePolicy:
             end, _, row = heapq.heappop(ends)
             if row.place is Place.RUNNING and row.end == end:
                 self._expect(row)
-        within = batch.steps_within(self._memory.room)
-        self._memory.plan(max(0, min(ends[0][0] - batch.step, within)))
+        self._memory.plan(ends[0][0] - batch.step)
 
     def _expect(self, row: Row) -> None:
         """Say anew how long a running row will be."""
