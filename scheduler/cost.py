@@ -132,6 +132,8 @@ class CostModel:
         """
         if batch <= 0:
             return 0.0
+        if steps == 1:
+            return self.decode_s(batch, context)
         # Each line is an arithmetic series; walk from each one that is on top to the next.
         lines = [(line[0] + line[1] * batch + line[2] * context, line[2] * batch) for line in self.decode]
         total_s, at = 0.0, 0

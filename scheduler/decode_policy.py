@@ -237,6 +237,10 @@ class DecodePolicy:
                 if not (event.ended or self._cut) and self._batch.step < self._memory.horizon:
                     return [self._order()]
                 commands += self._ran(event.ended, now)
+            case Asked():
+                commands += self._ask(event, now)
+            case KvArrived():
+                commands += self._arrived(event, now)
             case None:
                 self._retest = True
                 while self._deadlines and self._deadlines[0][0] <= now:
@@ -247,10 +251,6 @@ class DecodePolicy:
                         commands += self._cancel(late, "deadline", now)
                 for session in self._pins.over(now):
                     self._ledger.unpin(PIN + session)
-            case Asked():
-                commands += self._ask(event, now)
-            case KvArrived():
-                commands += self._arrived(event, now)
             case Withdrawn():
                 commands += self._withdrawn(event)
             case Cancel(ticket, reason, report, branch):

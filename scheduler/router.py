@@ -117,6 +117,8 @@ class Router:
 
     def _on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
         match event:
+            case Tokens() | Accept() | Handed() | Finished() | Reject() | Failed():
+                return self._heard(event, now)
             case None:
                 return self._overdue(now)
             case Arrived(counter, request):
@@ -138,8 +140,6 @@ class Router:
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
-            case _:
-                return self._heard(event, now)
 
     def deadline(self) -> float | None:
         return None if self._alarms.first() is None else self._alarms.lowest()

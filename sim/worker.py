@@ -50,6 +50,8 @@ class Worker(Process):
         self.me = Identity(build.name, incarnation)
         self.build = build
         self.network = world.network
+        self.send = world.network.send
+        """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
         self.ledger = Pages(build.pages)
@@ -106,10 +108,6 @@ class Worker(Process):
         """What it says of itself."""
         build = self.build
         return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=True)
-
-    def send(self, to: Identity, message: Message) -> bool:
-        """To a gateway or to another worker; False if it is known to be gone."""
-        return self.network.send(to, message)
 
     def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""

@@ -222,11 +222,13 @@ class Sink:
 
     def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
         match event:
-            case None:
-                late = [self._taking[key] for key in self._deadlines.until(now)]
-                commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
-                short = self._short_since()
-                return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
+            case Ready(ticket):
+                taking = self._taking.get(ticket.key)
+                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
+                    return self._ignore()
+                return self._ready(taking, event, now)
+            case Pulled():
+                return self._pulled(event, now)
             case Reserve(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
@@ -236,18 +238,16 @@ class Sink:
                 return [AskPolicy(ticket, request)]
             case Decided():
                 return self._decided(event, now)
-            case Ready(ticket):
-                taking = self._taking.get(ticket.key)
-                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
-                    return self._ignore()
-                return self._ready(taking, event, now)
+            case None:
+                late = [self._taking[key] for key in self._deadlines.until(now)]
+                commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
+                short = self._short_since()
+                return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
             case Release(ticket, reason):
                 taking = self._taking.get(ticket.key)
                 if taking is None or taking.ticket != ticket:
                     return self._ignore()
                 return self._forget(taking, reason, tell=False)
-            case Pulled():
-                return self._pulled(event, now)
             case PullFailed():
                 return self._pull_failed(event)
             case Drop(key, reason):

@@ -167,14 +167,8 @@ class Source:
 
     def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
         match event:
-            case None:
-                return self._end(self._deadlines.until(now), "deadline", tell=True)
-            case AskSink(ticket, request, deadline):
-                if ticket.key in self._giving:
-                    raise LocalError(f"{ticket.key} is being handed off already")
-                self._giving[ticket.key] = _Giving(ticket, request, deadline)
-                self._deadlines.put(ticket.key, deadline)
-                return [SendToSink(Reserve(ticket, request))]
+            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
+                return self._heard(ticket, event, now)
             case Sealed():
                 return self._sealed(event)
             case Digested(key, first_page, digests):
@@ -185,13 +179,19 @@ class Source:
                 # They may overlap: a hand-off to the first choice of sink asked for the same pages before.
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
+            case AskSink(ticket, request, deadline):
+                if ticket.key in self._giving:
+                    raise LocalError(f"{ticket.key} is being handed off already")
+                self._giving[ticket.key] = _Giving(ticket, request, deadline)
+                self._deadlines.put(ticket.key, deadline)
+                return [SendToSink(Reserve(ticket, request))]
+            case None:
+                return self._end(self._deadlines.until(now), "deadline", tell=True)
             case Withdraw(key, reason):
                 return self._end([key] if key in self._giving else [], reason, tell=True)
             case SinkLost(identity):
                 lost = [key for key, giving in self._giving.items() if giving.ticket.sink == identity]
                 return self._end(lost, f"{identity.name} was lost", tell=False)
-            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
-                return self._heard(ticket, event, now)
 
     def deadline(self) -> float | None:
         return self._deadlines.lowest() if self._giving else None
