@@ -204,10 +204,14 @@ class Pages:
             self._promised -= used
         if not count:
             return ()
-        if count > self._free.count:
-            self._free.give(self._prefixes.reclaim(count - self._free.count))
-        fresh = self._free.take(count, holding.runs[-1][1] if holding.runs else None)
-        holding.append(fresh, count)
+        free = self._free
+        if count > free.count:
+            free.give(self._prefixes.reclaim(count - free.count))
+        runs = holding.runs
+        fresh = free.take(count, runs[-1][1] if runs else None)
+        extend(runs, fresh)
+        holding.count += count
+        holding.numbers = None
         self._counts[state] += count
         return numbers(fresh)
 
@@ -233,8 +237,9 @@ class Pages:
             if to in self._holdings:
                 raise LocalError(f"move: {to!r} holds pages already")
             self._holdings[to] = self._holdings.pop(holder)
-        self._counts[holding.state] -= holding.own
-        self._counts[state] += holding.own
+        own = holding.count - holding.shared
+        self._counts[holding.state] -= own
+        self._counts[state] += own
         holding.state = state
 
     def release(self, holder: str) -> int:
@@ -248,12 +253,14 @@ class Pages:
         self._promised -= holding.promised
         self._counts[holding.state] -= holding.own
         count = holding.count
-        if holding.prefix.parent is not None:
-            for piece in holding.prefix.path():
-                if piece.owner is holding:
-                    self._free.give(holding.cut(holding.count - piece.stop))
-                    holding.cut(len(piece.hashes))
-            self._counts[Owner.SHARED] += self._prefixes.drop(holding, holding.prefix)
+        if holding.prefix.parent is None:
+            self._free.give(reversed(holding.runs))
+            return count
+        for piece in holding.prefix.path():
+            if piece.owner is holding:
+                self._free.give(holding.cut(holding.count - piece.stop))
+                holding.cut(len(piece.hashes))
+        self._counts[Owner.SHARED] += self._prefixes.drop(holding, holding.prefix)
         self._free.give(holding.cut(holding.count - holding.shared))
         return count
 

@@ -55,7 +55,11 @@ class Memory:
     @property
     def free(self) -> int:
         """Of `room` what nobody was promised."""
-        return self.room - self.target
+        return (
+            self._ledger.available
+            + self.kept
+            - max(self._planned - self._batch.bound, self.admission.promised - self.own)
+        )
 
     def fits(self, claim: Claim, step: int) -> bool:
         """Whether admission takes one more."""

@@ -294,7 +294,7 @@ class DecodePolicy:
         due = self._deadlines
         while due and due[0][2].cancelled:
             heapq.heappop(due)
-        end = self._pins.deadline() if self._pins else None
+        end = self._pins.deadline()
         if due and (end is None or due[0][0] < end):
             return due[0][0]
         return end
@@ -331,9 +331,9 @@ class DecodePolicy:
         memory.set_aside()
         if not self._retest:
             return []
-        commands: list[DecodeCommand] = []
         self._retest = False
         self._short = (memory.total, now) if self._retired or self._stalled() else None
+        commands: list[DecodeCommand] = []
         while waiting and self._short is None:
             guest = waiting[0]
             if not guest.cancelled:
@@ -455,13 +455,13 @@ class DecodePolicy:
 
     def _may_join(self) -> bool:
         """Whether the first joiner would join if the order ended now."""
-        batch = self._batch
-        if not self._joiners or len(batch.rows) >= self._config.max_rows:
+        rows = self._batch.rows
+        if not self._joiners or len(rows) >= self._config.max_rows:
             return False
         row = self._first_joiner()
         if row is None:
             return False
-        if not batch.rows:
+        if not rows:
             return True
         pages = self._shape.pages_for(row.own + row.generated_then)
         if self._next_pages + pages > self._memory.room + row.bound:

@@ -212,6 +212,8 @@ class DualQueue:
 
     # Steps.
     def next(self, now: float, start: Start) -> Sequence[Take]:
+        if not self._ages:
+            return ()
         self._settle(now)
 
         def begin(key: str) -> Job | None:
@@ -243,6 +245,8 @@ class DualQueue:
         return ()
 
     def upcoming(self, now: float) -> Sequence[str]:
+        if not self._ages:
+            return ()
         first, key = self._gather.first(), self._long.first() or self._late.first()
         keys = [first.key] if first is not None and first.key not in self._begun else []
         return [*keys, key] if key is not None and key not in self._begun else keys

@@ -339,7 +339,8 @@ class PrefillPolicy:
         commands: list[PrefillCommand] = []
         if self._running is None:
             self._planned_at = now
-            self._blocked.clear()
+            if self._blocked:
+                self._blocked.clear()
             paused = self._suspended
             if paused is not None and self._order.resumes(now):
                 return self._resume(paused, now)

@@ -10,6 +10,7 @@ token, each goes on by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -142,7 +143,8 @@ class Router:
                 return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
 
     def deadline(self) -> float | None:
-        return None if self._alarms.first() is None else self._alarms.lowest()
+        due = self._alarms.lowest()
+        return None if due == math.inf else due
 
     def check(self) -> None:
         assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}

@@ -38,15 +38,18 @@ class Loop:
 
     def __init__(self, *, check_every: int = CHECK_EVERY) -> None:
         self.now = 0.0
-        self.turns = 0
-        """Entries of the heap taken so far."""
         self.check_every = check_every
-        self.events = 0
-        """Events that machines have taken."""
+        self.processes: list[Process] = []
+        """All that have been here, the dead among them."""
         self.stopped = False
         """Set it, and `run` returns after this turn."""
         self._agenda: list[tuple[float, int, int, int, Callable[..., None], Any]] = []
         self._put = 0
+
+    @property
+    def events(self) -> int:
+        """Events that machines have taken."""
+        return sum(process.events for process in self.processes)
 
     @property
     def pending(self) -> int:
@@ -64,13 +67,13 @@ class Loop:
         since, spins = -1.0, 0
         while agenda and agenda[0][0] <= until:
             when, _, _, _, call, argument = heappop(agenda)
-            if when == since:
+            if when != since:
+                self.now = since = when
+                spins = 0
+            elif spins < SPIN:
                 spins += 1
-                if spins > SPIN:
-                    raise LocalError(f"loop: got {spins} turns at {when} s, want time to pass")
             else:
-                self.now, since, spins = when, when, 0
-            self.turns += 1
+                raise LocalError(f"loop: got {spins + 1} turns at {when} s, want time to pass")
             call(argument)
             if self.stopped:
                 self.stopped = False
@@ -82,19 +85,29 @@ class Loop:
 class Seat:
     """A machine and the shell that performs its commands."""
 
-    __slots__ = ("alone", "counts", "due", "fresh", "machine", "perform")
+    __slots__ = ("alone", "due", "fresh", "machine", "perform")
 
     def __init__(self, machine: Machine[Any, Any], perform: Callable[[Any], None], alone: bool) -> None:
         self.machine = machine
         self.perform = perform
         self.alone = alone
         """Its deadline is changed by its own events only; others may be woken by memory that somebody else freed."""
-        self.counts: Counter[str] | None = None
-        """Commands by kind, if somebody wants to know."""
         self.fresh = True
         """It has had an event since it was asked for its deadline."""
         self.due: float | None = None
         """What it answered."""
+
+    def count(self) -> Counter[str]:
+        """From now on, its commands are counted there by kind."""
+        counts: Counter[str] = Counter()
+        perform = self.perform
+
+        def counted(command: Any) -> None:
+            counts[type(command).__name__] += 1
+            perform(command)
+
+        self.perform = counted
+        return counts
 
 
 class Process:
@@ -105,11 +118,15 @@ class Process:
         self.order = order
         """Its rank at equal times."""
         self.alive = True
+        self.events = 0
+        """That its machines have taken."""
         self._seats: list[Seat] = []
         self._queue: deque[tuple[Seat, Any]] = deque()
         self._draining = False
         self._alarm = float("inf")
-        self._checked = order % 97
+        self._unchecked = max(1, loop.check_every - order % 97)
+        """Events until the machines' invariants are looked at; not of all processes at the same time."""
+        loop.processes.append(self)
 
     def seat(self, machine: Machine[Any, Any], perform: Callable[[Any], None], *, alone: bool = False) -> Seat:
         """Give a machine its place here."""
@@ -130,30 +147,29 @@ class Process:
         if self._draining:
             queue.append((seat, event))
             return
-        loop = self.loop
-        now = loop.now
+        now = self.loop.now
         self._draining = True
         try:
             while True:
-                loop.events += 1
                 seat.fresh = True
-                commands = seat.machine.on(event, now)
-                if seat.counts is not None:
-                    seat.counts.update([type(command).__name__ for command in commands])
                 perform = seat.perform
-                for command in commands:
+                for command in seat.machine.on(event, now):
                     perform(command)
-                self._checked += 1
-                if self._checked >= loop.check_every:
-                    self._checked = 0
-                    for each in self._seats:
-                        each.machine.check()
+                self.events += 1
+                self._unchecked -= 1
+                if not self._unchecked:
+                    self._check()
                 if not queue:
                     break
                 seat, event = queue.popleft()
         finally:
             self._draining = False
         self._arm()
+
+    def _check(self) -> None:
+        self._unchecked = self.loop.check_every
+        for seat in self._seats:
+            seat.machine.check()
 
     def _arm(self) -> None:
         """One alarm is under way for the earliest deadline; an older, later one finds nothing to do."""

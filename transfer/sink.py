@@ -265,7 +265,7 @@ class Sink:
 
     def deadline(self) -> float | None:
         due = self._deadlines.lowest() if self._taking else None
-        if (short := self._short_since()) is not None:
+        if self._doubt and (short := self._short_since()) is not None:
             due = short + DOUBT_S if due is None else min(due, short + DOUBT_S)
         return due
 
@@ -298,7 +298,7 @@ class Sink:
 
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
-        count = sum(run.count for run in ready.runs)
+        count = sum([run.count for run in ready.runs])
         whole = self._shape.pages_for(len(taking.request.prompt))
         after = ready.first_page + count
         complete = bool(ready.firsts)
@@ -308,7 +308,7 @@ class Sink:
             or after > whole
             or complete != (after == whole)
             or taking.firsts
-            or not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n))
+            or (complete and not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n)))
         ):
             reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
             return self._forget(taking, reason, tell=True, recompute=True)
