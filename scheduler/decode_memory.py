@@ -126,7 +126,7 @@ class Memory:
         for row, count in zip(rows, counts, strict=True):
             first = row.bound
             if extra > 0 and count < self._ahead:
-                more = min(self._ahead, self._shape.pages_for(row.own + row.most) - first) - count
+                more = min(extra, min(self._ahead, self._shape.pages_for(row.own + row.most) - first) - count)
                 if more > 0:
                     count += more
                     extra -= more

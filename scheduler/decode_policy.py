@@ -108,7 +108,7 @@ class DecodeConfig:
     """Most sequences in one step."""
     max_steps: int = 16
     """Most steps in one Run."""
-    ahead_pages: int = 4
+    ahead_pages: int = 16
     """Pages that a growing row gets at once, as long as there is one available for every row."""
     admission: Literal["worst_case", "past_future"] = "worst_case"
     """Which rule of `scheduler/past_future.py`."""
