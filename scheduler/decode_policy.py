@@ -206,6 +206,11 @@ class DecodePolicy:
         self.recomputed_tokens = 0
         """Positions computed again."""
 
+    @property
+    def admission(self) -> Admission:
+        """The rule by which memory is promised, for whoever counts what it did."""
+        return self._admission
+
     def freeness(self) -> float:
         """Steps that the rows can take after the next before memory is used up, the first in line's prompt included.
 
@@ -873,13 +878,14 @@ class DecodePolicy:
         assert self._returning == len(at[Place.RETURNING])
         assert self.host_pages == sum(row.away for row in rows)
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
+        due, waiting = {entry[2] for entry in self._deadlines}, set(self._waiting)
         for key, guest in self._guests.items():
             assert key == guest.key == guest.ticket.key
             assert (guest.state is State.JOINING) == bool(guest.rows)
-            assert guest.cancelled or any(entry[2] is guest for entry in self._deadlines)
+            assert guest.cancelled or guest in due
             assert not guest.revoked or guest.state is State.PROMISED
             if guest.state is State.WAITING:
-                assert guest.cancelled or guest in self._waiting
+                assert guest.cancelled or guest in waiting
             else:
                 crowd += guest.request.sampling.n
                 if guest.state is State.PROMISED or guest.shares:

@@ -103,7 +103,7 @@ class PastFuture:
         self.quick = 0
         """Tests that were passed because all forecast lengths fit together."""
         self.peaks = 0
-        """Tests that took the peak."""
+        """Tests that were passed because the peak fits."""
 
     def add(self, claim: Claim) -> None:
         self._claims[claim.key] = claim
@@ -123,12 +123,12 @@ class PastFuture:
         if self._whole + whole_pages(claim, self._page_tokens) <= room:
             self.quick += 1
             return True
-        self.peaks += 1
         if claim.rows:
             self._place(claim)
         peak = claim.fixed + self.peak(step)
         if claim.rows:
             self._displace(claim)
+        self.peaks += peak <= room
         return peak <= room
 
     def peak(self, step: int) -> int:
