@@ -210,10 +210,11 @@ class Pages:
         runs = holding.runs
         fresh = free.take(count, runs[-1][1] if runs else None)
         extend(runs, fresh)
+        bound = numbers(fresh)
+        holding.numbers = None if holding.count else bound
         holding.count += count
-        holding.numbers = None
         self._counts[state] += count
-        return numbers(fresh)
+        return bound
 
     def trim(self, holder: str, count: int) -> int:
         """Free the holder's last `count` pages, but none that is named; returns how many. A promise does not grow."""

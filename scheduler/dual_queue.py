@@ -371,11 +371,11 @@ class DualQueue:
             self._long.put(job.key, job.wanted_by)
 
     def _unline(self, key: str) -> None:
-        self._ages.drop(key)
-        self._going.drop(key)
-        self._gather.drop(key)
-        self._long.drop(key)
-        self._late.drop(key)
+        if self._ages.drop(key):
+            self._going.drop(key)
+            self._gather.drop(key)
+            self._long.drop(key)
+            self._late.drop(key)
 
     def _settle(self, now: float) -> None:
         """Whoever cannot be in time any more goes behind all who can; once each, as nobody gets more time."""

@@ -404,8 +404,8 @@ class Router:
         first = flight.base + message.index
         if first > have:
             return self._lost_attempt(flight, f"token {first} came after {have} tokens", now)
-        new = slice(have - first, None)
-        fresh = message.tokens[new]
+        new = have - first
+        fresh = message.tokens[new:]
         told = message.prompt_logprobs if flight.call.prompt_due else ()
         if not fresh and not told:
             return []
@@ -418,7 +418,7 @@ class Router:
             self._enter(flight, Phase.HANDING_OFF)
             self._workers.computed(load)
             self._placement.prefilled(load.source, flight.ahead_tokens + load.tokens, seconds)
-        hashes, logprobs = message.logits_hashes[new], message.logprobs[new]
+        hashes, logprobs = message.logits_hashes[new:], message.logprobs[new:]
         deliver = Deliver(flight.call.counter, fresh, hashes, index, logprobs, told)
         if len(branch.tokens) > flight.base + 1:
             return [deliver, *self._moved(flight, message.ticket, now)]

@@ -114,10 +114,10 @@ class Batch:
         within = self._cost.decode_steps_within(len(self._rows), context, (when - start) / slowness, limit - base)
         steps = base + within
         # What counts is the time that a step's end is given, to the last bit.
-        while steps < limit and self.time_of(steps + 1) <= when:
-            steps += 1
         while steps > base and self.time_of(steps) > when:
             steps -= 1
+        while steps < limit and self.time_of(steps + 1) <= when:
+            steps += 1
         return steps
 
     def first_end(self) -> int:
