@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise, starmap
 
 Run = tuple[int, int]
 """First page, and first page behind the last."""
 
 _SHIFT = 40
+_START = (1 << _SHIFT) - 1
 
 
 class FreeRuns:
@@ -40,11 +41,12 @@ class FreeRuns:
         if count and after in self._stop:
             taken.append(self._cut(after, count))
             count -= taken[0][1] - after
+        by_length = self._by_length
         while count:
-            index = bisect_left(self._by_length, count << _SHIFT)
-            if index == len(self._by_length):
-                index = bisect_left(self._by_length, self._by_length[-1] >> _SHIFT << _SHIFT)
-            run = self._cut(self._by_length[index] & ((1 << _SHIFT) - 1), count)
+            index = bisect_left(by_length, count << _SHIFT)
+            if index == len(by_length):
+                index = bisect_left(by_length, by_length[-1] >> _SHIFT << _SHIFT)
+            run = self._cut(by_length[index] & _START, count)
             taken.append(run)
             count -= run[1] - run[0]
         return taken
@@ -147,4 +149,4 @@ def numbers(runs: Sequence[Run]) -> tuple[int, ...]:
     """The pages of runs, in order: the inverse of `joined`."""
     if len(runs) == 1:
         return tuple(range(*runs[0]))
-    return tuple([page for start, stop in runs for page in range(start, stop)])
+    return tuple(chain.from_iterable(starmap(range, runs)))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from core.errors import LocalError
+from core.quick import quick_init
 
 ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -69,6 +70,7 @@ class KvShape:
         return -(-tokens // self.page_tokens)
 
 
+@quick_init
 @dataclass(frozen=True, slots=True, order=True)
 class PageRun:
     """`count` neighbouring pages from page `start` on."""
@@ -84,6 +86,8 @@ class PageRun:
 
 def page_runs(pages: Sequence[int]) -> tuple[PageRun, ...]:
     """The pages in their given order, joined where the next page is the next number."""
+    if pages and pages[-1] - pages[0] == len(pages) - 1 and tuple(range(pages[0], pages[-1] + 1)) == tuple(pages):
+        return (PageRun(pages[0], len(pages)),)
     runs: list[PageRun] = []
     start = stop = -1
     for page in pages:

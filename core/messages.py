@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from core.kv import PageRun
+from core.quick import quick_init
 from core.request import Hints, Request, Stage, Ticket
 from core.sampling import Logprobs
 from core.worker import Identity
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Offer:
     """Would you prefill this? No prompt yet."""
@@ -29,6 +31,7 @@ class Offer:
     """Chained 64-bit hashes of the prompt's full pages, first page first; empty if the gateway has none."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Accept:
     """Yes; lapses after a second without the prompt."""
@@ -38,6 +41,7 @@ class Accept:
     wait_s: float = 0.0
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Reject:
     """No: ask another worker. `wait_s` is when it might be yes."""
@@ -47,6 +51,7 @@ class Reject:
     wait_s: float = 0.0
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SlotFree:
     """After a refusal: an offer of up to this many new tokens may be accepted now."""
@@ -55,6 +60,7 @@ class SlotFree:
     tokens: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """The accepted request itself."""
@@ -65,6 +71,7 @@ class Prompt:
     """Another sink, should the ticket's refuse or be lost."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Cancel:
     """Stop working on it and free what it holds."""
@@ -77,6 +84,7 @@ class Cancel:
     """Only this continuation, at a decode worker; the others go on."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Generated tokens; `index` counts from the continuation's first generated token."""
@@ -92,6 +100,7 @@ class Tokens:
     """One for each token of the prompt, the first None, if they were asked for: with the prefill worker's token."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Handed:
     """The prefill worker's part is over: the sink has the KV. Carries the waterfall of this part."""
@@ -102,6 +111,7 @@ class Handed:
     """The sink need not have the KV: the gateway wanted no more, and the stages."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Finished:
     """All tokens of a continuation were sent."""
@@ -117,6 +127,7 @@ class Finished:
     """By the decode worker; else the prefill worker found that the first token is the last."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Failed:
     """This attempt is over without a result."""
@@ -128,6 +139,7 @@ class Failed:
     stages: tuple[Stage, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Reserve:
     """Will you decode this? Asks for memory, not for pages."""
@@ -136,6 +148,7 @@ class Reserve:
     request: Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Memory is promised: announce pages as they are sealed."""
@@ -143,6 +156,7 @@ class Grant:
     ticket: Ticket
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Refuse:
     """Not here."""
@@ -151,6 +165,7 @@ class Refuse:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class First:
     """A continuation's first token, as the prefill worker chose it."""
@@ -164,6 +179,7 @@ class First:
     """If they were asked for."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Ready:
     """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""
@@ -177,6 +193,7 @@ class Ready:
     """Set in the last announcement: the prompt is complete, and these continuations of it go on."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Taken:
     """Every page arrived and was verified: the source may free them."""
@@ -184,6 +201,7 @@ class Taken:
     ticket: Ticket
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Release:
     """I am no longer interested in this ticket: the other side frees what it holds for it."""

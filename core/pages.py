@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from itertools import pairwise
 
 from core.errors import LocalError
 from core.free import FreeRuns, Run, cut_tail, extend, joined, numbers
@@ -168,6 +169,19 @@ class Pages:
         self._holding(holder, state).promised += count
         self._promised += count
 
+    def keep(self, holder: str, count: int, state: Owner) -> None:
+        """Have `count` pages in all set aside for `holder`, beside those it has: more or fewer than before."""
+        holding = self._holdings.get(holder)
+        before = holding.promised if holding else 0
+        if count < 0 or count - before > self.available:
+            raise LocalError(f"promise to {holder}: got {count} pages, want at most {before + self.available}")
+        if holding is None or holding.state is not state:
+            holding = self._holding(holder, state)
+        holding.promised = count
+        self._promised += count - before
+        if not count and not holding.count:
+            del self._holdings[holder]
+
     def unpromise(self, holder: str) -> None:
         """Give back what `holder` was promised and has not bound; its pages stay."""
         holding = self._holdings.get(holder)
@@ -190,12 +204,17 @@ class Pages:
             self._promised -= used
         if not count:
             return ()
-        if count > self._free.count:
-            self._free.give(self._prefixes.reclaim(count - self._free.count))
-        fresh = self._free.take(count, holding.runs[-1][1] if holding.runs else None)
-        holding.append(fresh, count)
+        free = self._free
+        if count > free.count:
+            free.give(self._prefixes.reclaim(count - free.count))
+        runs = holding.runs
+        fresh = free.take(count, runs[-1][1] if runs else None)
+        extend(runs, fresh)
+        bound = numbers(fresh)
+        holding.numbers = None if holding.count else bound
+        holding.count += count
         self._counts[state] += count
-        return numbers(fresh)
+        return bound
 
     def trim(self, holder: str, count: int) -> int:
         """Free the holder's last `count` pages, but none that is named; returns how many. A promise does not grow."""
@@ -219,8 +238,9 @@ class Pages:
             if to in self._holdings:
                 raise LocalError(f"move: {to!r} holds pages already")
             self._holdings[to] = self._holdings.pop(holder)
-        self._counts[holding.state] -= holding.own
-        self._counts[state] += holding.own
+        own = holding.count - holding.shared
+        self._counts[holding.state] -= own
+        self._counts[state] += own
         holding.state = state
 
     def release(self, holder: str) -> int:
@@ -234,12 +254,14 @@ class Pages:
         self._promised -= holding.promised
         self._counts[holding.state] -= holding.own
         count = holding.count
-        if holding.prefix.parent is not None:
-            for piece in holding.prefix.path():
-                if piece.owner is holding:
-                    self._free.give(holding.cut(holding.count - piece.stop))
-                    holding.cut(len(piece.hashes))
-            self._counts[Owner.SHARED] += self._prefixes.drop(holding, holding.prefix)
+        if holding.prefix.parent is None:
+            self._free.give(reversed(holding.runs))
+            return count
+        for piece in holding.prefix.path():
+            if piece.owner is holding:
+                self._free.give(holding.cut(holding.count - piece.stop))
+                holding.cut(len(piece.hashes))
+        self._counts[Owner.SHARED] += self._prefixes.drop(holding, holding.prefix)
         self._free.give(holding.cut(holding.count - holding.shared))
         return count
 
@@ -309,22 +331,26 @@ class Pages:
         """Invariants: every page is in exactly one place, counts agree, promises are covered."""
         self._free.check()
         self._prefixes.check([holding.prefix for holding in self._holdings.values()])
-        taken = list(numbers(self._free.runs()))
+        taken = list(self._free.runs())
         mine = dict.fromkeys(Owner, 0)
-        for name, holding in self._holdings.items():
-            table = self.pages(name)
-            assert holding.runs == joined(table)
-            assert holding.shared <= holding.prefix.stop <= holding.count == len(table)
+        for holding in self._holdings.values():
+            table = holding.runs
+            assert holding.shared <= holding.prefix.stop <= holding.count == sum(stop - start for start, stop in table)
+            assert all(before[1] != after[0] for before, after in pairwise(table)), "runs not joined"
+            assert holding.numbers is None or holding.numbers == numbers(table)
             for piece in holding.prefix.path():
                 if piece.stop <= holding.shared or piece.owner is holding:
-                    assert table[piece.stop - len(piece.hashes) : piece.stop] == numbers(piece.runs)
-            taken += table[holding.shared :]
+                    assert holding.between(piece.stop - len(piece.hashes), piece.stop) == joined(numbers(piece.runs))
+            taken += holding.between(holding.shared, holding.count)
             mine[holding.state] += holding.own
         for piece in self._prefixes.pieces():
             if piece.owner is None:
-                taken += numbers(piece.runs)
+                taken += piece.runs
                 mine[Owner.SHARED if piece.refs else Owner.CACHED] += len(piece.hashes)
-        assert sorted(taken) == list(range(self.total)), "a page is lost or owned twice"
+        taken.sort()
+        assert [start for start, _ in taken] == [0, *(stop for _, stop in taken[:-1])], "a page is lost or owned twice"
+        assert taken[-1][1] == self.total
+        assert all(start < stop for start, stop in taken)
         assert self.counts() == {**mine, Owner.FREE: self._free.count}
         assert self._promised == sum(holding.promised for holding in self._holdings.values())
         assert 0 <= self._promised <= self._free.count + self._prefixes.idle_pages, "more promised than available"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Iterable
+from heapq import heapify, heappop, heappush
 
 _SPARE = 64
 """Left entries that are kept without rebuilding the heap."""
@@ -13,8 +13,8 @@ _SPARE = 64
 class Ranked:
     """Keys, the lowest rank first, equal ranks in the order in which they were put.
 
-    `put` and `pop` cost O(log n), the rest O(1) on average. An entry that was dropped or put again stays in the heap
-    until it comes to the top, or until there are more of these than of the others.
+    `put`, `drop` and `pop` cost O(log n), the rest O(1). An entry that was dropped or put again stays in the heap until
+    it comes to the top, where it never stays, or until there are more of these than of the others.
     """
 
     __slots__ = ("_entries", "_heap", "_serial")
@@ -35,26 +35,23 @@ class Ranked:
     def put(self, key: str, rank: float) -> None:
         """Add `key`, or give it another rank."""
         self._serial += 1
-        entry = rank, self._serial, key
-        self._entries[key] = entry
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 2 * len(self._entries) + _SPARE:
-            self._heap = list(self._entries.values())
-            heapq.heapify(self._heap)
+        before = self._entries.get(key)
+        entry = self._entries[key] = rank, self._serial, key
+        heappush(self._heap, entry)
+        if before is not None:
+            self._left(before)
 
     def drop(self, key: str) -> bool:
         """Forget `key`; False if it was not there."""
-        return self._entries.pop(key, None) is not None
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return False
+        self._left(entry)
+        return True
 
     def first(self) -> str | None:
         """The key of lowest rank; None if empty."""
-        heap, entries = self._heap, self._entries
-        while heap:
-            entry = heap[0]
-            if entries.get(entry[2]) is entry:
-                return entry[2]
-            heapq.heappop(heap)
-        return None
+        return self._heap[0][2] if self._heap else None
 
     def rank(self, key: str) -> float:
         """The key's rank; KeyError if it is not there."""
@@ -62,26 +59,33 @@ class Ranked:
 
     def lowest(self) -> float:
         """The rank of the first key; infinite if empty."""
-        heap = self._heap
-        if heap and self._entries.get(heap[0][2]) is heap[0]:
-            return heap[0][0]
-        return math.inf if self.first() is None else self._heap[0][0]
+        return self._heap[0][0] if self._heap else math.inf
 
     def pop(self) -> str | None:
         """Take the first key off; None if empty."""
         key = self.first()
         if key is not None:
-            del self._entries[key]
-            heapq.heappop(self._heap)
+            self.drop(key)
         return key
 
     def until(self, rank: float) -> list[str]:
         """Take all keys off whose rank is at most this."""
         taken = []
-        while (key := self.first()) is not None and self._heap[0][0] <= rank:
-            taken.append(key)
-            self.pop()
+        while self._heap and self._heap[0][0] <= rank:
+            taken.append(self._heap[0][2])
+            self.drop(taken[-1])
         return taken
+
+    def _left(self, entry: tuple[float, int, str]) -> None:
+        """An entry is one no more."""
+        heap, entries = self._heap, self._entries
+        if heap[0] is entry:
+            heappop(heap)
+            while heap and entries.get(heap[0][2]) is not heap[0]:
+                heappop(heap)
+        elif len(heap) > 2 * len(entries) + _SPARE:
+            self._heap = list(entries.values())
+            heapify(self._heap)
 
     def items(self) -> list[tuple[str, float]]:
         """All keys and ranks, in order. Slow: for `check` and `document`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from core.quick import quick_init
 from core.sampling import Sampling
 from core.worker import Identity
 
@@ -19,6 +20,7 @@ class Slo:
     """Tail of the gaps between tokens; a decode policy that is given a cost model keeps its batches below it."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Hints:
     """What a caller knows about its request; carried everywhere, used by policies as they learn to."""
@@ -54,6 +56,7 @@ class Ticket:
         object.__setattr__(self, "key", f"{self.minter}/{self.counter}.{self.attempt}")
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request as the gateway admitted it."""
@@ -106,6 +109,7 @@ PHASE_NEXT: dict[Phase, tuple[Phase, ...]] = {
 """The life of a request, as the gateway sees it: state -> states that may follow."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One step of a request's waterfall: seconds measured on one process's clock."""

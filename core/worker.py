@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from core.errors import LocalError
 from core.kv import KvShape
@@ -31,9 +32,11 @@ class Role(StrEnum):
         return self in (Role.DECODE, Role.MIXED)
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Identity:
-    """One life of one process: a restart under the same name is somebody else."""
+class Identity(NamedTuple):
+    """One life of one process: a restart under the same name is somebody else.
+
+    A tuple, because it is what most tables of a process are looked up by.
+    """
 
     name: str
     incarnation: int

@@ -101,7 +101,12 @@ class CostModel:
         """Seconds of one step that decodes `batch` rows which attend to `context` tokens in all; 0 without rows."""
         if batch <= 0:
             return 0.0
-        return max([line[0] + line[1] * batch + line[2] * context for line in self.decode])
+        longest_s = 0.0
+        for fixed_s, row_s, token_s in self.decode:
+            seconds = fixed_s + row_s * batch + token_s * context
+            if seconds > longest_s:
+                longest_s = seconds
+        return longest_s
 
     def step_s(self, rows: Sequence[Row], batch: int, context: int) -> float:
         """Seconds of one step with both: the sum of the two, less what they share (weights are read once).
@@ -127,11 +132,17 @@ class CostModel:
         """
         if batch <= 0:
             return 0.0
+        if steps == 1:
+            return self.decode_s(batch, context)
         # Each line is an arithmetic series; walk from each one that is on top to the next.
         lines = [(line[0] + line[1] * batch + line[2] * context, line[2] * batch) for line in self.decode]
         total_s, at = 0.0, 0
         while at < steps:
-            top, slope = max([(first + growth * at, growth) for first, growth in lines])
+            top = slope = -1.0
+            for first, growth in lines:
+                height = first + growth * at
+                if height > top or (height == top and growth > slope):
+                    top, slope = height, growth
             until = steps
             for first, growth in lines:
                 if growth > slope:
@@ -146,6 +157,11 @@ class CostModel:
     def decode_steps_within(self, batch: int, context: int, seconds: float, limit: int) -> int:
         """The most steps, `limit` at most, whose `decode_span_s` is no longer than `seconds`."""
         low, high = 0, max(0, limit)
+        # No step is shorter than the first, so they are no more than that many; none is longer than the last of these.
+        first_s = self.decode_s(batch, context)
+        if seconds < first_s * high:
+            high = min(high, int(seconds / first_s) + 1) if seconds > 0 else 0
+            low = max(0, int(seconds / self.decode_s(batch, context + batch * high)) - 1)
         while low < high:
             middle = (low + high + 1) // 2
             if self.decode_span_s(batch, context, middle) <= seconds:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.messages import Cancel, Failed, Finished, First
+from core.quick import quick_init
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
 
 
 # Events.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A prefill worker asks for memory for a request."""
@@ -22,6 +24,7 @@ class Asked:
     request: Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class KvArrived:
     """All of the prompt's KV is in the pages held under the ticket's key."""
@@ -33,6 +36,7 @@ class KvArrived:
     stages: tuple[Stage, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
     """The hand-off ended without KV; what was promised is free again."""
@@ -42,6 +46,7 @@ class Withdrawn:
     recompute: bool = False
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class GatewayGone:
     """A gateway died, and its requests with it."""
@@ -49,11 +54,13 @@ class GatewayGone:
     identity: Identity
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Drain:
     """This worker is to take nothing more: what was promised comes, and what is here ends."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A sequence ended: `generated` tokens in all, the first one included; a stop token is not counted."""
@@ -64,6 +71,7 @@ class Ended:
     stop_token_id: int | None = None
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Ran:
     """A `Run` is over after `steps` steps."""
@@ -73,6 +81,7 @@ class Ran:
     ended: tuple[Ended, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class RunFailed:
     """A `Run` ended in an exception of the engine; nothing is known of which row caused it."""
@@ -81,6 +90,7 @@ class RunFailed:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SwappedOut:
     """A sequence's KV is in host memory; its pages hold nothing any more."""
@@ -88,6 +98,7 @@ class SwappedOut:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SwappedIn:
     """A sequence's KV is back in the pages that `SwapIn` named."""
@@ -96,6 +107,7 @@ class SwappedIn:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Tell the sink whether memory was promised."""
@@ -105,6 +117,7 @@ class Answer:
     reason: str = ""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Join:
     """A sequence the engine does not have: its prompt, its own sampling, its first token and its pages.
@@ -125,6 +138,7 @@ class Join:
     """Positions [start, stop) whose KV is to be computed again before the first step; None: all of it is there."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Grow:
     """More pages for a running sequence."""
@@ -135,6 +149,7 @@ class Grow:
     """Number of the first of them in its page table; what followed there before is void. None: behind all it has."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Run:
     """Decode `rows` for at most `steps` steps, ending early when one of them ends or after a `Cut`."""
@@ -146,6 +161,7 @@ class Run:
     steps: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Cut:
     """End the run at the next step end."""
@@ -153,6 +169,7 @@ class Cut:
     run_id: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Leave:
     """Forget a sequence at the engine, what was kept of it and its copy in host memory included."""
@@ -160,6 +177,7 @@ class Leave:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Evict:
     """Take a sequence out of the engine, but keep its tokens: its KV is lost, and it will join again."""
@@ -167,6 +185,7 @@ class Evict:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SwapOut:
     """Take a sequence out of the engine and bring its KV from these pages to host memory; ends in `SwappedOut`."""
@@ -175,6 +194,7 @@ class SwapOut:
     pages: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SwapIn:
     """Bring a sequence's KV back from host memory into these pages; ends in `SwappedIn`."""
@@ -183,6 +203,7 @@ class SwapIn:
     pages: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class DropHandOff:
     """The sink should end this ticket; ends in `Withdrawn`."""
@@ -191,6 +212,7 @@ class DropHandOff:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Tell:
     """Send a message to the ticket's gateway."""

@@ -55,29 +55,34 @@ class Memory:
     @property
     def free(self) -> int:
         """Of `room` what nobody was promised."""
-        return self.room - self.target
+        return (
+            self._ledger.available
+            + self.kept
+            - max(self._planned - self._batch.bound, self.admission.promised - self.own)
+        )
 
     def fits(self, claim: Claim, step: int) -> bool:
         """Whether admission takes one more."""
         return self.admission.fits(claim, self.total, step)
 
-    def plan(self, steps: int) -> None:
-        """The rows may run for so many steps before memory is planned again."""
-        self.horizon = self._batch.step + steps
-        self._planned = self._batch.needed(steps) if self._batch.rows else 0
+    def plan(self, limit: int) -> None:
+        """The rows may run for so many steps, or as memory lasts, before it is planned again."""
+        batch = self._batch
+        needed = batch.needed(limit) if batch.rows else 0
+        room = self.room
+        if needed > room:
+            limit = max(0, min(limit, batch.steps_within(room)))
+            needed = batch.needed(limit)
+        self.horizon = batch.step + limit
+        self._planned = needed
 
     def set_aside(self) -> None:
         """Keep from others in this arena what rows will grow into."""
-        kept = self.target - self._batch.bound
-        if kept < 0:
-            kept = 0
-        if kept > self.kept:
-            self._ledger.promise(GROWTH, kept - self.kept, Owner.DECODING)
-        elif kept < self.kept:
-            self._ledger.release(GROWTH)
-            if kept:
-                self._ledger.promise(GROWTH, kept, Owner.DECODING)
-        self.kept = kept
+        bound = self._batch.bound
+        kept = max(0, self._planned - bound, self.admission.promised - self.own)
+        if kept != self.kept:
+            self._ledger.keep(GROWTH, kept, Owner.DECODING)
+            self.kept = kept
 
     def promise(self, key: str, pages: int) -> None:
         """Pages for a prompt that is on its way; `free` has so many."""
@@ -111,17 +116,17 @@ class Memory:
         rows = batch.running_out(step)
         if not rows:
             return ()
-        ledger.release(GROWTH)
+        ledger.keep(GROWTH, 0, Owner.DECODING)
         self.kept = 0
-        short = sum([batch.need(row, step) - row.bound for row in rows])
+        counts = [batch.need(row, step) - row.bound for row in rows]
+        short = sum(counts)
         self._have(short)
         extra = ledger.available - short - len(batch)
         growing = []
-        for row in rows:
+        for row, count in zip(rows, counts, strict=True):
             first = row.bound
-            count = batch.need(row, step) - first
             if extra > 0 and count < self._ahead:
-                more = min(self._ahead, self._shape.pages_for(row.own + row.most) - first) - count
+                more = min(extra, min(self._ahead, self._shape.pages_for(row.own + row.most) - first) - count)
                 if more > 0:
                     count += more
                     extra -= more

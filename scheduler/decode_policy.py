@@ -108,7 +108,7 @@ class DecodeConfig:
     """Most sequences in one step."""
     max_steps: int = 16
     """Most steps in one Run."""
-    ahead_pages: int = 4
+    ahead_pages: int = 16
     """Pages that a growing row gets at once, as long as there is one available for every row."""
     admission: Literal["worst_case", "past_future"] = "worst_case"
     """Which rule of `scheduler/past_future.py`."""
@@ -206,6 +206,11 @@ class DecodePolicy:
         self.recomputed_tokens = 0
         """Positions computed again."""
 
+    @property
+    def admission(self) -> Admission:
+        """The rule by which memory is promised, for whoever counts what it did."""
+        return self._admission
+
     def freeness(self) -> float:
         """Steps that the rows can take after the next before memory is used up, the first in line's prompt included.
 
@@ -237,6 +242,10 @@ class DecodePolicy:
                 if not (event.ended or self._cut) and self._batch.step < self._memory.horizon:
                     return [self._order()]
                 commands += self._ran(event.ended, now)
+            case Asked():
+                commands += self._ask(event, now)
+            case KvArrived():
+                commands += self._arrived(event, now)
             case None:
                 self._retest = True
                 while self._deadlines and self._deadlines[0][0] <= now:
@@ -247,10 +256,6 @@ class DecodePolicy:
                         commands += self._cancel(late, "deadline", now)
                 for session in self._pins.over(now):
                     self._ledger.unpin(PIN + session)
-            case Asked():
-                commands += self._ask(event, now)
-            case KvArrived():
-                commands += self._arrived(event, now)
             case Withdrawn():
                 commands += self._withdrawn(event)
             case Cancel(ticket, reason, report, branch):
@@ -294,7 +299,7 @@ class DecodePolicy:
         due = self._deadlines
         while due and due[0][2].cancelled:
             heapq.heappop(due)
-        end = self._pins.deadline() if self._pins else None
+        end = self._pins.deadline()
         if due and (end is None or due[0][0] < end):
             return due[0][0]
         return end
@@ -331,9 +336,9 @@ class DecodePolicy:
         memory.set_aside()
         if not self._retest:
             return []
-        commands: list[DecodeCommand] = []
         self._retest = False
         self._short = (memory.total, now) if self._retired or self._stalled() else None
+        commands: list[DecodeCommand] = []
         while waiting and self._short is None:
             guest = waiting[0]
             if not guest.cancelled:
@@ -436,8 +441,7 @@ class DecodePolicy:
             end, _, row = heapq.heappop(ends)
             if row.place is Place.RUNNING and row.end == end:
                 self._expect(row)
-        within = batch.steps_within(self._memory.room)
-        self._memory.plan(max(0, min(ends[0][0] - batch.step, within)))
+        self._memory.plan(ends[0][0] - batch.step)
 
     def _expect(self, row: Row) -> None:
         """Say anew how long a running row will be."""
@@ -456,13 +460,13 @@ class DecodePolicy:
 
     def _may_join(self) -> bool:
         """Whether the first joiner would join if the order ended now."""
-        batch = self._batch
-        if not self._joiners or len(batch.rows) >= self._config.max_rows:
+        rows = self._batch.rows
+        if not self._joiners or len(rows) >= self._config.max_rows:
             return False
         row = self._first_joiner()
         if row is None:
             return False
-        if not batch.rows:
+        if not rows:
             return True
         pages = self._shape.pages_for(row.own + row.generated_then)
         if self._next_pages + pages > self._memory.room + row.bound:
@@ -874,13 +878,14 @@ class DecodePolicy:
         assert self._returning == len(at[Place.RETURNING])
         assert self.host_pages == sum(row.away for row in rows)
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
+        due, waiting = {entry[2] for entry in self._deadlines}, set(self._waiting)
         for key, guest in self._guests.items():
             assert key == guest.key == guest.ticket.key
             assert (guest.state is State.JOINING) == bool(guest.rows)
-            assert guest.cancelled or any(entry[2] is guest for entry in self._deadlines)
+            assert guest.cancelled or guest in due
             assert not guest.revoked or guest.state is State.PROMISED
             if guest.state is State.WAITING:
-                assert guest.cancelled or guest in self._waiting
+                assert guest.cancelled or guest in waiting
             else:
                 crowd += guest.request.sampling.n
                 if guest.state is State.PROMISED or guest.shares:

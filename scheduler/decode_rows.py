@@ -223,6 +223,8 @@ class Batch:
 
     def growth(self, steps: int) -> int:
         """Pages that all rows need more after so many more steps."""
+        if steps == 1:
+            return self._turns[(self.step + 1) % self.page_tokens]
         rounds, rest = divmod(steps, self.page_tokens)
         grown = rounds * len(self.rows)
         if rest:

@@ -220,6 +220,8 @@ class DualQueue:
 
     # Steps.
     def next(self, now: float, start: Start) -> Sequence[Take]:
+        if not self._ages:
+            return ()
         self._settle(now)
 
         def begin(key: str) -> Job | None:
@@ -251,6 +253,8 @@ class DualQueue:
         return ()
 
     def upcoming(self, now: float) -> Sequence[str]:
+        if not self._ages:
+            return ()
         first, key = self._gather.first(), self._long.first() or self._late.first()
         keys = [first.key] if first is not None and first.key not in self._begun else []
         return [*keys, key] if key is not None and key not in self._begun else keys
@@ -372,11 +376,11 @@ class DualQueue:
             self._long.put(job.key, job.wanted_by)
 
     def _unline(self, key: str) -> None:
-        self._ages.drop(key)
-        self._going.drop(key)
-        self._gather.drop(key)
-        self._long.drop(key)
-        self._late.drop(key)
+        if self._ages.drop(key):
+            self._going.drop(key)
+            self._gather.drop(key)
+            self._long.drop(key)
+            self._late.drop(key)
 
     def _settle(self, now: float) -> None:
         """Whoever cannot be in time any more goes behind all who can; once each, as nobody gets more time."""

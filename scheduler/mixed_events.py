@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from core.messages import Cancel, Offer, Prompt
+from core.quick import quick_init
 from core.request import Request, Ticket
 from scheduler.decode_events import Ended, Grow, Join
 from scheduler.prefill_events import Answer, Began, EndSequence, GatewayGone, Invite, Span
@@ -60,6 +61,7 @@ def continuation(key: str, branch: int) -> str:
 
 
 # Events (beside the messages Offer, Prompt and Cancel, and GatewayGone).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Stepped:
     """A `Step` is over after `steps` steps."""
@@ -72,6 +74,7 @@ class Stepped:
     """Decode rows that ended in the last step."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class StepFailed:
     """A `Step` ended in an exception of the engine; nothing is known of which sequence caused it."""
@@ -81,6 +84,7 @@ class StepFailed:
 
 
 # Commands (beside Answer and EndSequence).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Begin:
     """Make a sequence known to the engine, whose first `made` tokens behind the prompt were made here before."""
@@ -93,6 +97,7 @@ class Begin:
     branch: int = 0
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Step:
     """Compute `spans` beside `rows` decode rows; with spans once, else `steps` times unless a row ends or a cut comes.
@@ -109,6 +114,7 @@ class Step:
     steps: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Cut:
     """End a step of decode rows at the next step end."""
@@ -116,6 +122,7 @@ class Cut:
     step_id: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Suspend:
     """Forget a sequence at the engine, but not its tokens: its KV will be computed again."""

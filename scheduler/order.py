@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from core.errors import LocalError
+from core.quick import quick_init
 from core.ranked import Ranked
 from scheduler.cost import CostModel
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Job:
     """What an order sees of a request; a new value each time something changes."""

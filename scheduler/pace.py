@@ -49,7 +49,7 @@ class Pace:
 
     def allows(self, gap_s: float, context: int, rows: int = 1, step: int = 0) -> bool:
         """Whether all promises hold with one request more; anything is allowed alone. Rows have grown for `step`."""
-        if self._cost is None or not self.rows:
+        if self._cost is None or not self.rows or not (gap_s > 0 or self._counts):
             return True
         gaps = self._gaps
         while gaps and gaps[0] not in self._counts:

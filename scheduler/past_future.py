@@ -69,21 +69,17 @@ class WorstCase:
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
         self._pages: dict[str, int] = {}
-        self._total = 0
-
-    @property
-    def promised(self) -> int:
-        return self._total
+        self.promised = 0
 
     def add(self, claim: Claim) -> None:
         self._pages[claim.key] = pages = whole_pages(claim, self._page_tokens)
-        self._total += pages
+        self.promised += pages
 
     def remove(self, key: str) -> None:
-        self._total -= self._pages.pop(key)
+        self.promised -= self._pages.pop(key)
 
     def fits(self, claim: Claim, room: int, step: int) -> bool:
-        return self._total + whole_pages(claim, self._page_tokens) <= room
+        return self.promised + whole_pages(claim, self._page_tokens) <= room
 
 
 class PastFuture:
@@ -100,36 +96,39 @@ class PastFuture:
         self._ends: list[int] = []
         """Ascending, in pages of steps; each with what ends there."""
         self._ending: dict[int, _Ending] = {}
-        self._whole = WorstCase(page_tokens)
-        """All forecast lengths at once."""
+        self._whole = 0
+        """Pages of all forecast lengths at once."""
         self._fixed = 0
-
-    @property
-    def promised(self) -> int:
-        return 0
+        self.promised = 0
+        self.quick = 0
+        """Tests that were passed because all forecast lengths fit together."""
+        self.peaks = 0
+        """Tests that were passed because the peak fits."""
 
     def add(self, claim: Claim) -> None:
         self._claims[claim.key] = claim
-        self._whole.add(claim)
+        self._whole += whole_pages(claim, self._page_tokens)
         self._fixed += claim.fixed
         if claim.rows:
             self._place(claim)
 
     def remove(self, key: str) -> None:
         claim = self._claims.pop(key)
-        self._whole.remove(key)
+        self._whole -= whole_pages(claim, self._page_tokens)
         self._fixed -= claim.fixed
         if claim.rows:
             self._displace(claim)
 
     def fits(self, claim: Claim, room: int, step: int) -> bool:
-        if self._whole.fits(claim, room, step):
+        if self._whole + whole_pages(claim, self._page_tokens) <= room:
+            self.quick += 1
             return True
         if claim.rows:
             self._place(claim)
         peak = claim.fixed + self.peak(step)
         if claim.rows:
             self._displace(claim)
+        self.peaks += peak <= room
         return peak <= room
 
     def peak(self, step: int) -> int:
@@ -164,11 +163,8 @@ class PastFuture:
             rule.add(Claim(*claim))
         return rule
 
-    def _end(self, claim: Claim) -> int:
-        return -(-(claim.step + claim.left) // self._page_tokens)
-
     def _place(self, claim: Claim) -> None:
-        end = self._end(claim)
+        end = -(-(claim.step + claim.left) // self._page_tokens)
         ending = self._ending.get(end)
         if ending is None:
             ending = self._ending[end] = _Ending()
@@ -178,7 +174,7 @@ class PastFuture:
         ending.claims[claim.key] = claim
 
     def _displace(self, claim: Claim) -> None:
-        end = self._end(claim)
+        end = -(-(claim.step + claim.left) // self._page_tokens)
         ending = self._ending[end]
         ending.rows -= claim.rows
         ending.offsets -= claim.rows * (claim.tokens - claim.step + self._page_tokens - 1)

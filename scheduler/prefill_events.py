@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject, SlotFree
+from core.quick import quick_init
 from core.request import Request, Ticket
 from core.worker import Identity
 
 
 # Events (beside the messages Offer, Prompt and Cancel).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
     """A `RunChunk` is over; `begun` are all continuations of the sequences whose prompt is complete."""
@@ -19,6 +21,7 @@ class ChunkDone:
     begun: tuple[Began, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class ChunkFailed:
     """A `RunChunk` ended in an exception of the engine; nothing is known of which sequence caused it."""
@@ -27,6 +30,7 @@ class ChunkFailed:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Suspended:
     """A step stopped between two operators, as a `Suspend` asked: it keeps what it has, and `Resume` lets it go on."""
@@ -34,6 +38,7 @@ class Suspended:
     run_id: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Began:
     """A continuation of a sequence has its first token; `finish` if it is also its last."""
@@ -43,6 +48,7 @@ class Began:
     finish: str | None = None
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Granted:
     """The sink promised memory."""
@@ -50,6 +56,7 @@ class Granted:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class HandOffOver:
     """The source forgot the ticket: the sink has the KV (`taken`), or will not have it."""
@@ -61,6 +68,7 @@ class HandOffOver:
     """From the last announcement to the sink's word that it has everything."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class GatewayGone:
     """A gateway died, and its requests with it."""
@@ -69,6 +77,7 @@ class GatewayGone:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Send a message to the ticket's gateway."""
@@ -76,6 +85,7 @@ class Answer:
     message: Accept | Reject | Failed | Finished | Handed
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Invite:
     """Tell a gateway whose offers were refused that one may be accepted now."""
@@ -84,6 +94,7 @@ class Invite:
     message: SlotFree
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Begin:
     """Make a sequence known to the engine. Pages before its first span hold its prefix already."""
@@ -93,6 +104,7 @@ class Begin:
     pages: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Span:
     """Compute prompt positions [start, stop) of a sequence."""
@@ -102,6 +114,7 @@ class Span:
     stop: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class RunChunk:
     """One engine step; ends in one `ChunkDone` or `ChunkFailed`."""
@@ -110,6 +123,7 @@ class RunChunk:
     spans: tuple[Span, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Suspend:
     """Stop a step between two operators; ends in `Suspended`, or in the step's own end if that came first."""
@@ -117,6 +131,7 @@ class Suspend:
     run_id: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Resume:
     """Let a suspended step go on; ends in that step's `ChunkDone` or `ChunkFailed`."""
@@ -124,6 +139,7 @@ class Resume:
     run_id: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskForSink:
     """Ask the ticket's sink for memory; ends in `HandOffOver`, perhaps after `Granted`."""
@@ -133,6 +149,7 @@ class AskForSink:
     deadline: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SealPages:
     """The first `tokens` of the prompt are in `pages`: let the sink pull what is whole."""
@@ -143,6 +160,7 @@ class SealPages:
     firsts: tuple[First, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class WithdrawHandOff:
     """End the hand-off from this side; ends in `HandOffOver`."""
@@ -151,6 +169,7 @@ class WithdrawHandOff:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class EndSequence:
     """Forget a sequence at the engine."""

@@ -194,14 +194,22 @@ class PrefillPolicy:
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
         match event:
-            case None:
-                commands += self._late(now)
             case Offer():
                 commands.append(self._offered(event, now))
             case Prompt():
                 if not self._prompted(event, now):
                     self.ignored += 1
                     return [Answer(Failed(event.ticket, "ABORTED", "the offer has lapsed"))]
+            case ChunkDone():
+                commands += self._chunk_done(event, now)
+            case Granted(key):
+                held = self._known(key)
+                if held is not None:
+                    self._set_grant(held, Grant.GIVEN)
+            case HandOffOver():
+                commands += self._hand_off_over(event, now)
+            case None:
+                commands += self._late(now)
             case Cancel(branch=int()):
                 pass  # its prompt is that of the others
             case Cancel(ticket, reason, report):
@@ -216,14 +224,6 @@ class PrefillPolicy:
                 self.ignored += not theirs
                 for held in theirs:
                     commands += self._cancel(held, "its gateway was lost")
-            case Granted(key):
-                held = self._known(key)
-                if held is not None:
-                    self._set_grant(held, Grant.GIVEN)
-            case HandOffOver():
-                commands += self._hand_off_over(event, now)
-            case ChunkDone():
-                commands += self._chunk_done(event, now)
             case ChunkFailed(run_id, reason):
                 commands += self._chunk_failed(run_id, reason, now)
             case Suspended(run_id):
@@ -339,7 +339,8 @@ class PrefillPolicy:
         commands: list[PrefillCommand] = []
         if self._running is None:
             self._planned_at = now
-            self._blocked.clear()
+            if self._blocked:
+                self._blocked.clear()
             paused = self._suspended
             if paused is not None and self._order.resumes(now):
                 return self._resume(paused, now)

@@ -10,6 +10,7 @@ token, each goes on by itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -119,6 +120,8 @@ class Router:
 
     def _on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
         match event:
+            case Tokens() | Accept() | Handed() | Finished() | Reject() | Failed():
+                return self._heard(event, now)
             case None:
                 return self._overdue(now)
             case Arrived(counter, request):
@@ -140,11 +143,10 @@ class Router:
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
-            case _:
-                return self._heard(event, now)
 
     def deadline(self) -> float | None:
-        return None if self._alarms.first() is None else self._alarms.lowest()
+        due = self._alarms.lowest()
+        return None if due == math.inf else due
 
     def check(self) -> None:
         assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
@@ -404,8 +406,8 @@ class Router:
         first = flight.base + message.index
         if first > have:
             return self._lost_attempt(flight, f"token {first} came after {have} tokens", now)
-        new = slice(have - first, None)
-        fresh = message.tokens[new]
+        new = have - first
+        fresh = message.tokens[new:]
         told = message.prompt_logprobs if flight.call.prompt_due else ()
         if not fresh and not told:
             return []
@@ -418,7 +420,7 @@ class Router:
             self._enter(flight, Phase.HANDING_OFF)
             self._workers.computed(load)
             self._placement.prefilled(load.source, flight.ahead_tokens + load.tokens, seconds)
-        hashes, logprobs = message.logits_hashes[new], message.logprobs[new]
+        hashes, logprobs = message.logits_hashes[new:], message.logprobs[new:]
         deliver = Deliver(flight.call.counter, fresh, hashes, index, logprobs, told)
         if len(branch.tokens) > flight.base + 1:
             return [deliver, *self._moved(flight, message.ticket, now)]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from core.messages import ToGateway, ToWorker
+from core.quick import quick_init
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
 from core.worker import Identity, Member
 
 
 # Events (beside the messages from workers).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """A client's request; `counter` is new in this gateway's life."""
@@ -19,6 +21,7 @@ class Arrived:
     request: Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class ClientGone:
     """Nobody wants the rest of it: the client left, aborted or was too slow."""
@@ -27,6 +30,7 @@ class ClientGone:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Satisfied:
     """A continuation has its stop string: the rest of it is not wanted, the stages of what was done are."""
@@ -35,6 +39,7 @@ class Satisfied:
     branch: int = 0
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class WorkerUp:
     """A worker's session stands; new requests go there while the member is `ready`. Comes again when that changes."""
@@ -42,6 +47,7 @@ class WorkerUp:
     member: Member
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class WorkerDown:
     """This life of a worker cannot be used any more."""
@@ -50,6 +56,7 @@ class WorkerDown:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class ToOne:
     """Send a message to a worker."""
@@ -58,6 +65,7 @@ class ToOne:
     message: ToWorker
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Deliver:
     """Give the client these tokens of a continuation, which follow those delivered before."""
@@ -72,6 +80,7 @@ class Deliver:
     """One for each token of the prompt, if they were asked for; once, before any token or with the first."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Complete:
     """A continuation is done while others go on; the last one's end is the request's `End`."""
@@ -82,6 +91,7 @@ class Complete:
     stop_token_id: int | None = None
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class End:
     """The request is over. `phase` is DONE, REJECTED, CANCELLED or FAILED."""

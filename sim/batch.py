@@ -57,6 +57,8 @@ class Batch:
         self._base = (0.0, 0, 0, 1.0)
         """When the batch last changed: time, steps, context, slowness."""
         self._changed = True
+        self._end = (-1, 0.0)
+        """Of the steps that were asked for last: how many, and when they are over; the same is asked twice an order."""
         self.steps = 0
         """Of the engine's life."""
         self._last_s = 0.0
@@ -95,11 +97,16 @@ class Batch:
         if self._changed or self._last_s != now or self._base[3] != slowness:
             self._base = now, self.steps, self.context, slowness
             self._changed = False
+            self._end = self.steps, now
 
     def time_of(self, steps: int) -> float:
         """When this many of the engine's steps will be over."""
-        start, base, context, slowness = self._base
-        return start + slowness * self._cost.decode_span_s(len(self._rows), context, steps - base)
+        asked, end_s = self._end
+        if steps != asked:
+            start, base, context, slowness = self._base
+            end_s = start + slowness * self._cost.decode_span_s(len(self._rows), context, steps - base)
+            self._end = steps, end_s
+        return end_s
 
     def steps_by(self, when: float, limit: int) -> int:
         """How many of the engine's steps, `limit` at most, are over by then."""
@@ -107,10 +114,10 @@ class Batch:
         within = self._cost.decode_steps_within(len(self._rows), context, (when - start) / slowness, limit - base)
         steps = base + within
         # What counts is the time that a step's end is given, to the last bit.
-        while steps < limit and self.time_of(steps + 1) <= when:
-            steps += 1
         while steps > base and self.time_of(steps) > when:
             steps -= 1
+        while steps < limit and self.time_of(steps + 1) <= when:
+            steps += 1
         return steps
 
     def first_end(self) -> int:
@@ -124,9 +131,10 @@ class Batch:
         rows, (_, base, context, slowness) = len(self._rows), self._base
         cost, since = self._cost, self.steps
         if steps > since:
+            end_s = self.time_of(steps)
             self._first(self.time_of(since + 1))
             self._log.span(lambda at: slowness * cost.decode_s(rows, context + rows * (at - base)), since + 1, steps)
-            self._last_s = self.time_of(steps)
+            self._last_s = end_s
         return self._done(steps)
 
     def advance_once(self, end_s: float) -> list[tuple[str, Row]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from operator import sub
 
 SHORTEST_S, LONGEST_S, RATIO = 2e-4, 200.0, 1.1
@@ -72,14 +73,9 @@ def beyond(counts: Sequence[int], upper: Sequence[float], bound_s: float) -> int
     return sum(counts[bisect_left(upper, bound_s) + 1 :])
 
 
-def quantile(counts: Sequence[int], upper: Sequence[float], share: float) -> float:
-    """The upper edge of the bucket of the nearest rank; 0 without any gap."""
-    total = sum(counts)
+def quantile(counts: Sequence[int], upper: Sequence[float], share: float, total: int) -> float:
+    """The upper edge of the bucket of the nearest rank among `total`, the sum of the counts; 0 without any gap."""
     if not total:
         return 0.0
-    rank, seen = math.ceil(share * total), 0
-    for index, count in enumerate(counts):
-        seen += count
-        if seen >= rank:
-            return upper[index] if index < len(upper) else math.inf
-    raise AssertionError("unreachable: the ranks end with the counts")
+    index = bisect_left(list(accumulate(counts)), math.ceil(share * total))
+    return upper[index] if index < len(upper) else math.inf

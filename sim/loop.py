@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import IntEnum
 from heapq import heappop, heappush
 from typing import Any
@@ -39,13 +38,18 @@ class Loop:
 
     def __init__(self, *, check_every: int = CHECK_EVERY) -> None:
         self.now = 0.0
-        self.turns = 0
-        """Entries of the heap taken so far."""
         self.check_every = check_every
-        self.events = 0
-        """Events that machines have taken."""
+        self.processes: list[Process] = []
+        """All that have been here, the dead among them."""
+        self.stopped = False
+        """Set it, and `run` returns after this turn."""
         self._agenda: list[tuple[float, int, int, int, Callable[..., None], Any]] = []
         self._put = 0
+
+    @property
+    def events(self) -> int:
+        """Events that machines have taken."""
+        return sum(process.events for process in self.processes)
 
     @property
     def pending(self) -> int:
@@ -57,32 +61,53 @@ class Loop:
         self._put += 1
         heappush(self._agenda, (when, kind, order, self._put, call, argument))
 
-    def run(self, until: float = float("inf"), *, idle: Callable[[], bool] | None = None) -> None:
-        """Until nothing is left to do, or that time, or `idle()` after a turn."""
+    def run(self, until: float = float("inf")) -> None:
+        """Until nothing is left to do, or that time, or somebody has set `stopped`."""
         agenda = self._agenda
         since, spins = -1.0, 0
         while agenda and agenda[0][0] <= until:
             when, _, _, _, call, argument = heappop(agenda)
-            spins = spins + 1 if when == since else 0
-            if spins > SPIN:
-                raise LocalError(f"loop: got {spins} turns at {when} s, want time to pass")
-            self.now = since = when
-            self.turns += 1
+            if when != since:
+                self.now = since = when
+                spins = 0
+            elif spins < SPIN:
+                spins += 1
+            else:
+                raise LocalError(f"loop: got {spins + 1} turns at {when} s, want time to pass")
             call(argument)
-            if idle is not None and idle():
+            if self.stopped:
+                self.stopped = False
                 return
         if until != float("inf"):
             self.now = max(self.now, until)
 
 
-@dataclass(slots=True, eq=False)
 class Seat:
     """A machine and the shell that performs its commands."""
 
-    machine: Machine[Any, Any]
-    perform: Callable[[Any], None]
-    counts: Counter[str] | None = None
-    """Commands by kind, if somebody wants to know."""
+    __slots__ = ("alone", "due", "fresh", "machine", "perform")
+
+    def __init__(self, machine: Machine[Any, Any], perform: Callable[[Any], None], alone: bool) -> None:
+        self.machine = machine
+        self.perform = perform
+        self.alone = alone
+        """Its deadline is changed by its own events only; others may be woken by memory that somebody else freed."""
+        self.fresh = True
+        """It has had an event since it was asked for its deadline."""
+        self.due: float | None = None
+        """What it answered."""
+
+    def count(self) -> Counter[str]:
+        """From now on, its commands are counted there by kind."""
+        counts: Counter[str] = Counter()
+        perform = self.perform
+
+        def counted(command: Any) -> None:
+            counts[type(command).__name__] += 1
+            perform(command)
+
+        self.perform = counted
+        return counts
 
 
 class Process:
@@ -93,15 +118,19 @@ class Process:
         self.order = order
         """Its rank at equal times."""
         self.alive = True
+        self.events = 0
+        """That its machines have taken."""
         self._seats: list[Seat] = []
         self._queue: deque[tuple[Seat, Any]] = deque()
         self._draining = False
         self._alarm = float("inf")
-        self._checked = order % 97
+        self._unchecked = max(1, loop.check_every - order % 97)
+        """Events until the machines' invariants are looked at; not of all processes at the same time."""
+        loop.processes.append(self)
 
-    def seat(self, machine: Machine[Any, Any], perform: Callable[[Any], None]) -> Seat:
+    def seat(self, machine: Machine[Any, Any], perform: Callable[[Any], None], *, alone: bool = False) -> Seat:
         """Give a machine its place here."""
-        seat = Seat(machine, perform)
+        seat = Seat(machine, perform, alone)
         self._seats.append(seat)
         return seat
 
@@ -114,50 +143,57 @@ class Process:
         """Give the machine an event, after everything posted before; nothing happens to the dead."""
         if not self.alive:
             return
-        self._queue.append((seat, event))
-        if not self._draining:
-            self._drain()
-
-    def _drain(self) -> None:
-        loop, queue = self.loop, self._queue
+        queue = self._queue
+        if self._draining:
+            queue.append((seat, event))
+            return
+        now = self.loop.now
         self._draining = True
         try:
-            while queue:
+            while True:
+                seat.fresh = True
+                perform = seat.perform
+                for command in seat.machine.on(event, now):
+                    perform(command)
+                self.events += 1
+                self._unchecked -= 1
+                if not self._unchecked:
+                    self._check()
+                if not queue:
+                    break
                 seat, event = queue.popleft()
-                loop.events += 1
-                for command in seat.machine.on(event, loop.now):
-                    if seat.counts is not None:
-                        seat.counts[type(command).__name__] += 1
-                    seat.perform(command)
-                self._checked += 1
-                if self._checked >= loop.check_every:
-                    self._checked = 0
-                    for each in self._seats:
-                        each.machine.check()
         finally:
             self._draining = False
         self._arm()
+
+    def _check(self) -> None:
+        self._unchecked = self.loop.check_every
+        for seat in self._seats:
+            seat.machine.check()
 
     def _arm(self) -> None:
         """One alarm is under way for the earliest deadline; an older, later one finds nothing to do."""
         due = self._alarm
         for seat in self._seats:
-            when = seat.machine.deadline()
-            if when is not None and when < due:
-                due = when
+            if seat.fresh or not seat.alone:
+                seat.fresh = False
+                seat.due = seat.machine.deadline()
+            if seat.due is not None and seat.due < due:
+                due = seat.due
         if due < self._alarm:
-            self._alarm = due = max(due, self.loop.now)
+            now = self.loop.now
+            self._alarm = due = due if due > now else now
             self.loop.at(due, Kind.TIMER, self.order, self._ring, due)
 
     def _ring(self, alarm: float) -> None:
         if alarm != self._alarm or not self.alive:
             return
         self._alarm = float("inf")
-        for seat in self._seats:
-            when = seat.machine.deadline()
-            if when is not None and when <= self.loop.now:
-                self._queue.append((seat, None))
-        if self._queue:
-            self._drain()
+        now = self.loop.now
+        dues = [(seat, seat.machine.deadline()) for seat in self._seats]
+        late = [seat for seat, when in dues if when is not None and when <= now]
+        if late:
+            self._queue.extend([(seat, None) for seat in late[1:]])
+            self.post(late[0], None)
         else:
             self._arm()

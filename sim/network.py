@@ -22,8 +22,8 @@ class Peer(Protocol):
     alive: bool
     order: int
 
-    def heard(self, envelope: tuple[Identity, Message]) -> None:
-        """A message and who sent it."""
+    def heard(self, message: Message) -> None:
+        """Somebody's message."""
         ...
 
 
@@ -45,12 +45,13 @@ class Network:
         peer = self.peers.get(identity)
         return peer is not None and peer.alive
 
-    def send(self, sender: Identity, to: Identity, message: Message) -> bool:
+    def send(self, to: Identity, message: Message) -> bool:
         """It arrives a hop later; False if nobody is there any more."""
         peer = self.peers.get(to)
         if peer is None or not peer.alive:
             return False
-        self._loop.at(self._loop.now + self._hop_s, Kind.MESSAGE, peer.order, peer.heard, (sender, message))
+        loop = self._loop
+        loop.at(loop.now + self._hop_s, Kind.MESSAGE, peer.order, peer.heard, message)
         return True
 
     def read(

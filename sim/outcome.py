@@ -11,7 +11,9 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import add
 
+from core.quick import quick_init
 from core.request import Phase, Slo
 from sim.gaps import beyond, quantile
 from sim.workload import Arrival
@@ -34,7 +36,9 @@ class Record:
     tokens: int = 0
     """Delivered to the client."""
     gaps: list[int] | None = None
-    """By bucket."""
+    """By bucket; None before the first stretch."""
+    single: list[int] = field(default_factory=list)
+    """Buckets of gaps that are not in `gaps` yet."""
     source: str = ""
     sink: str = ""
 
@@ -43,20 +47,22 @@ class Record:
         if self.sent_s is None:
             self.first_sent_s = now
         else:
-            if self.gaps is None:
-                self.gaps = [0] * (len(upper) + 1)
-            self.gaps[bisect_left(upper, now - self.sent_s)] += 1
+            self.single.append(bisect_left(upper, now - self.sent_s))
         self.sent_s = now
 
     def stretch(self, counts: list[int], last_s: float) -> None:
-        """Many tokens were made, the last at `last_s`."""
+        """Many tokens were made, the last at `last_s`; `counts` is ours from now on."""
         if self.gaps is None:
             self.gaps = counts
         else:
-            self.gaps = [a + b for a, b in zip(self.gaps, counts, strict=True)]
+            self.gaps = list(map(add, self.gaps, counts))
+        for bucket in self.single:
+            self.gaps[bucket] += 1
+        self.single.clear()
         self.sent_s = last_s
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One request, when it is over. Times in seconds."""
@@ -90,7 +96,10 @@ def outcome(
     record: Record, phase: Phase, code: str, cached: int, attempts: int, now: float, slo: Slo, upper: Sequence[float]
 ) -> Outcome:
     """Judge a request that is over. A goal of 0 is none."""
-    arrival, gaps = record.arrival, record.gaps or ()
+    arrival = record.arrival
+    if record.single:
+        record.stretch([0] * (len(upper) + 1), record.sent_s or 0.0)
+    gaps = record.gaps or ()
     count = sum(gaps)
     mean_s = (record.sent_s - record.first_sent_s) / count if count and record.sent_s is not None else 0.0
     served = phase is Phase.DONE and record.ttft_s is not None
@@ -107,7 +116,7 @@ def outcome(
         code=code,
         ttft_s=record.ttft_s,
         # Beyond the last edge the whole request bounds it.
-        gap_p99_s=min(quantile(gaps, upper, GAP_SHARE), now - record.arrived_s),
+        gap_p99_s=min(quantile(gaps, upper, GAP_SHARE, count), now - record.arrived_s),
         gap_mean_s=mean_s,
         e2e_s=now - record.arrived_s,
         attempts=attempts,
@@ -136,7 +145,8 @@ class Spread:
         """One more."""
         self.count += 1
         self.total += value
-        self.most = max(self.most, value)
+        if value > self.most:
+            self.most = value
         self._counts[math.ceil(math.log(value) / self.RATIO) if value > 1e-9 else -2100] += 1
 
     @property

@@ -150,7 +150,7 @@ class Simulation:
 
     def run(self) -> Result:
         """Until every request is over."""
-        self.loop.run(idle=lambda: self._exhausted and not self._due)
+        self.loop.run()
         lives = [worker.orders() for worker in self.workers.values()]
         runs, steps = (sum(column) for column in zip((0, 0), *lives, *self._past, strict=True))
         return Result(
@@ -172,6 +172,7 @@ class Simulation:
         following = next(self._arrivals, None)
         if following is None:
             self._exhausted = True
+            self._rest()
             return
         self._due += 1
         self.loop.at(max(following.at_s, self.loop.now), Kind.ARRIVAL, 0, self._next, following)
@@ -215,6 +216,12 @@ class Simulation:
             turn = self._waiting[arrival.session].popleft()
             self._due += 1
             self.loop.at(self.loop.now + arrival.gap_s, Kind.ARRIVAL, 0, self._arrive, turn)
+        self._rest()
+
+    def _rest(self) -> None:
+        """Whatever else is on the agenda, nobody waits for it."""
+        if self._exhausted and not self._due:
+            self.loop.stopped = True
 
     # Workers and what happens to them.
     def _start(self, name: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 import transfer.sink as taking
 import transfer.source as giving
 from core.kv import KvShape
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken, Tokens, ToPeer
+from core.messages import First, Refuse, Reserve, Tokens
 from core.request import Request, Ticket
 from scheduler import decode_events as decoding
 from scheduler import mixed_events as mixing
@@ -67,24 +67,24 @@ class PrefillShell:
         match command:
             case filling.Answer(message):
                 worker.send(message.ticket.minter, message)
-            case filling.Invite(gateway, message):
-                worker.send(gateway, message)
-            case filling.Begin(ticket, request, _):
-                self._open[ticket.key] = ticket, request
-                worker.record(ticket).source = worker.me.name
             case filling.RunChunk(_, spans):
                 seconds = self._cost.prefill_s([(span.stop - span.start, span.start) for span in spans])
                 self._start(_Step(command, seconds * worker.slowness, worker.loop.now))
+            case filling.SealPages(key, pages, tokens, firsts):
+                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens, firsts))
+            case filling.AskForSink(ticket, request, deadline):
+                worker.post(worker.source_seat, giving.AskSink(ticket, request, deadline))
+            case filling.Begin(ticket, request, _):
+                self._open[ticket.key] = ticket, request
+                worker.record(ticket).source = worker.me.name
+            case filling.EndSequence(key):
+                self._open.pop(key, None)
+            case filling.Invite(gateway, message):
+                worker.send(gateway, message)
             case filling.Suspend(run_id):
                 self._suspend(run_id)
             case filling.Resume(run_id):
                 self._start(_Step(self._held.pop(run_id), self._left_s.pop(run_id), worker.loop.now))
-            case filling.EndSequence(key):
-                self._open.pop(key, None)
-            case filling.AskForSink(ticket, request, deadline):
-                worker.post(worker.source_seat, giving.AskSink(ticket, request, deadline))
-            case filling.SealPages(key, pages, tokens, firsts):
-                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens, firsts))
             case filling.WithdrawHandOff(key, reason):
                 worker.post(worker.source_seat, giving.Withdraw(key, reason))
             case _:
@@ -151,14 +151,16 @@ class DecodeShell:
     def _perform(self, command: decoding.DecodeCommand) -> None:
         worker = self._worker
         match command:
-            case decoding.Answer(key, granted, reason):
-                worker.post(worker.sink_seat, taking.Decided(key, granted, reason))
             case decoding.Run():
                 self._begin(command)
-            case decoding.Cut(run_id):
-                self._cut(run_id)
+            case decoding.Tell(message):
+                worker.send(message.ticket.minter, message)
+            case decoding.Answer(key, granted, reason):
+                worker.post(worker.sink_seat, taking.Decided(key, granted, reason))
             case decoding.Leave(key) | decoding.Evict(key):
                 self.batch.leave(key)
+            case decoding.Cut(run_id):
+                self._cut(run_id)
             case decoding.SwapOut(key, pages):
                 self.batch.leave(key)
                 self._swap(decoding.SwappedOut(key), len(pages))
@@ -166,8 +168,6 @@ class DecodeShell:
                 self._swap(decoding.SwappedIn(key), len(pages))
             case decoding.DropHandOff(key, reason):
                 worker.post(worker.sink_seat, taking.Drop(key, reason))
-            case decoding.Tell(message):
-                worker.send(message.ticket.minter, message)
             case _:
                 assert_never(command)
 
@@ -332,20 +332,8 @@ class HandOffShell:
     def __init__(self, worker: Worker, source: giving.Source, sink: taking.Sink, shape: KvShape) -> None:
         self._worker = worker
         self._shape = shape
-        self.source_seat = worker.seat(source, self._give)
-        self.sink_seat = worker.seat(sink, self._take)
-
-    def heard(self, message: ToPeer) -> None:
-        """A message of the other side."""
-        match message:
-            case Reserve() | Ready():
-                self._worker.post(self.sink_seat, message)
-            case Release(ticket) if ticket.source != self._worker.me:
-                self._worker.post(self.sink_seat, message)
-            case Grant() | Refuse() | Taken() | Release():
-                self._worker.post(self.source_seat, message)
-            case _:
-                assert_never(message)
+        self.source_seat = worker.seat(source, self._give, alone=True)
+        self.sink_seat = worker.seat(sink, self._take, alone=True)
 
     def _give(self, command: giving.SourceCommand) -> None:
         worker = self._worker
@@ -367,8 +355,6 @@ class HandOffShell:
         match command:
             case taking.SendToSource(message):
                 worker.send(message.ticket.source, message)
-            case taking.AskPolicy(ticket, request):
-                worker.post(worker.decode_seat, decoding.Asked(ticket, request))
             case taking.Read(_, source, runs, pages):
                 worker.network.read(
                     source,
@@ -379,10 +365,12 @@ class HandOffShell:
                     self._pulled,
                     command,
                 )
-            case taking.Fence(read_ids):
-                worker.post(self.sink_seat, taking.Fenced(read_ids))
+            case taking.AskPolicy(ticket, request):
+                worker.post(worker.decode_seat, decoding.Asked(ticket, request))
             case taking.Arrived(ticket, request, firsts, _):
                 worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts))
+            case taking.Fence(read_ids):
+                worker.post(self.sink_seat, taking.Fenced(read_ids))
             case taking.Gone(ticket, reason, recompute):
                 worker.post(worker.decode_seat, decoding.Withdrawn(ticket, reason, recompute))
             case _:

@@ -132,8 +132,7 @@ class Timeline:
         for process in processes:
             for seat in process.seats:
                 if id(seat) not in self._counters:
-                    seat.counts = Counter()
-                    self._counters[id(seat)] = type(seat.machine).__name__, seat, seat.counts
+                    self._counters[id(seat)] = type(seat.machine).__name__, seat, seat.count()
 
     @staticmethod
     def _gauge(worker: Worker | None) -> Gauge | None:

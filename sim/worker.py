@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core.messages import Cancel, Message, Offer, Prompt
+from core.messages import Cancel, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Pages
 from core.request import Hints, Request, Slo, Ticket
 from core.sampling import Sampling
@@ -50,6 +50,8 @@ class Worker(Process):
         self.me = Identity(build.name, incarnation)
         self.build = build
         self.network = world.network
+        self.send = world.network.send
+        """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
         self.ledger = Pages(build.pages)
@@ -66,7 +68,24 @@ class Worker(Process):
             self.prefill = PrefillShell(self, policy.prefill(self.me, build, self.ledger), build.cost)
         if build.role is Role.DECODE:
             self.decode = DecodeShell(self, policy.decode(self.me, build, self.ledger), build.cost)
+        self._takers = self._seats_by_message()
         self.network.peers[self.me] = self
+
+    def _seats_by_message(self) -> dict[type, tuple[Seat, ...]]:
+        """Who takes which messages; a `Release` is for the source or for the sink of its ticket."""
+        fills = tuple([shell.seat for shell in (self.prefill, self.mixed) if shell is not None])
+        decodes = (self.decode.seat,) if self.decode is not None else ()
+        gives, takes = (self.source_seat,), (self.sink_seat,)
+        return {
+            Offer: fills,
+            Prompt: fills,
+            Cancel: fills + decodes,
+            Reserve: takes,
+            Ready: takes,
+            Grant: gives,
+            Refuse: gives,
+            Taken: gives,
+        }
 
     @property
     def prefill_seat(self) -> Seat:
@@ -90,22 +109,13 @@ class Worker(Process):
         build = self.build
         return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=True)
 
-    def send(self, to: Identity, message: Message) -> bool:
-        """To a gateway or to another worker; False if it is known to be gone."""
-        return self.network.send(self.me, to, message)
-
-    def heard(self, envelope: tuple[Identity, Message]) -> None:
+    def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""
-        _, message = envelope
-        match message:
-            case Offer() | Prompt() | Cancel():
-                for shell in (self.prefill, self.mixed):
-                    if shell is not None:
-                        self.post(shell.seat, message)
-                if self.decode is not None and isinstance(message, Cancel):
-                    self.post(self.decode.seat, message)
-            case _:
-                self.handoff.heard(message)  # type: ignore[arg-type]
+        if isinstance(message, Release):
+            self.post(self.source_seat if message.ticket.source == self.me else self.sink_seat, message)
+            return
+        for seat in self._takers[type(message)]:
+            self.post(seat, message)
 
     def record(self, ticket: Ticket) -> Record:
         """Of the request that the ticket is for; one that is over already is nobody's."""
@@ -161,9 +171,9 @@ class Gateway(Process):
         request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
 
-    def heard(self, envelope: tuple[Identity, Message]) -> None:
+    def heard(self, message: Message) -> None:
         """A worker's message."""
-        self.post(self._seat, envelope[1])
+        self.post(self._seat, message)
 
     def up(self, member: Member) -> None:
         """A worker can be used."""
@@ -176,7 +186,7 @@ class Gateway(Process):
     def _perform(self, command: routing.RouterCommand) -> None:
         match command:
             case routing.ToOne(who, message):
-                self._world.network.send(self.me, who, message)
+                self._world.network.send(who, message)
             case routing.Deliver(counter, tokens):
                 record = self._world.records[counter]
                 record.tokens += len(tokens)

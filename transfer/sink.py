@@ -15,6 +15,7 @@ from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
+from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
@@ -26,6 +27,7 @@ DOUBT_S = 0.5
 
 
 # Events from this worker (the messages Reserve, Ready and Release come from the source).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Decided:
     """The decode policy's answer to `AskPolicy`: its promise is in the ledger if `granted`."""
@@ -35,6 +37,7 @@ class Decided:
     reason: str = ""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Pulled:
     """A read brought its pages; these are the digests of what is in them now."""
@@ -44,6 +47,7 @@ class Pulled:
     digests: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class PullFailed:
     """A read reported a failure; `in_doubt` if bytes may still land."""
@@ -53,6 +57,7 @@ class PullFailed:
     in_doubt: bool = False
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Drop:
     """Forget the ticket; the source is told."""
@@ -61,6 +66,7 @@ class Drop:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SourceLost:
     """This life of a peer is over."""
@@ -68,6 +74,7 @@ class SourceLost:
     identity: Identity
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Fenced:
     """The agents that posted these reads are gone: they cannot land any more."""
@@ -76,6 +83,7 @@ class Fenced:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SendToSource:
     """Send a message to the ticket's source."""
@@ -83,6 +91,7 @@ class SendToSource:
     message: Grant | Refuse | Taken | Release
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskPolicy:
     """May this come here?"""
@@ -91,6 +100,7 @@ class AskPolicy:
     request: Request
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Read:
     """Pull `runs` of the source's arena into `pages` of ours and compute their digests.
@@ -106,6 +116,7 @@ class Read:
     tokens: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Fence:
     """Destroy the agents that posted these reads; ends in `Fenced`."""
@@ -113,6 +124,7 @@ class Fence:
     read_ids: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Arrived:
     """All of the prompt's KV is here and verified; its pages are the policy's, held under `ticket.key`."""
@@ -123,6 +135,7 @@ class Arrived:
     pull: Pull
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Gone:
     """The ticket is forgotten, its promise and pages are no longer its own."""
@@ -133,6 +146,7 @@ class Gone:
     """True if the KV was damaged and the request should be computed anew."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Pull:
     """What a hand-off cost."""
@@ -208,11 +222,13 @@ class Sink:
 
     def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
         match event:
-            case None:
-                late = [self._taking[key] for key in self._deadlines.until(now)]
-                commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
-                short = self._short_since()
-                return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
+            case Ready(ticket):
+                taking = self._taking.get(ticket.key)
+                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
+                    return self._ignore()
+                return self._ready(taking, event, now)
+            case Pulled():
+                return self._pulled(event, now)
             case Reserve(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
@@ -222,18 +238,16 @@ class Sink:
                 return [AskPolicy(ticket, request)]
             case Decided():
                 return self._decided(event, now)
-            case Ready(ticket):
-                taking = self._taking.get(ticket.key)
-                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
-                    return self._ignore()
-                return self._ready(taking, event, now)
+            case None:
+                late = [self._taking[key] for key in self._deadlines.until(now)]
+                commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
+                short = self._short_since()
+                return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
             case Release(ticket, reason):
                 taking = self._taking.get(ticket.key)
                 if taking is None or taking.ticket != ticket:
                     return self._ignore()
                 return self._forget(taking, reason, tell=False)
-            case Pulled():
-                return self._pulled(event, now)
             case PullFailed():
                 return self._pull_failed(event)
             case Drop(key, reason):
@@ -251,7 +265,7 @@ class Sink:
 
     def deadline(self) -> float | None:
         due = self._deadlines.lowest() if self._taking else None
-        if (short := self._short_since()) is not None:
+        if self._doubt and (short := self._short_since()) is not None:
             due = short + DOUBT_S if due is None else min(due, short + DOUBT_S)
         return due
 
@@ -284,7 +298,7 @@ class Sink:
 
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
-        count = sum(run.count for run in ready.runs)
+        count = sum([run.count for run in ready.runs])
         whole = self._shape.pages_for(len(taking.request.prompt))
         after = ready.first_page + count
         complete = bool(ready.firsts)
@@ -294,7 +308,7 @@ class Sink:
             or after > whole
             or complete != (after == whole)
             or taking.firsts
-            or not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n))
+            or (complete and not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n)))
         ):
             reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
             return self._forget(taking, reason, tell=True, recompute=True)
@@ -337,10 +351,10 @@ class Sink:
         taking = self._taking[piece.key]
         taking.reads.discard(event.read_id)
         taking.read_s += event.seconds
-        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
-        if not wrong:
+        if event.digests == piece.ready.digests:
             taking.verified_pages += len(piece.pages)
             return self._finish(taking, now)
+        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
         self.mismatches += wrong
         if piece.again:
             return self._forget(taking, f"{wrong} pages differ from their digests", tell=True, recompute=True)

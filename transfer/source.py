@@ -14,12 +14,14 @@ from enum import StrEnum
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
 from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
 
 
 # Events from this worker (the messages Grant, Refuse, Taken and Release come from the sink).
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskSink:
     """Ask the ticket's sink for memory."""
@@ -29,6 +31,7 @@ class AskSink:
     deadline: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """The KV of the first `tokens` prompt tokens is written; `firsts` once the prompt is complete."""
@@ -39,6 +42,7 @@ class Sealed:
     firsts: tuple[First, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digested:
     """Digests of the pages asked for by `Digest` with this key."""
@@ -48,6 +52,7 @@ class Digested:
     digests: tuple[int, ...]
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Withdraw:
     """Forget the ticket; the sink is told."""
@@ -56,6 +61,7 @@ class Withdraw:
     reason: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SinkLost:
     """This life of a peer is over."""
@@ -64,6 +70,7 @@ class SinkLost:
 
 
 # Commands.
+@quick_init
 @dataclass(frozen=True, slots=True)
 class SendToSink:
     """Send a message to the ticket's sink."""
@@ -71,6 +78,7 @@ class SendToSink:
     message: Reserve | Ready | Release
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digest:
     """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
@@ -81,6 +89,7 @@ class Digest:
     tokens: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class GrantCame:
     """The sink promised memory."""
@@ -88,6 +97,7 @@ class GrantCame:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class HandOffEnded:
     """The ticket is forgotten and its pages are the policy's again."""
@@ -157,14 +167,8 @@ class Source:
 
     def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
         match event:
-            case None:
-                return self._end(self._deadlines.until(now), "deadline", tell=True)
-            case AskSink(ticket, request, deadline):
-                if ticket.key in self._giving:
-                    raise LocalError(f"{ticket.key} is being handed off already")
-                self._giving[ticket.key] = _Giving(ticket, request, deadline)
-                self._deadlines.put(ticket.key, deadline)
-                return [SendToSink(Reserve(ticket, request))]
+            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
+                return self._heard(ticket, event, now)
             case Sealed():
                 return self._sealed(event)
             case Digested(key, first_page, digests):
@@ -175,13 +179,19 @@ class Source:
                 # They may overlap: a hand-off to the first choice of sink asked for the same pages before.
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
+            case AskSink(ticket, request, deadline):
+                if ticket.key in self._giving:
+                    raise LocalError(f"{ticket.key} is being handed off already")
+                self._giving[ticket.key] = _Giving(ticket, request, deadline)
+                self._deadlines.put(ticket.key, deadline)
+                return [SendToSink(Reserve(ticket, request))]
+            case None:
+                return self._end(self._deadlines.until(now), "deadline", tell=True)
             case Withdraw(key, reason):
                 return self._end([key] if key in self._giving else [], reason, tell=True)
             case SinkLost(identity):
                 lost = [key for key, giving in self._giving.items() if giving.ticket.sink == identity]
                 return self._end(lost, f"{identity.name} was lost", tell=False)
-            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
-                return self._heard(ticket, event, now)
 
     def deadline(self) -> float | None:
         return self._deadlines.lowest() if self._giving else None

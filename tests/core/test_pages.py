@@ -285,3 +285,23 @@ class Ledger(RuleBasedStateMachine):
 @efforts
 def test_the_ledger_agrees_with_a_plain_dictionary(effort):
     run_state_machine_as_test(Ledger, settings=effort)
+
+
+def test_what_is_kept_is_so_many_in_all():
+    ledger = Pages(10)
+    ledger.keep("a", 4, Owner.DECODING)
+    ledger.keep("a", 7, Owner.DECODING)
+    assert (ledger.promised, ledger.available) == (7, 3)
+    with pytest.raises(LocalError, match="got 11 pages, want at most 10"):
+        ledger.keep("a", 11, Owner.DECODING)
+    with pytest.raises(LocalError, match="want the same state"):
+        ledger.keep("a", 1, Owner.PULLING)
+    ledger.bind("a", 5, Owner.DECODING)
+    assert (ledger.count("a"), ledger.promised) == (5, 2)
+    ledger.keep("a", 0, Owner.DECODING)
+    assert (ledger.count("a"), ledger.promised, ledger.available) == (5, 0, 5)
+    ledger.release("a")
+    ledger.keep("a", 3, Owner.DECODING)
+    ledger.keep("a", 0, Owner.DECODING)
+    assert ledger.holders() == ()
+    ledger.check()

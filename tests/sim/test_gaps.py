@@ -52,11 +52,11 @@ def test_rows_that_join_together_share_a_mark():
 
 def test_quantile_is_the_edge_of_the_nearest_rank():
     upper = (1.0, 2.0, 4.0)
-    assert quantile((0, 0, 0, 0), upper, 0.99) == 0.0
-    assert quantile((98, 1, 1, 0), upper, 0.98) == 1.0
-    assert quantile((98, 1, 1, 0), upper, 0.99) == 2.0
-    assert quantile((98, 1, 1, 0), upper, 1.0) == 4.0
-    assert quantile((0, 0, 0, 1), upper, 0.5) == math.inf
+    assert quantile((0, 0, 0, 0), upper, 0.99, 0) == 0.0
+    assert quantile((98, 1, 1, 0), upper, 0.98, 100) == 1.0
+    assert quantile((98, 1, 1, 0), upper, 0.99, 100) == 2.0
+    assert quantile((98, 1, 1, 0), upper, 1.0, 100) == 4.0
+    assert quantile((0, 0, 0, 1), upper, 0.5, 1) == math.inf
 
 
 def test_beyond_counts_what_is_above_and_not_what_is_equal():

@@ -59,12 +59,19 @@ def test_until_leaves_the_rest_for_later():
     assert (said, loop.now) == ([1, 3], 3.0)
 
 
-def test_idle_ends_it():
+def test_who_stops_it_has_the_last_turn():
     loop, said = Loop(), []
+
+    def say(when: float) -> None:
+        said.append(when)
+        loop.stopped = when == 2.0
+
     for when in (1.0, 2.0, 3.0):
-        loop.at(when, Kind.TIMER, 0, said.append, when)
-    loop.run(idle=lambda: len(said) == 2)
+        loop.at(when, Kind.TIMER, 0, say, when)
+    loop.run()
     assert said == [1.0, 2.0]
+    loop.run()
+    assert said == [1.0, 2.0, 3.0]
 
 
 def test_a_loop_without_time_passing_is_an_error():
@@ -135,3 +142,17 @@ def test_invariants_are_looked_at_now_and_then():
         process.post(seat, event)
     assert clock.checked == 9
     assert loop.events == 95
+
+
+def test_one_who_is_alone_is_asked_for_its_deadline_after_its_own_events_only():
+    loop = Loop()
+    process, alone, other = Process(loop, 0), Clock(), Clock()
+    seats = [process.seat(alone, lambda command: None, alone=True), process.seat(other, lambda command: None)]
+    process.post(seats[1], 1)
+    alone.dues = [2.0]
+    process.post(seats[1], 2)
+    assert loop.pending == 0
+    process.post(seats[0], 3)
+    assert loop.pending == 1
+    loop.run()
+    assert alone.heard == [(3, 0.0), (None, 2.0)]
