@@ -19,6 +19,7 @@ from core.pages import Owner, Pages
 from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
 from decode.shell import DecodeShell
 from engine.api import Engine
+from kernels import native
 from prefill.shell import PrefillShell
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from runtime import rpc
@@ -30,6 +31,7 @@ from scheduler import decode_policy, prefill_policy
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from transfer import thread as lanes
+from transfer.digest import Sums
 from transfer.sink import Sink
 from transfer.source import Source
 from transfer.thread import TransferThread
@@ -55,6 +57,15 @@ def make_transport(kind: str, me: Identity) -> Transport:
     from transfer.zeromq import ZeroMq
 
     return ZeroMq(str(me))
+
+
+def _sums() -> Sums | None:
+    """The native loop of digests, where there is a compiler."""
+    try:
+        return native.page_sums()
+    except native.NativeMissing as why:
+        log.info("digests by numpy: %s", why)
+        return None
 
 
 class Worker(worker_pb2_grpc.WorkerServiceServicer):
@@ -107,6 +118,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             engine.kv.page_nbytes,
             lambda event: self._post_threadsafe(event),
             engine.kv,
+            await asyncio.to_thread(_sums),
         )
         self._transfer.start()
         metadata = (await opened).metadata

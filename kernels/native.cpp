@@ -7,6 +7,7 @@
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
 //   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
 //   soft_cap      y = cap * tanh(y / cap)
+//   page_sums     sum over a page's rows of mix64(sum of the row's words + key of its lane + key of its token)
 
 #include <cstdint>
 #include <cstring>
@@ -266,7 +267,31 @@ void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
     for (int64_t c = 0; c < cols; c++) put(logits + n * cols + c, cap * fast_tanh(wide(logits[n * cols + c]) / cap));
 }
 
+// The finaliser of splitmix64.
+inline uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  return x ^ (x >> 31);
+}
+
 }  // namespace
+
+// pages: [count, lanes, page_tokens, words], of whose tokens the first `tokens` are summed; `keys`: of count * page_tokens.
+extern "C" void page_sums(const uint64_t* pages, int64_t count, int64_t lanes, int64_t page_tokens, int64_t words,
+                          int64_t tokens, const uint64_t* lane_keys, const uint64_t* keys, uint64_t* out) {
+  for (int64_t page = 0; page < count; page++) {
+    uint64_t total = 0;
+    for (int64_t lane = 0; lane < lanes; lane++) {
+      const uint64_t* row = pages + (page * lanes + lane) * page_tokens * words;
+      for (int64_t token = 0; token < tokens; token++, row += words) {
+        uint64_t sum = lane_keys[lane] + keys[page * page_tokens + token];
+        for (int64_t word = 0; word < words; word++) sum += row[word];
+        total += mix64(sum);
+      }
+    }
+    out[page] = total;
+  }
+}
 
 #define BOTH(name, parameters, arguments)                                  \
   extern "C" void name##_float32 parameters(float) { name<float> arguments; } \

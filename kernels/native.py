@@ -1,4 +1,4 @@
-"""Builds and loads `native.cpp`: with a compiler at hand the small operations are fused, without one nothing is lost.
+"""Builds and loads `native.cpp`: with a compiler at hand small operations are fused, without one nothing is lost.
 
 The library has a plain C interface and is called through ctypes. It is built for this very CPU, once, and kept in
 the user's cache under a name made of the source, the compiler's flags and the CPU's features: another machine that
@@ -15,7 +15,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Sums = Callable[[Array, Array, Array, int, int], Array]
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = (
@@ -61,7 +69,26 @@ def library() -> ctypes.CDLL:
         for dtype in DTYPES:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
+    loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
     return loaded
+
+
+def page_sums() -> Sums:
+    """The inner loop of page digests (`transfer/digest.py`), without the interpreter's lock; or `NativeMissing`.
+
+    Takes pages `[page, byte]` that follow each other, their lanes' keys ``[lane, 1]`` and the keys of all their tokens,
+    how many tokens a page holds and of how many of them rows are summed. Rows are whole words of 8 bytes.
+    """
+    call = library().page_sums
+
+    def sums(pages: Array, lanes: Array, keys: Array, page_tokens: int, tokens: int) -> Array:
+        count, words = len(pages), pages.shape[1] // (8 * page_tokens * len(lanes))
+        found = np.empty(count, dtype=np.uint64)
+        arrays = (lanes.ctypes.data, keys.ctypes.data, found.ctypes.data)
+        call(pages.ctypes.data, count, len(lanes), page_tokens, words, tokens, *arrays)
+        return found
+
+    return sums
 
 
 def _build(compiler: str, path: Path) -> None:

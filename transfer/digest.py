@@ -9,15 +9,15 @@ whole: it holds between any page sizes and any tensor parallelism. A changed byt
 a bijection; rows, heads or pages in the wrong place change it but for a chance of 2**-64. It is a guard against stale
 and misplaced bytes, not against an attacker, who can trade words within a row.
 
-numpy only, one pass over the bytes in blocks whose sums stay in the cache: 6 to 11 GB/s a thread (16 KiB to 2 MiB
-pages, measured on a busy machine).
+In numpy it is one pass over the bytes in blocks whose sums stay in the cache: 6 to 11 GB/s a thread (16 KiB to 2 MiB
+pages, measured on a busy machine). A process that has a native loop for it (`Sums`) passes that.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -29,6 +29,8 @@ from core.kv import KvShape, page_runs
 
 U64 = NDArray[np.uint64]
 Bytes = memoryview | NDArray[Any]
+Sums = Callable[[NDArray[Any], NDArray[Any], NDArray[Any], int, int], NDArray[Any]]
+"""(pages, keys of lanes, keys of tokens, tokens a page, tokens that count) to digests; as `_sums`, for whole words."""
 
 MASK = 2**64 - 1
 _WORD = np.dtype("<u8")
@@ -78,8 +80,9 @@ def digests(
     *,
     first_head: int = 0,
     first_layer: int = 0,
+    sums: Sums | None = None,
 ) -> list[int]:
-    """Digests of `pages` of `arena`, in order.
+    """Digests of `pages` of `arena`, in order; `sums` is another way to the same.
 
     `pages` are numbers in the arena; the first holds the sequence's page `first_page_index`, the next ones follow.
     `tokens` is how many tokens these pages hold together: all are full but the last ones.
@@ -98,11 +101,11 @@ def digests(
     found: list[int] = []
     for run in page_runs(pages[:full]):
         first = (first_page_index + len(found)) * shape.page_tokens
-        found += _digests(bodies[run.start : run.stop], shape, first, shape.page_tokens, lanes)
+        found += _digests(bodies[run.start : run.stop], shape, first, shape.page_tokens, lanes, sums)
     if full < len(pages):
         first = (first_page_index + full) * shape.page_tokens
         page = pages[full]
-        found += _digests(bodies[page : page + 1], shape, first, tokens - full * shape.page_tokens, lanes)
+        found += _digests(bodies[page : page + 1], shape, first, tokens - full * shape.page_tokens, lanes, sums)
     return found + [0] * (len(pages) - len(found))
 
 
@@ -151,29 +154,37 @@ def _mix(value: U64, spare: U64) -> None:
     np.bitwise_xor(value, spare, out=value)
 
 
-def _digests(bodies: NDArray[np.uint8], shape: KvShape, first_token: int, tokens: int, lanes: U64) -> list[int]:
+def _digests(
+    bodies: NDArray[np.uint8], shape: KvShape, first_token: int, tokens: int, lanes: U64, sums: Sums | None = None
+) -> list[int]:
     """Digests of neighbouring pages ``[page, byte]`` of a sequence, of the first `tokens` tokens of each."""
-    if tokens == 0:
-        return [0] * len(bodies)
     count = len(bodies)
-    rows = bodies.reshape(count, -1, shape.page_tokens, shape.row_nbytes)
+    if tokens == 0:
+        return [0] * count
+    keys = _tokens(first_token, count * shape.page_tokens)
     if shape.row_nbytes % 8:
-        padded = np.zeros((*rows.shape[:3], -(-shape.row_nbytes // 8) * 8), dtype=np.uint8)
+        rows = bodies.reshape(count, -1, shape.row_nbytes)
+        padded = np.zeros((*rows.shape[:2], -(-shape.row_nbytes // 8) * 8), dtype=np.uint8)
         padded[..., : shape.row_nbytes] = rows
-        rows = padded
-    words = rows.view(_WORD)[:, :, :tokens]
-    keys = _tokens(first_token, count * shape.page_tokens).reshape(count, 1, shape.page_tokens)[:, :, :tokens]
+        bodies = padded.reshape(count, -1)
+    return [int(digest) for digest in (sums or _sums)(bodies, lanes, keys, shape.page_tokens, tokens)]
+
+
+def _sums(bodies: NDArray[Any], lanes: NDArray[Any], keys: NDArray[Any], page_tokens: int, tokens: int) -> U64:
+    count = len(bodies)
+    words = bodies.view(_WORD).reshape(count, len(lanes), page_tokens, -1)[:, :, :tokens]
+    keys = keys.reshape(count, 1, page_tokens)[:, :, :tokens]
     lane_step = min(len(lanes), max(1, _BLOCK_ROWS // tokens))
     page_step = min(count, max(1, _BLOCK_ROWS // (tokens * len(lanes))))
-    sums, spare = _room(page_step, lane_step, tokens)
+    room, spare = _room(page_step, lane_step, tokens)
     total: U64 = np.zeros(count, dtype=np.uint64)
     for page in range(0, count, page_step):
         for lane in range(0, len(lanes), lane_step):
             block = words[page : page + page_step, lane : lane + lane_step]
-            value, scratch = sums[: block.shape[0], : block.shape[1]], spare[: block.shape[0], : block.shape[1]]
+            value, scratch = room[: block.shape[0], : block.shape[1]], spare[: block.shape[0], : block.shape[1]]
             np.einsum("pltw->plt", block, out=value)  # add.reduce over so short an axis is several times slower
             np.add(value, lanes[lane : lane + lane_step], out=value)
             np.add(value, keys[page : page + page_step], out=value)
             _mix(value, scratch)
             total[page : page + page_step] += np.add.reduce(value, axis=(1, 2))
-    return [int(digest) for digest in total]
+    return total

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from core.errors import BatonError, LocalError
 from core.kv import KvShape, PageRun, pages_of
-from transfer.digest import digests
+from transfer.digest import Sums, digests
 from transfer.memory import settle
 from transfer.probe import Probe
 from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
@@ -201,8 +201,8 @@ class TransferThread:
     """A transport on its own thread. Methods may be called from any thread and return at once.
 
     `make` creates the transport and runs on the transfer thread; `memory` is the arena in pages of `unit_nbytes`;
-    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for `digest` only.
-    Read ids are the caller's, from 1 on; negative ones are this thread's own.
+    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for digests only, and `sums` is
+    a quicker way to them (`transfer/digest.py`). Read ids are the caller's, from 1 on; negative ones are our own.
     """
 
     def __init__(
@@ -212,12 +212,14 @@ class TransferThread:
         unit_nbytes: int,
         post: Callable[[Event], None],
         kv: KvShape | None = None,
+        sums: Sums | None = None,
     ) -> None:
         self._make = make
         self._memory = memory
         self._unit_nbytes = unit_nbytes
         self._post = post
         self._kv = kv
+        self._sums = sums
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell: _Bell | None = None
         self._bell_lock = threading.Lock()
@@ -475,7 +477,7 @@ class TransferThread:
             if job.tokens > len(job.pages) * kv.page_tokens or job.tokens < 0:
                 raise LocalError(f"digest tokens: got {job.tokens}, want 0 to {len(job.pages) * kv.page_tokens}")
             tokens = min(max(job.tokens - done * kv.page_tokens, 0), len(pages) * kv.page_tokens)
-            job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens)
+            job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens, sums=self._sums)
         except Exception as error:
             self._jobs.popleft()
             if job.read is None:

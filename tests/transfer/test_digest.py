@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from core.errors import LocalError
 from core.kv import KvShape
+from kernels import native
 from transfer.digest import MASK, digests, lane_key, mix64, page_digest, token_key
 
 
@@ -77,6 +78,7 @@ def test_runs_equal_page_by_page(shape, seed, first_page, count, data):
         for i, page in enumerate(pages)
     ]
     assert digests(memoryview(arena.data), pages, shape, first_page, tokens) == want
+    assert digests(memoryview(arena.data), pages, shape, first_page, tokens, sums=native.page_sums()) == want
 
 
 @given(SEEDS, st.integers(0, 50), st.integers(0, 16))
