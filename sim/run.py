@@ -17,7 +17,7 @@ from sim.loop import CHECK_EVERY, Kind, Loop
 from sim.network import Network
 from sim.outcome import Outcome, Record, Tally
 from sim.policies import Policy
-from sim.scenario import Fault, Link, Lose, Return, Scenario, Slow
+from sim.scenario import Drain, Fault, Link, Lose, Return, Scenario, Slow
 from sim.worker import Gateway, Worker, World
 from sim.workload import Arrival, Workload
 
@@ -224,6 +224,10 @@ class Simulation:
         worker = self.workers[name] = Worker(self.world, build, life, order, self.policy)
         for gateway in self.gateways:
             gateway.up(worker.member())
+        for other in self.workers.values():
+            if other is not worker:
+                other.meet(worker)
+                worker.meet(other)
 
     def _fault(self, fault: Fault) -> None:
         name = fault.source if isinstance(fault, Link) else fault.worker
@@ -238,6 +242,12 @@ class Simulation:
                 self._at(fault.at_s, self._lose, name)
             case Return():
                 self._at(fault.at_s + self.settings.load_s, self._start, name)
+            case Drain():
+                if self.builds[name].role is not Role.DECODE:
+                    raise SetupError(
+                        f"scenario: drain: got {name}, a {self.builds[name].role} worker, want one for decode"
+                    )
+                self._at(fault.at_s, self._drain, name)
             case Slow():
                 self._at(fault.at_s, self._slow, (name, fault.factor))
                 if fault.until_s != float("inf"):
@@ -251,6 +261,13 @@ class Simulation:
         worker.die()
         self._past.append(worker.orders())
         self._at(self.loop.now + self.settings.lost_s, self._noticed, worker)
+
+    def _drain(self, name: str) -> None:
+        if name in self.workers:
+            worker = self.workers[name]
+            worker.drain()
+            for gateway in self.gateways:
+                gateway.up(worker.member())
 
     def _noticed(self, worker: Worker) -> None:
         for gateway in self.gateways:

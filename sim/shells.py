@@ -12,7 +12,20 @@ from typing import TYPE_CHECKING, assert_never
 import transfer.sink as taking
 import transfer.source as giving
 from core.kv import KvShape
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken, Tokens, ToPeer
+from core.messages import (
+    Carried,
+    CaughtUp,
+    First,
+    Grant,
+    OfferMigration,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+    Tokens,
+    ToPeer,
+)
 from core.request import Request, Ticket
 from scheduler import decode_events as decoding
 from scheduler import mixed_events as mixing
@@ -166,8 +179,20 @@ class DecodeShell:
                 self._swap(decoding.SwappedIn(key), len(pages))
             case decoding.DropHandOff(key, reason):
                 worker.post(worker.sink_seat, taking.Drop(key, reason))
-            case decoding.Tell(message):
+            case decoding.Tell(message) | decoding.TellMoved(message):
                 worker.send(message.ticket.minter, message)
+            case decoding.OfferRow(offer, deadline):
+                worker.post(worker.source_seat, giving.AskToMove(offer, deadline))
+            case decoding.SealRow(key, pages, tokens):
+                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens))
+            case decoding.HandOver(row, key, pages, tokens, stages):
+                carried = Carried((0,) * self.batch.generated(row), stages)
+                self.batch.leave(row)
+                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens, (First(0),), carried))
+            case decoding.WithdrawRow(key, reason):
+                worker.post(worker.source_seat, giving.Withdraw(key, reason))
+            case decoding.TellPeer(peer, message):
+                worker.send(peer, message)
             case _:
                 assert_never(command)
 
@@ -175,7 +200,7 @@ class DecodeShell:
         batch = self.batch
         extra_s = 0.0
         for join in command.joining:
-            batch.join(join.key, join.ticket, join.request, join.generated)
+            batch.join(join.key, join.ticket, join.request, join.generated, len(join.said))
             if join.recompute is not None:
                 start, stop = join.recompute
                 extra_s += self._cost.prefill_s([(stop - start, start)]) * self._worker.slowness
@@ -335,14 +360,14 @@ class HandOffShell:
         self.source_seat = worker.seat(source, self._give)
         self.sink_seat = worker.seat(sink, self._take)
 
-    def heard(self, message: ToPeer) -> None:
+    def heard(self, message: ToPeer | OfferMigration | CaughtUp) -> None:
         """A message of the other side."""
         match message:
-            case Reserve() | Ready():
+            case Reserve() | OfferMigration() | Ready():
                 self._worker.post(self.sink_seat, message)
             case Release(ticket) if ticket.source != self._worker.me:
                 self._worker.post(self.sink_seat, message)
-            case Grant() | Refuse() | Taken() | Release():
+            case Grant() | Refuse() | CaughtUp() | Taken() | Release():
                 self._worker.post(self.source_seat, message)
             case _:
                 assert_never(message)
@@ -355,6 +380,13 @@ class HandOffShell:
                     worker.post(self.source_seat, Refuse(message.ticket, "no lane"))
             case giving.Digest(key, first_page, pages, _):
                 worker.post(self.source_seat, giving.Digested(key, first_page, (0,) * len(pages)))
+            case giving.SendOffer(offer):
+                if not worker.send(offer.ticket.sink, offer):
+                    worker.post(self.source_seat, Refuse(offer.ticket, "no lane"))
+            case giving.MoveAsked(key):
+                worker.post(worker.decode_seat, decoding.MoveAsked(key))
+            case giving.MoveEnded(key, taken, sure, reason):
+                worker.post(worker.decode_seat, decoding.MoveEnded(key, taken, sure, reason))
             case giving.GrantCame(key):
                 worker.post(worker.prefill_seat, filling.Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
@@ -367,8 +399,10 @@ class HandOffShell:
         match command:
             case taking.SendToSource(message):
                 worker.send(message.ticket.source, message)
-            case taking.AskPolicy(ticket, request):
-                worker.post(worker.decode_seat, decoding.Asked(ticket, request))
+            case taking.AskForMore(caught_up):
+                worker.send(caught_up.ticket.source, caught_up)
+            case taking.AskPolicy(ticket, request, offer):
+                worker.post(worker.decode_seat, decoding.Asked(ticket, request, offer))
             case taking.Read(_, source, runs, pages):
                 worker.network.read(
                     source,
@@ -381,8 +415,8 @@ class HandOffShell:
                 )
             case taking.Fence(read_ids):
                 worker.post(self.sink_seat, taking.Fenced(read_ids))
-            case taking.Arrived(ticket, request, firsts, _):
-                worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts))
+            case taking.Arrived(ticket, request, firsts, _, carried):
+                worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts, (), carried))
             case taking.Gone(ticket, reason, recompute):
                 worker.post(worker.decode_seat, decoding.Withdrawn(ticket, reason, recompute))
             case _:

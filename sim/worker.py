@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core.messages import Cancel, Message, Offer, Prompt
+from core.messages import AnyMessage, Cancel, Freeness, Offer, Prompt
 from core.pages import Pages
 from core.request import Hints, Request, Slo, Ticket
 from core.sampling import Sampling
 from core.worker import Identity, Member, Role
+from scheduler import decode_events as decoding
 from scheduler import router_events as routing
 from scheduler.router import Router
 from sim.fleet import Build
@@ -52,6 +53,9 @@ class Worker(Process):
         self.network = world.network
         self.upper = world.upper
         self.slowness = 1.0
+        self.draining = False
+        self.moves = build.role is Role.DECODE and policy.decode_config.migration is not None
+        """Rows may move from here to others and back."""
         self.ledger = Pages(build.pages)
         self._world = world
         self.prefill: PrefillShell | None = None
@@ -88,13 +92,13 @@ class Worker(Process):
     def member(self) -> Member:
         """What it says of itself."""
         build = self.build
-        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=True)
+        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=not self.draining)
 
-    def send(self, to: Identity, message: Message) -> bool:
+    def send(self, to: Identity, message: AnyMessage) -> bool:
         """To a gateway or to another worker; False if it is known to be gone."""
         return self.network.send(self.me, to, message)
 
-    def heard(self, envelope: tuple[Identity, Message]) -> None:
+    def heard(self, envelope: tuple[Identity, AnyMessage]) -> None:
         """A message of a gateway or of another worker."""
         _, message = envelope
         match message:
@@ -103,6 +107,9 @@ class Worker(Process):
                     if shell is not None:
                         self.post(shell.seat, message)
                 if self.decode is not None and isinstance(message, Cancel):
+                    self.post(self.decode.seat, message)
+            case Freeness():
+                if self.decode is not None:
                     self.post(self.decode.seat, message)
             case _:
                 self.handoff.heard(message)  # type: ignore[arg-type]
@@ -119,6 +126,18 @@ class Worker(Process):
         """Another worker's life is over."""
         self.post(self.source_seat, SinkLost(peer))
         self.post(self.sink_seat, SourceLost(peer))
+        if self.moves and self.decode is not None:
+            self.post(self.decode.seat, decoding.PeerGone(peer))
+
+    def meet(self, other: Worker) -> None:
+        """Another worker is there; rows may move to it and from it."""
+        if self.moves and other.moves and self.decode is not None:
+            self.post(self.decode.seat, decoding.PeerCame(other.me))
+
+    def drain(self) -> None:
+        """What is here ends or moves; nothing more is taken."""
+        self.draining = True
+        self.post(self.decode_seat, decoding.Drain())
 
     def die(self) -> None:
         """At once; only what was sent before arrives."""
@@ -161,7 +180,7 @@ class Gateway(Process):
         request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
 
-    def heard(self, envelope: tuple[Identity, Message]) -> None:
+    def heard(self, envelope: tuple[Identity, AnyMessage]) -> None:
         """A worker's message."""
         self.post(self._seat, envelope[1])
 

@@ -65,7 +65,7 @@ def test_the_shipped_scenarios_are_read() -> None:
         ('name = "a"\nabout = 1', "about: got 1, want a text"),
         ('name = "a"\nevents = 1', "events: got 1, want only name, about and event"),
         ('name = "a"\n[event]\nat_s = 1', "want tables, each below [[event]]"),
-        ('name = "a"\n[[event]]\nat_s = 1', "event 1: kind: got None, want one of lose, return, slow, link"),
+        ('name = "a"\n[[event]]\nat_s = 1', "event 1: kind: got None, want one of lose, return, drain, slow, link"),
         ('name = "a"\n[[event]]\nkind = ["lose"]', "event 1: kind: got ['lose'], want one of lose"),
         ("lose", "event 1 (lose): at_s: got None, want a value"),
         ("lose at_s=1", "event 1 (lose): worker: got None, want a value"),
