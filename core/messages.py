@@ -234,9 +234,9 @@ class CaughtUp:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A continuation of yours goes on here; the ticket names this worker as its sink from now on.
+    """A continuation of yours goes on elsewhere; the ticket names that worker as its sink from now on.
 
-    Before any token of it. The first tokens that follow repeat those that its worker before may not have brought yet,
+    The new worker says it before any token, the one before when it knows. The first tokens that follow repeat those that its worker before may not have brought yet,
     because the streams of two workers keep no order.
     """
 

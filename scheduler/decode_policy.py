@@ -757,9 +757,10 @@ class DecodePolicy:
             case MoveAsked(key):
                 self.ignored += not moves.asked(key)
             case MoveEnded(_, taken, sure, reason):
+                sink = moves.ticket.sink if moves.ticket is not None else self._me
                 row = moves.ended(event, now)
                 if row is not None and row.place is Place.MOVING:
-                    return self._moved(row, taken, sure, reason, now)
+                    return self._moved(row, sink, taken, sure, reason, now)
         return []
 
     def _may_move(self) -> bool:
@@ -823,10 +824,12 @@ class DecodePolicy:
             within -= moves.config.below_steps
         return within
 
-    def _moved(self, row: Row, taken: bool, sure: bool, reason: str, now: float) -> list[DecodeCommand]:
+    def _moved(self, row: Row, sink: Identity, taken: bool, sure: bool, reason: str, now: float) -> list[DecodeCommand]:
         """The row that had stopped is gone, goes on here, or is given up."""
         if taken:
-            return self._end(row, now)
+            # Its new worker says so, too; but should that be lost now, nobody else would know where it was.
+            moved = Moved(replace(row.guest.ticket, sink=sink), row.guest.moves + 1)
+            return [TellMoved(moved), *self._end(row, now)]
         if sure:
             row.place = Place.JOINING
             self._joiners.appendleft(row)
