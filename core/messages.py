@@ -236,8 +236,8 @@ class CaughtUp:
 class Moved:
     """A continuation of yours goes on elsewhere; the ticket names that worker as its sink from now on.
 
-    The new worker says it before any token, the one before when it knows. The first tokens that follow repeat those that its worker before may not have brought yet,
-    because the streams of two workers keep no order.
+    The new worker says it before any token, the one before when it knows. The first tokens that follow repeat those
+    that its worker before may not have brought yet, because the streams of two workers keep no order.
     """
 
     ticket: Ticket

@@ -30,7 +30,7 @@ from typing import Literal
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Cancel, Failed, Finished, Freeness, Moved, OfferMigration
+from core.messages import Cancel, Failed, Finished, Freeness
 from core.pages import Pages
 from core.request import Request, Stage
 from core.worker import Identity
@@ -73,7 +73,6 @@ from scheduler.decode_events import (
 from scheduler.decode_memory import Memory
 from scheduler.decode_rows import RETIRED, Batch, Guest, Place, Row, State
 from scheduler.forecast import Forecast
-from scheduler.migration import Migration, MigrationConfig
 from scheduler.pace import Pace
 from scheduler.past_future import Admission, Claim, PastFuture, WorstCase
 from scheduler.pins import PinConfig, Pins
@@ -145,8 +144,6 @@ class DecodeConfig:
     """Name of the cost model's lane to host memory and back."""
     pins: PinConfig = field(default=PinConfig())
     """How long a session's KV is kept for its next turn, where the prompt's pages have names (`Request.prefix`)."""
-    migration: MigrationConfig | None = None
-    """When a running row is offered to another decode worker; None: never."""
 
 
 class DecodePolicy:
@@ -182,9 +179,6 @@ class DecodePolicy:
         self._crowd = Pace(cost, config.gap_share, config.gap_quantile)
         """Of all who were promised memory."""
         self._pins = Pins(config.pins)
-        self._moves = Migration(me, config.migration) if config.migration else None
-        self._aliases: dict[str, str] = {}
-        """Of guests that moved here or are to: their keys, by those of their gateways' tickets."""
         self._guests: dict[str, Guest] = {}
         self._asked = 0
         self._waiting: deque[Guest] = deque()
@@ -274,8 +268,6 @@ class DecodePolicy:
                         commands += self._cancel(late, "deadline", now)
                 for session in self._pins.over(now):
                     self._ledger.unpin(PIN + session)
-                if self._moves is not None:
-                    self._moves.again(now)
             case Asked():
                 commands += self._ask(event, now)
             case KvArrived():
@@ -283,7 +275,7 @@ class DecodePolicy:
             case Withdrawn():
                 commands += self._withdrawn(event)
             case Cancel(ticket, reason, report, branch):
-                guest = self._guests.get(ticket.key) or self._guests.get(self._aliases.get(ticket.key, ""))
+                guest = self._guests.get(ticket.key)
                 if guest is None:
                     self.ignored += 1
                 elif branch is None:
@@ -302,10 +294,8 @@ class DecodePolicy:
                 for guest in [guest for guest in self._waiting if self._waits(guest)]:
                     commands.append(Answer(guest.key, False, "draining"))
                     self._forget(guest)
-                if self._moves is not None:
-                    self._moves.look = True
             case PeerCame() | PeerGone() | Freeness() | MoveAsked() | MoveEnded():
-                commands += self._peered(event, now)
+                pass  # scheduler/decode_migrating.py
             case RunFailed(run_id, reason):
                 self._check_run(run_id)
                 commands += self._run_failed(reason, now)
@@ -316,7 +306,7 @@ class DecodePolicy:
         if not self._running:
             return commands + self._decide(now)
         commands += self._admit(now)
-        if not self._cut and (self._may_join() or (self._moves is not None and self._may_move())):
+        if not self._cut and self._would_gain():
             commands.append(self._cut_now())
         return commands
 
@@ -328,8 +318,6 @@ class DecodePolicy:
         while due and due[0][2].cancelled:
             heapq.heappop(due)
         end = self._pins.deadline() if self._pins else None
-        if self._moves is not None and (again := self._moves.deadline()) is not None:
-            end = again if end is None else min(end, again)
         if due and (end is None or due[0][0] < end):
             return due[0][0]
         return end
@@ -353,32 +341,12 @@ class DecodePolicy:
             return [Answer(key, False, f"needs {need} pages, the worker has {self._capacity}")]
         self._asked += 1
         guest = Guest(ticket, request, key, self._asked, now + request.timeout_s, now, pages)
-        if event.offer is not None:
-            return self._ask_to_move(guest, event.offer, now)
         guest.shares = request.sampling.n > 1
         self._guests[key] = guest
         self._waiting.append(guest)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
         self._retest = self._retest or len(self._waiting) == 1
         return []
-
-    def _ask_to_move(self, guest: Guest, offer: OfferMigration, now: float) -> list[DecodeCommand]:
-        """Promise memory for a row of another worker, or refuse: it waits for nothing, as long as it has a place."""
-        guest.ticket, guest.moving, guest.moves = replace(offer.placed, sink=self._me), offer, offer.moves
-        guest.pages = self._shape.pages_for(offer.most)
-        if self._retired or self._stalled() or any(map(self._waits, self._waiting)):
-            return [Answer(guest.key, False, "others wait for memory")]
-        self._guests[guest.key] = guest
-        self._aliases[guest.ticket.key] = guest.key
-        self._waiting.append(guest)
-        heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
-        self._retest = True
-        commands = self._admit(now)
-        if guest.state is State.WAITING:
-            self._short = None
-            self._forget(guest)
-            commands.append(Answer(guest.key, False, "no memory for it"))
-        return commands
 
     def _admit(self, now: float) -> list[DecodeCommand]:
         """Promise memory in order of asking; nobody is overtaken, so nobody starves."""
@@ -436,9 +404,8 @@ class DecodePolicy:
         own, fixed = len(request.prompt), 0
         if guest.shares:
             own, fixed = own % self._shape.page_tokens, guest.pages
-        generated = guest.moving.generated if guest.moving is not None else 1
-        left = self._left(request, generated)
-        return Claim(guest.key, own + generated, self._decided, left, request.sampling.n, fixed)
+        left = self._left(request, 1)
+        return Claim(guest.key, own + 1, self._decided, left, request.sampling.n, fixed)
 
     def _claim(self, row: Row, fixed: int = 0) -> Claim:
         """A row, at the last decision point."""
@@ -468,23 +435,15 @@ class DecodePolicy:
         batch, memory = self._batch, self._memory
         self._decided = batch.step
         self._retest = True
-        commands: list[DecodeCommand] = []
-        if self._moves is not None:
-            commands += self._give(self._moves, now)
-        commands += self._make_room()
+        commands = self._make_room()
         self._foresee()
         if self._retired:
             commands += self._bring_back(now)
         if self._join_all(now):
             commands += self._make_room()
             self._foresee()
-        if self._moves is not None and (offered := self._offer_row(self._moves, now)):
-            commands += offered
-            self._foresee()
+        commands += self._offers(now)
         commands += self._admit(now)
-        if self._moves is not None and self._moves.news(self.freeness()):
-            said = Freeness(self._me, self.freeness())
-            commands += [TellPeer(peer, said) for peer in self._moves.peers]
         if batch.step < memory.horizon:
             commands.append(self._order())
         return commands
@@ -501,9 +460,7 @@ class DecodePolicy:
             end, _, row = heapq.heappop(ends)
             if row.place is Place.RUNNING and row.end == end:
                 self._expect(row)
-        within = batch.steps_within(self._memory.room)
-        if self._moves is not None:
-            within = self._until_move(self._moves, within)
+        within = self._until(batch.steps_within(self._memory.room))
         self._memory.plan(max(0, min(ends[0][0] - batch.step, within)))
 
     def _expect(self, row: Row) -> None:
@@ -514,6 +471,23 @@ class DecodePolicy:
         row.end = claim.step + claim.left
         self._ties += 1
         heapq.heappush(self._ends, (row.end, self._ties, row))
+
+    # What a policy that moves rows adds (scheduler/decode_migrating.py).
+    def _would_gain(self) -> bool:
+        """Whether something would be decided if the order ended now."""
+        return self._may_join()
+
+    def _offers(self, now: float) -> list[DecodeCommand]:
+        """At a decision point, when the batch is known."""
+        return []
+
+    def _until(self, within: int) -> int:
+        """Steps until the next decision is due, of those that there is memory for."""
+        return within
+
+    def _stays(self, row: Row, why: str) -> list[DecodeCommand]:
+        """A row ends or loses its memory."""
+        return []
 
     def _first_joiner(self) -> Row | None:
         joiners = self._joiners
@@ -639,8 +613,7 @@ class DecodePolicy:
             if row.place not in (Place.RUNNING, Place.JOINING):
                 continue
             running = row.place is Place.RUNNING
-            if self._moves is not None and row is self._moves.row:
-                commands.append(self._moves.drop("memory ran out"))
+            commands += self._stays(row, "memory ran out")
             if running:
                 self._memory.trim(row, self._batch.step)
                 row.generated_then = row.generated(self._batch.step)
@@ -739,126 +712,6 @@ class DecodePolicy:
         self._joiners.appendleft(row)
         return self._stop(row.guest, now)
 
-    # Rows that move; what is decided about it is in scheduler/migration.py.
-    def _peered(self, event: PeerCame | PeerGone | Freeness | MoveAsked | MoveEnded, now: float) -> list[DecodeCommand]:
-        """A peer, or who takes a row of ours, has something to say."""
-        moves = self._moves
-        if moves is None:
-            self.ignored += 1
-            return []
-        match event:
-            case PeerCame(worker):
-                moves.peers.setdefault(worker, -math.inf)
-                return [TellPeer(worker, Freeness(self._me, self.freeness()))]
-            case PeerGone(worker):
-                moves.gone(worker)
-            case Freeness(worker, steps):
-                moves.heard(worker, steps)
-            case MoveAsked(key):
-                self.ignored += not moves.asked(key)
-            case MoveEnded(_, taken, sure, reason):
-                sink = moves.ticket.sink if moves.ticket is not None else self._me
-                row = moves.ended(event, now)
-                if row is not None and row.place is Place.MOVING:
-                    return self._moved(row, sink, taken, sure, reason, now)
-        return []
-
-    def _may_move(self) -> bool:
-        """Whether a row that moves, or is to, would be the better for the end of the order now."""
-        moves = self._moves
-        if moves is None or moves.row is not None:
-            return moves is not None and moves.due
-        if not moves.look:
-            return False
-        moves.look = False
-        return self._wants_to_give(moves) and moves.victim(self._batch.rows.values()) is not None
-
-    def _wants_to_give(self, moves: Migration) -> bool:
-        scarce = self.draining or self.freeness() < moves.config.below_steps
-        return scarce and moves.best(self.draining) is not None
-
-    def _offer_row(self, moves: Migration, now: float) -> list[DecodeCommand]:
-        """Ask somebody to go on with a row, if one is to go."""
-        if moves.row is not None or not self._wants_to_give(moves):
-            return []
-        row, sink = moves.victim(self._batch.rows.values()), moves.best(self.draining)
-        stored = 0 if row is None else row.own + row.generated(self._batch.step) - 1
-        if row is None or sink is None or stored >= len(row.request.prompt) + row.most - 1:
-            return []
-        return [moves.offer(row, stored, sink, now)]
-
-    def _give(self, moves: Migration, now: float) -> list[DecodeCommand]:
-        """The next announcement of the row that moves, if it is due; the last one when it has stopped."""
-        row, ticket = moves.row, moves.ticket
-        if row is None or ticket is None or row.place is not Place.RUNNING:
-            return []
-        stored = row.own + row.generated(self._batch.step) - 1
-        full = moves.full(stored)
-        if not (moves.due or full):
-            return []
-        if full and not moves.copying:
-            return [moves.drop("not answered in time")]
-        pages = stored // self._shape.page_tokens
-        if not full and not moves.stops(pages):
-            moves.sealed(pages)
-            held = self._ledger.pages(row.key)[:pages]
-            return [SealRow(ticket.key, held, pages * self._shape.page_tokens)]
-        self._memory.trim(row, self._batch.step)
-        row.generated_then = row.generated(self._batch.step)
-        stages = self._stages(row, now)
-        self._leave_batch(row)
-        row.place = Place.MOVING
-        self._admission.remove(row.key)
-        self._admission.add(self._claim(row))
-        moves.stopped()
-        held = self._ledger.pages(row.key)[: self._shape.pages_for(stored)]
-        return [HandOver(row.key, ticket.key, held, stored, stages)]
-
-    def _until_move(self, moves: Migration, within: int) -> int:
-        """Decide again when the row that moves has all tokens that memory was asked for, or when freeness gets low."""
-        row = moves.row
-        if row is not None:
-            if row.place is Place.RUNNING:
-                within = min(within, max(1, moves.left(row.own + row.generated(self._batch.step) - 1)))
-        elif within > moves.config.below_steps:
-            within -= moves.config.below_steps
-        return within
-
-    def _moved(self, row: Row, sink: Identity, taken: bool, sure: bool, reason: str, now: float) -> list[DecodeCommand]:
-        """The row that had stopped is gone, goes on here, or is given up."""
-        if taken:
-            # Its new worker says so, too; but should that be lost now, nobody else would know where it was.
-            moved = Moved(replace(row.guest.ticket, sink=sink), row.guest.moves + 1)
-            return [TellMoved(moved), *self._end(row, now)]
-        if sure:
-            row.place = Place.JOINING
-            self._joiners.appendleft(row)
-            self._retest = True
-            return []
-        guest = row.guest
-        why = f"lost on its way to another worker: {reason}"
-        commands: list[DecodeCommand] = [Tell(Failed(guest.ticket, "ABORTED", why, self._stages(row, now)))]
-        guest.cancelled = True
-        return commands + self._end(row, now)
-
-    def _settle(self, row: Row, offer: OfferMigration, event: KvArrived, now: float) -> list[DecodeCommand]:
-        """A row has moved here: what was asked for and is not needed is free, and its gateway is told."""
-        guest, carried = row.guest, event.carried
-        if carried is None:
-            raise LocalError(f"{guest.key}: got no tokens, want those of a row that moved")
-        row.generated_then, row.said = len(carried.tokens), carried.tokens
-        row.bound = self._ledger.count(guest.key)
-        self._ledger.unpromise(guest.key)
-        self._memory.own -= guest.pages - row.bound
-        guest.pages = row.bound
-        guest.stages = (*carried.stages, *event.stages)
-        self._admission.remove(row.key)
-        self._admission.add(self._claim(row))
-        if guest.cancelled:
-            return self._end_all(guest, now)
-        self._joiners.appendleft(row)
-        return [TellMoved(Moved(guest.ticket, offer.moves))]
-
     # From the arrival of KV to the end.
     def _arrived(self, event: KvArrived, now: float) -> list[DecodeCommand]:
         """Rows for what goes on: alone on the prompt's pages, or each with a share of them."""
@@ -889,8 +742,6 @@ class DecodePolicy:
             row = Row(key, guest, request, first, len(request.prompt), 0)
             row.bound = guest.pages
             guest.rows[first.branch] = row
-            if guest.moving is not None:
-                return self._settle(row, guest.moving, event, now)
         self._joiners.extend(guest.rows.values())
         return self._end_all(guest, now) if guest.cancelled else []
 
@@ -980,8 +831,7 @@ class DecodePolicy:
                 generated = row.generated(self._batch.step)
             stages, branch = self._stages(row, now), row.first.branch
             commands.append(Tell(Finished(guest.ticket, "cancelled", generated, None, stages, branch, True)))
-        if self._moves is not None and row is self._moves.row:
-            commands.append(self._moves.drop("ended"))
+        commands += self._stays(row, "ended")
         del guest.rows[row.first.branch]
         if row.known or row.place is Place.AWAY:
             commands.append(Leave(row.key))
@@ -1004,8 +854,6 @@ class DecodePolicy:
     def _forget(self, guest: Guest) -> None:
         """Also frees what was promised, or what its rows shared."""
         del self._guests[guest.key]
-        if guest.moving is not None and self._aliases.get(guest.ticket.key) == guest.key:
-            del self._aliases[guest.ticket.key]
         if guest.state is not State.WAITING:
             self._crowd.remove(guest.request.slo.gap_s, guest.tokens, guest.request.sampling.n)
         if guest.state is State.PROMISED or (guest.state is State.JOINING and guest.shares and guest.pages):
@@ -1072,7 +920,6 @@ class DecodePolicy:
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
         for key, guest in self._guests.items():
             assert key == guest.key == (guest.ticket if guest.moving is None else guest.moving.ticket).key
-            assert guest.moving is None or self._aliases[guest.ticket.key] in self._guests
             assert (guest.state is State.JOINING) == bool(guest.rows)
             assert guest.cancelled or any(entry[2] is guest for entry in self._deadlines)
             assert not guest.revoked or guest.state is State.PROMISED
@@ -1090,10 +937,6 @@ class DecodePolicy:
             own += row.bound
         assert (own, coming, crowd) == (self._memory.own, self._coming, self._crowd.rows)
         assert self._pace.rows == len(batch)
-        assert set(self._aliases.values()) <= self._guests.keys()
-        assert len(at[Place.MOVING]) <= (self._moves is not None and self._moves.row is not None)
-        if self._moves is not None:
-            self._moves.check()
 
 
 _STATES = {

@@ -104,6 +104,10 @@ class Migration:
         """Offers that came to nothing."""
 
     # Peers.
+    def came(self, peer: Identity) -> None:
+        """A peer is there; it will say how free it is."""
+        self.peers.setdefault(peer, -math.inf)
+
     def heard(self, peer: Identity, steps: float) -> None:
         """A peer says how free it is."""
         self.peers[peer] = steps
@@ -168,12 +172,12 @@ class Migration:
         """The other side has promised memory, and the row runs."""
         return self.state is State.COPYING
 
-    def full(self, stored: int) -> bool:
-        """Whether the row has all tokens that memory was asked for."""
-        return stored >= self._most
+    def nearly_over(self, row: Row, stored: int) -> bool:
+        """Whether a row with so many tokens of KV ends with the next one."""
+        return stored >= len(row.request.prompt) + row.most - 1
 
     def left(self, stored: int) -> int:
-        """Steps until then."""
+        """Tokens that the row may still add, as memory was asked for no more."""
         return self._most - stored
 
     def stops(self, pages: int) -> bool:

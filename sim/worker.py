@@ -54,7 +54,7 @@ class Worker(Process):
         self.upper = world.upper
         self.slowness = 1.0
         self.draining = False
-        self.moves = build.role is Role.DECODE and policy.decode_config.migration is not None
+        self.moves = build.role is Role.DECODE and policy.migration is not None
         """Rows may move from here to others and back."""
         self.ledger = Pages(build.pages)
         self._world = world

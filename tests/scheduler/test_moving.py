@@ -14,7 +14,9 @@ import pytest
 from core.messages import Carried, CaughtUp, First, Freeness, OfferMigration, Refuse
 from core.worker import Identity, Role
 from scheduler import decode_policy as decode
+from scheduler.decode_migrating import MigratingPolicy
 from scheduler.migration import MigrationConfig
+from tests.cast import SHAPE
 from tests.scheduler import test_together as together
 from tests.scheduler.test_together import PAGE, mark, play
 from transfer import sink as taking
@@ -28,8 +30,8 @@ EAGER = MigrationConfig(
 class Worker(together.Worker):
     """Does what a policy with migration commands, beside the rest."""
 
-    def settings(self) -> decode.DecodeConfig:
-        return decode.DecodeConfig(max_rows=4, max_steps=6, migration=EAGER)
+    def policy(self) -> decode.DecodePolicy:
+        return MigratingPolicy(self.me, SHAPE, self.ledger, decode.DecodeConfig(max_rows=4, max_steps=6), EAGER)
 
     def decodes(self, command: decode.DecodeCommand) -> None:
         match command:

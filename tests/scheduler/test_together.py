@@ -244,7 +244,7 @@ class Worker(Process):
             self.prefill = prefill.PrefillPolicy(identity, SHAPE, self.ledger, config)
             self.seat("prefill", self.prefill, self.prefills)
         if role.decodes:
-            self.decode = decode.DecodePolicy(identity, SHAPE, self.ledger, self.settings())
+            self.decode = self.policy()
             self.seat("decode", self.decode, self.decodes)
         self.sequences: dict[str, Sequence] = {}
         self.jobs: deque[Callable[[], None]] = deque()
@@ -253,8 +253,9 @@ class Worker(Process):
         self.reads: dict[int, Reading] = {}
         self.digesting = 0.0
 
-    def settings(self) -> decode.DecodeConfig:
-        return decode.DecodeConfig(max_rows=4, max_steps=1 if self.role is Role.MIXED else 6)
+    def policy(self) -> decode.DecodePolicy:
+        settings = decode.DecodeConfig(max_rows=4, max_steps=1 if self.role is Role.MIXED else 6)
+        return decode.DecodePolicy(self.me, SHAPE, self.ledger, settings)
 
     # The engine's thread: one job after another; a job that takes time calls `next_job` when it is done.
     def do(self, job: Callable[[], None]) -> None:
