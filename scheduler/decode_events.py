@@ -65,6 +65,9 @@ class Ended:
     reason: str
     generated: int
     stop_token_id: int | None = None
+    prefix: tuple[int, ...] = ()
+    """Chained hashes of its full pages, the prompt's and those behind them, where whoever runs the engine knows them:
+    a mixed worker keeps them for the next turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -329,7 +329,7 @@ class MixedShell:
         ended = []
         for key, row in finished:
             batch.say(row)
-            ended.append(mixing.Ended(key, "length", row.generated))
+            ended.append(mixing.Ended(key, "length", row.generated, prefix=row.record.answered))
         begun = tuple(began for span in command.spans if (began := self._spanned(span)) is not None)
         steps = 1 if command.spans else batch.steps - before
         worker.post(self.seat, mixing.Stepped(command.step_id, steps, begun, tuple(ended)))

@@ -170,12 +170,13 @@ class Gateway(Process):
         prefix: tuple[int, ...],
         most: int,
         timeout_s: float,
+        answered: tuple[int, ...] = (),
     ) -> None:
         """A client's request, which will come to at most `most` tokens as far as anybody was told."""
         sampling = self._samplings.get(most)
         if sampling is None:
             sampling = self._samplings[most] = Sampling(most)
-        self._world.records[counter] = Record(arrival, self.loop.now)
+        self._world.records[counter] = Record(arrival, self.loop.now, answered=answered)
         hints = Hints(session=arrival.session, tenant=arrival.tenant, program_step=arrival.turn, tool=arrival.tool)
         request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
