@@ -256,9 +256,7 @@ class Simulation:
                 self._at(fault.at_s + self.settings.load_s, self._start, name)
             case Drain():
                 if self.builds[name].role is not Role.DECODE:
-                    raise SetupError(
-                        f"scenario: drain: got {name}, a {self.builds[name].role} worker, want one for decode"
-                    )
+                    raise SetupError(f"scenario: drain: got {name!r}, want a decode worker")
                 self._at(fault.at_s, self._drain, name)
             case Slow():
                 self._at(fault.at_s, self._slow, (name, fault.factor))
