@@ -127,3 +127,22 @@ def test_results_of_those_who_do_not_ask_for_it_are_those_of_before():
 def test_only_decode_workers_drain():
     with pytest.raises(SetupError, match="drain: got 'prefill-0', want a decode worker"):
         run(Workload("one", (Arrival(0.0, 10, 2),)), "1 prefill, 1 decode", moving(), 10_000, Drain(1.0, "prefill-0"))
+
+
+def test_orders_of_any_length_move_the_same_rows_at_the_same_times():
+    short = [Arrival(index * 0.05, 300, 40 + index % 20) for index in range(60)]
+    mixed = [Arrival(4.0 + index * 0.05, 300, 40 if index % 2 else 900) for index in range(50)]
+    workload = Workload("drift", (*short, *mixed))
+    found = []
+    for steps in (1, 1000):
+        decode = replace(policy("baton").decode_config, max_steps=steps)
+        of = replace(policy("round-robin"), decode_config=decode, migration=MigrationConfig())
+        outcomes, simulation, _ = run(
+            workload, "2 prefill, 2 decode", of, 14_000, Drain(9.0, "decode-0"), max_tokens=2000
+        )
+        decoders = [worker.decode for worker in simulation.workers.values() if worker.decode]
+        found.append((outcomes, [(each.policy.moves.given, each.policy.evicted) for each in decoders]))
+        runs = sum(each.runs for each in decoders)
+        assert (runs > 4000) == (steps == 1)
+    assert found[0] == found[1]
+    assert found[0][1][0][0] > 5
