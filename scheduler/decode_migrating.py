@@ -114,7 +114,7 @@ class MigratingPolicy(DecodePolicy):
         if moves.row is not None or not moves.look:
             return moves.due
         moves.look = False
-        return self._gives_to() is not None and moves.victim(self._batch.rows.values()) is not None
+        return bool(self._batch.rows) and self._gives_to() is not None
 
     def _gives_to(self) -> Identity | None:
         """Whom a row should be offered to, if one should go."""

@@ -157,8 +157,15 @@ ABLATIONS = (
     ),
 )
 
-POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *ABLATIONS)}
-"""By name: ours, what others ship, and ours without one idea at a time."""
+MIGRATING = replace(
+    BATON,
+    name="baton-migrating",
+    about="running rows move from decode workers that drain or are short of memory to freer ones",
+    migration=MigrationConfig(),
+)
+
+POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *ABLATIONS, MIGRATING)}
+"""By name: ours, what others ship, ours without one idea at a time, and ours with rows that move."""
 
 
 def policy(name: str) -> Policy:

@@ -40,6 +40,8 @@ rarely = st.sampled_from([False, False, True])
 class Worker(together.Worker):
     """Does what a policy with migration commands, beside the rest."""
 
+    world: World
+
     def policy(self) -> decode.DecodePolicy:
         return MigratingPolicy(self.me, SHAPE, self.ledger, decode.DecodeConfig(max_rows=4, max_steps=6), EAGER)
 
@@ -183,7 +185,7 @@ class TwoWorkers(RuleBasedStateMachine):
 
     def worker(self, name: str) -> Worker | None:
         living = [each for each in self.world.processes.values() if each.me.name == name and each.alive]
-        return living[-1] if living else None
+        return living[-1] if living and isinstance(living[-1], Worker) else None
 
     @rule(prompt=st.integers(1, 16), most=st.integers(2, 40), n=st.sampled_from([1, 1, 1, 2]), stop=st.booleans())
     def ask(self, prompt, most, n, stop):

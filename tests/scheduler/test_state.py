@@ -43,7 +43,7 @@ def few(effort: settings, parts: int = 1) -> settings:
 def test_a_decode_policy_goes_on_from_json(rule_, effort):
     class Restored(DecodeWorker):
         config = RULES[rule_]
-        cost = COST if rule_ == "swaps" else None
+        cost = COST if rule_ == "swaps" else None  # type: ignore[assignment]
 
         @rule(sure=sometimes)
         def restore(self, sure):
@@ -81,11 +81,11 @@ def test_a_mixed_policy_goes_on_from_json(effort):
 @efforts
 @pytest.mark.parametrize("around", [Deployment, Crowd])
 def test_a_router_goes_on_from_json(around, effort):
-    class Restored(around):
+    class Restored(around):  # type: ignore[misc, valid-type]
         @rule(sure=sometimes)
         def restore(self, sure):
             if sure:
-                self.router, _ = doubled(self.router)
+                self.router, _ = doubled(self.router)  # type: ignore[has-type]
 
     run_state_machine_as_test(Restored, settings=few(effort, 2))
 

@@ -14,11 +14,25 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import pytest
 
 from core.kv import pages_of
-from core.messages import Cancel, First, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken, Tokens
+from core.messages import (
+    AnyMessage,
+    Cancel,
+    First,
+    Grant,
+    Offer,
+    Prompt,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+    Tokens,
+)
 from core.pages import Owner, Pages
 from core.request import Phase, Request, Ticket
 from core.sampling import Logprobs, Sampling
@@ -212,7 +226,7 @@ class Gateway(Process):
             once = stages.count("decode") == 1 or (self.world.moves and stages.count("decode") > 1)
             assert once or len(self.got[counter][end.branch]) <= 1
 
-    def heard(self, peer: Identity, message: Message) -> None:
+    def heard(self, peer: Identity, message: Any) -> None:
         self.post("router", message)
 
     def up(self, peer: Identity) -> None:
@@ -497,7 +511,7 @@ class Worker(Process):
                 self.post("sink", taking.Fenced((read_id,)))
 
     # Streams.
-    def heard(self, peer: Identity, message: Message) -> None:
+    def heard(self, peer: Identity, message: Any) -> None:
         match message:
             case Offer() | Prompt():
                 self.post("prefill", message)
@@ -588,7 +602,7 @@ class World:
                 process.up(other.me)
                 other.up(process.me)
 
-    def send(self, sender: Identity, to: Identity, message: Message) -> bool:
+    def send(self, sender: Identity, to: Identity, message: AnyMessage) -> bool:
         link = self.link(sender, to)
         if not link.up or not self.processes[to].alive:
             return False

@@ -9,9 +9,11 @@ import pytest
 
 from core.errors import SetupError
 from core.request import Phase, Slo
+from scheduler.decode_migrating import MigratingPolicy
 from scheduler.migration import MigrationConfig
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
+from sim.loop import Kind
 from sim.outcome import Outcome
 from sim.policies import Policy, policy
 from sim.run import Settings, Simulation, simulate
@@ -47,14 +49,19 @@ def run(
                 if worker.decode is not None and worker.draining and not any(worker.decode.policy.queue().values()):
                     left.setdefault(name, simulation.loop.now)
             if simulation.loop.now < 60:
-                simulation.loop.at(simulation.loop.now + 0.01, 5, 0, look)
+                simulation.loop.at(simulation.loop.now + 0.01, Kind.FAULT, 0, look)
 
-        simulation.loop.at(0.0, 5, 0, look)
+        simulation.loop.at(0.0, Kind.FAULT, 0, look)
 
     made = events[0] if events and isinstance(events[0], Scenario) else Scenario("some", tuple(events))
     settings = Settings(**{"slo": Slo(2.0, 0.05), "check_every": 20, **more})
     simulate(workload, workers(spec, COST, kv=kv), of, settings, scenario=made, over=outcomes.append, watch=watch)
     return outcomes, found[0], left
+
+
+def movers(simulation: Simulation) -> dict[str, MigratingPolicy]:
+    found = {name: worker.decode.policy for name, worker in simulation.workers.items() if worker.decode}
+    return {name: each for name, each in found.items() if isinstance(each, MigratingPolicy)}
 
 
 def moving(name: str = "baton", **how) -> Policy:
@@ -79,7 +86,7 @@ def test_a_draining_worker_is_empty_at_once_and_no_token_is_lost_or_repeated(tmp
     served(waited, 150)
     assert left["decode-0"] < 5.3
     assert later["decode-0"] > 6.0
-    given = {name: worker.decode.policy.moves.given for name, worker in simulation.workers.items() if worker.decode}
+    given = {name: each.moves.given for name, each in movers(simulation).items()}
     assert given["decode-0"] > 3
     assert given["decode-1"] == given["decode-2"] == 0, "nobody else was short"
     # A row stands still for the last pages only: no gap is longer than a few steps.
@@ -101,7 +108,7 @@ def test_a_tight_worker_gives_rows_instead_of_computing_them_again():
         decoders = [worker.decode.policy for worker in simulation.workers.values() if worker.decode]
         found[of.migration is not None] = sum(each.evicted for each in decoders)
         if of.migration:
-            assert sum(each.moves.given for each in decoders) >= 10
+            assert sum(each.moves.given for each in movers(simulation).values()) >= 10
     assert found[False] >= 10
     assert found[True] <= found[False] / 5
 
@@ -141,7 +148,7 @@ def test_orders_of_any_length_move_the_same_rows_at_the_same_times():
             workload, "2 prefill, 2 decode", of, 14_000, Drain(9.0, "decode-0"), max_tokens=2000
         )
         decoders = [worker.decode for worker in simulation.workers.values() if worker.decode]
-        found.append((outcomes, [(each.policy.moves.given, each.policy.evicted) for each in decoders]))
+        found.append((outcomes, [(each.moves.given, each.evicted) for each in movers(simulation).values()]))
         runs = sum(each.runs for each in decoders)
         assert (runs > 4000) == (steps == 1)
     assert found[0] == found[1]

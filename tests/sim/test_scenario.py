@@ -39,7 +39,7 @@ def even(count: int, **other) -> Workload:
 
 
 def test_the_shipped_scenarios_are_read() -> None:
-    assert NAMES == ["drift-and-burst", "load-step", "worker-loss"]
+    assert NAMES == ["drain", "drift-and-burst", "load-step", "worker-loss"]
     assert [shipped(name).name for name in NAMES] == NAMES
     assert shipped("worker-loss").faults == (
         Lose(60.0, "decode-0"),
@@ -52,7 +52,7 @@ def test_the_shipped_scenarios_are_read() -> None:
         Lengths(60.0, 240.0, prompt=4.0, output=0.5),
         Tenant(120.0, 150.0, "code", "azure-code", 10.0),
     )
-    with pytest.raises(SetupError, match="scenario: got 'x', want one of drift-and-burst, load-step, worker-loss"):
+    with pytest.raises(SetupError, match="got 'x', want one of drain, drift-and-burst, load-step, worker-loss"):
         shipped("x")
 
 
