@@ -34,7 +34,7 @@ EAGER = MigrationConfig(
     below_steps=30, above_steps=30, max_stages=2, last_pages=1, ahead_tokens=7, deadline_s=1.0, retry_s=0.1
 )
 
-rarely = st.sampled_from([False, False, True])
+rarely = st.sampled_from([False] * 7 + [True])
 
 
 class Worker(together.Worker):
@@ -178,6 +178,7 @@ class TwoWorkers(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed):
         self.world = world = World(seed, 0.0)
+        world.calm = False
         for name, role, pages in (("p0", Role.PREFILL, 30), ("d0", Role.DECODE, 24), ("d1", Role.DECODE, 24)):
             world.join(Worker(world, Identity(name, 1), role, pages))
         self.gateway = together.Gateway(world, Identity("g0", 1))
@@ -187,8 +188,18 @@ class TwoWorkers(RuleBasedStateMachine):
         living = [each for each in self.world.processes.values() if each.me.name == name and each.alive]
         return living[-1] if living and isinstance(living[-1], Worker) else None
 
-    @rule(prompt=st.integers(1, 16), most=st.integers(2, 40), n=st.sampled_from([1, 1, 1, 2]), stop=st.booleans())
-    def ask(self, prompt, most, n, stop):
+    @rule(
+        prompt=st.integers(1, 16),
+        most=st.sampled_from([2, 20, 40, 40]),
+        n=st.sampled_from([1, 1, 1, 2]),
+        stop=st.booleans(),
+        count=st.integers(1, 4),
+    )
+    def ask(self, count, **how):
+        for _ in range(count):
+            self.one(**how)
+
+    def one(self, prompt, most, n, stop):
         dice = self.world.dice
         tokens = tuple(dice.randrange(together.VOCABULARY) for _ in range(prompt))
         counter = self.gateway.ask(Request("r", tokens, Sampling(most, n=n), timeout_s=500.0))
@@ -217,7 +228,7 @@ class TwoWorkers(RuleBasedStateMachine):
         if sure and worker is not None:
             self.world.kill(worker)
 
-    @rule(name=st.sampled_from(["d0", "d1"]), sure=rarely)
+    @rule(name=st.sampled_from(["d0", "d1"]), sure=st.booleans())
     def drains(self, name, sure):
         """Its launcher takes it away in the end: then requests that found no other come again."""
         worker = self.worker(name)
@@ -251,5 +262,5 @@ TALLY = {"moved": 0}
 @efforts
 def test_two_workers_give_each_other_rows_whatever_happens(effort):
     TALLY["moved"] = 0
-    run_state_machine_as_test(TwoWorkers, settings=settings(effort, max_examples=effort.max_examples // 5))
-    assert TALLY["moved"] > effort.max_examples / 10, "rows hardly moved: this proved nothing"
+    run_state_machine_as_test(TwoWorkers, settings=settings(effort, max_examples=effort.max_examples // 8))
+    assert TALLY["moved"] > 2, "rows hardly moved: this proved nothing"
