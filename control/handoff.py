@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
+from core.errors import LocalError
 from core.kv import page_runs
 from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken, ToPeer
 from core.request import Stage
@@ -100,6 +101,8 @@ class HandOffShell:
                 self._next_job += 1
                 self._jobs[self._next_job] = (key, first_page)
                 self._transfer.digest(self._next_job, pages, first_page, tokens)
+            case giving.SendOffer() | giving.MoveAsked() | giving.MoveEnded():
+                raise LocalError(f"got {type(command).__name__}, but rows do not move between processes: no migration")
             case giving.GrantCame(key):
                 self._driver.post("prefill", Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
@@ -115,6 +118,8 @@ class HandOffShell:
                     self._driver.post(SOURCE, message)
                 else:
                     self._send(message.ticket.source, message)
+            case taking.AskForMore():
+                raise LocalError("got AskForMore, but rows do not move between processes: no migration")
             case taking.AskPolicy(ticket, request):
                 self._driver.post("decode", Asked(ticket, request))
             case taking.Read(read_id, source, runs, pages, first_page, tokens):

@@ -20,6 +20,10 @@ class RemoteError(BatonError):
     """A peer, a lane or a file behaved badly; the work it touched fails, the process goes on."""
 
 
+class StateError(RemoteError):
+    """A written state is not one that this code can read; nothing was restored."""
+
+
 class RequestError(BatonError):
     """One request cannot be served as asked.
 

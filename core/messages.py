@@ -3,6 +3,8 @@
 Gateway to worker: Offer, Prompt, Cancel. Worker to gateway: Accept, Reject, Tokens, Handed, Finished, Failed, and
 SlotFree, which alone is about no request.
 Prefill to decode worker: Reserve, Ready. Decode to prefill worker: Grant, Refuse, Taken. Either way: Release.
+Between decode workers, when a running row moves: OfferMigration and CaughtUp beside these; then Moved to the gateway;
+Freeness to all. The simulator moves rows, processes do not yet: these four have no wire form.
 """
 
 from __future__ import annotations
@@ -181,6 +183,15 @@ class First:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class Carried:
+    """What a row that moves takes along beside its KV."""
+
+    tokens: tuple[int, ...]
+    """All that it generated in this attempt; the newest has no KV yet."""
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""
 
@@ -191,6 +202,8 @@ class Ready:
     """One 64-bit digest a page."""
     firsts: tuple[First, ...] = ()
     """Set in the last announcement: the prompt is complete, and these continuations of it go on."""
+    carried: Carried | None = None
+    """Set in the last announcement of a row that moves: its pages hold the prompt and these tokens but the newest."""
 
 
 @quick_init
@@ -210,8 +223,59 @@ class Release:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class OfferMigration:
+    """Will you go on with this row? Asks for memory, like Reserve, but now or not at all. The ticket is the source's.
+
+    `request.timeout_s` is what is left of it. Pages are announced by Ready while the row decodes; after CaughtUp come
+    more, or, when the row has stopped, the last ones.
+    """
+
+    ticket: Ticket
+    request: Request
+    placed: Ticket
+    """The gateway's, of the attempt that the row belongs to."""
+    generated: int
+    """Tokens of this attempt, as of now."""
+    most: int
+    """Tokens whose KV its pages will hold at most when it is handed over, the prompt's included."""
+    moves: int = 1
+    """How often the row has moved in this attempt when it has moved."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """All pages announced so far are here and verified: what is next?"""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A continuation of yours goes on elsewhere; the ticket names that worker as its sink from now on.
+
+    The new worker says it before any token, the one before when it knows. The first tokens that follow repeat those
+    that its worker before may not have brought yet, because the streams of two workers keep no order.
+    """
+
+    ticket: Ticket
+    moves: int
+    """Of this attempt so far; an older word than one heard before says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freeness:
+    """How many steps a decode worker can take before its memory is used up; see `DecodePolicy.freeness`."""
+
+    worker: Identity
+    steps: float
+
+
 ToWorker = Offer | Prompt | Cancel
 Answer = Accept | Reject | Tokens | Handed | Finished | Failed
 ToGateway = Answer | SlotFree
 ToPeer = Reserve | Grant | Refuse | Ready | Taken | Release
 Message = ToWorker | ToGateway | ToPeer
+Migrating = OfferMigration | CaughtUp | Freeness
+"""To a peer, beside `ToPeer`, where rows move."""
+AnyMessage = Message | Migrating | Moved

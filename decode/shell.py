@@ -27,14 +27,20 @@ from scheduler.decode_events import (
     Ended,
     Evict,
     Grow,
+    HandOver,
     Join,
     Leave,
+    OfferRow,
     Ran,
     Run,
     RunFailed,
+    SealRow,
     SwapIn,
     SwapOut,
     Tell,
+    TellMoved,
+    TellPeer,
+    WithdrawRow,
 )
 from scheduler.decode_policy import DecodePolicy
 from transfer.sink import Decided, Drop
@@ -107,6 +113,8 @@ class DecodeShell:
                 self._thread.do(lambda: self._engine.close(key))
             case SwapOut(key) | SwapIn(key):
                 raise LocalError(f"{key}: got a swap, but this worker has no host memory for KV: want host_pages = 0")
+            case OfferRow() | SealRow() | HandOver() | WithdrawRow() | TellMoved() | TellPeer():
+                raise LocalError(f"got {type(command).__name__}, but rows do not move between processes: no migration")
             case DropHandOff(key, reason):
                 self._driver.post("sink", Drop(key, reason))
             case Tell(message):

@@ -75,6 +75,10 @@ class Flight:
     """Tokens delivered before this attempt began; its own count starts there."""
     broken: set[Identity] = field(default_factory=set)
     """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
+    moves: int = 0
+    """How often it has moved from one decode worker to another in this attempt, as far as we have heard."""
+    moved: Ticket | None = None
+    """By the last of these words."""
     untold: list[int] = field(default_factory=list)
     """Of `branches`: done while the sink could not be told yet."""
     held: list[Answer] = field(default_factory=list)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.messages import Cancel, Failed, Finished, First
+from core.messages import Cancel, Carried, Failed, Finished, First, Freeness, Moved, OfferMigration
 from core.quick import quick_init
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
@@ -18,10 +18,11 @@ from core.worker import Identity
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A prefill worker asks for memory for a request."""
+    """A prefill worker asks for memory for a request, or a decode worker for a row that is to move here."""
 
     ticket: Ticket
     request: Request
+    offer: OfferMigration | None = None
 
 
 @quick_init
@@ -34,6 +35,8 @@ class KvArrived:
     firsts: tuple[First, ...]
     """Of the continuations that go on here."""
     stages: tuple[Stage, ...] = ()
+    carried: Carried | None = None
+    """Of a row that has moved here; its KV is that of its tokens but the newest, too."""
 
 
 @quick_init
@@ -69,6 +72,9 @@ class Ended:
     reason: str
     generated: int
     stop_token_id: int | None = None
+    prefix: tuple[int, ...] = ()
+    """Chained hashes of its full pages, the prompt's and those behind them, where whoever runs the engine knows them:
+    a mixed worker keeps them for the next turn."""
 
 
 @quick_init
@@ -106,6 +112,37 @@ class SwappedIn:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class PeerCame:
+    """Another decode worker can be reached: it may take rows of ours, and say so with `Freeness`."""
+
+    worker: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """It cannot be any more."""
+
+    worker: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """Who takes a row of ours has promised memory, or has all that was announced: what is next?"""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class MoveEnded:
+    """A row of ours has moved, or has not: then `sure` says that nobody else has it."""
+
+    key: str
+    taken: bool
+    sure: bool
+    reason: str = ""
+
+
 # Commands.
 @quick_init
 @dataclass(frozen=True, slots=True)
@@ -136,6 +173,8 @@ class Join:
     """Tokens it has, the first one included."""
     recompute: tuple[int, int] | None = None
     """Positions [start, stop) whose KV is to be computed again before the first step; None: all of it is there."""
+    said: tuple[int, ...] = ()
+    """All tokens of one that has moved here: the gateway gets them again with its first step."""
 
 
 @quick_init
@@ -220,5 +259,80 @@ class Tell:
     message: Finished | Failed
 
 
-DecodeEvent = Asked | KvArrived | Withdrawn | Cancel | GatewayGone | Drain | Ran | RunFailed | SwappedOut | SwappedIn
-DecodeCommand = Answer | Run | Cut | Leave | Evict | SwapOut | SwapIn | DropHandOff | Tell
+@dataclass(frozen=True, slots=True)
+class OfferRow:
+    """Ask a peer to go on with a row; each `MoveAsked` is answered, and it ends in one `MoveEnded`."""
+
+    offer: OfferMigration
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class SealRow:
+    """Announce the full pages of a row that is to move: they hold `tokens` tokens."""
+
+    key: str
+    """Of the ticket."""
+    pages: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """Take a sequence out of the engine, but keep its tokens, and announce the last of its pages with them.
+
+    `Leave` follows when it was taken; else it may join again.
+    """
+
+    row: str
+    key: str
+    """Of the ticket."""
+    pages: tuple[int, ...]
+    tokens: int
+    """With KV."""
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WithdrawRow:
+    """Forget the ticket of a row that is not to move any more."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TellMoved:
+    """Send a message to the ticket's gateway, before any token of the row."""
+
+    message: Moved
+
+
+@dataclass(frozen=True, slots=True)
+class TellPeer:
+    """Send a message to another decode worker."""
+
+    worker: Identity
+    message: Freeness
+
+
+Moving = OfferRow | SealRow | HandOver | WithdrawRow | TellMoved | TellPeer
+"""Commands of a policy that was told to move rows (`DecodeConfig.migration`)."""
+DecodeEvent = (
+    Asked
+    | KvArrived
+    | Withdrawn
+    | Cancel
+    | GatewayGone
+    | Drain
+    | Ran
+    | RunFailed
+    | SwappedOut
+    | SwappedIn
+    | PeerCame
+    | PeerGone
+    | Freeness
+    | MoveAsked
+    | MoveEnded
+)
+DecodeCommand = Answer | Run | Cut | Leave | Evict | SwapOut | SwapIn | DropHandOff | Tell | Moving

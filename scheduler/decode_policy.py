@@ -30,7 +30,7 @@ from typing import Literal
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Cancel, Failed, Finished
+from core.messages import Cancel, Failed, Finished, Freeness
 from core.pages import Pages
 from core.request import Request, Stage
 from core.worker import Identity
@@ -47,18 +47,28 @@ from scheduler.decode_events import (
     Evict,
     GatewayGone,
     Grow,
+    HandOver,
     Join,
     KvArrived,
     Leave,
+    MoveAsked,
+    MoveEnded,
+    OfferRow,
+    PeerCame,
+    PeerGone,
     Ran,
     Run,
     RunFailed,
+    SealRow,
     SwapIn,
     SwapOut,
     SwappedIn,
     SwappedOut,
     Tell,
+    TellMoved,
+    TellPeer,
     Withdrawn,
+    WithdrawRow,
 )
 from scheduler.decode_memory import Memory
 from scheduler.decode_rows import RETIRED, Batch, Guest, Place, Row, State
@@ -81,18 +91,28 @@ __all__ = [
     "Evict",
     "GatewayGone",
     "Grow",
+    "HandOver",
     "Join",
     "KvArrived",
     "Leave",
+    "MoveAsked",
+    "MoveEnded",
+    "OfferRow",
+    "PeerCame",
+    "PeerGone",
     "Ran",
     "Run",
     "RunFailed",
+    "SealRow",
     "State",
     "SwapIn",
     "SwapOut",
     "SwappedIn",
     "SwappedOut",
     "Tell",
+    "TellMoved",
+    "TellPeer",
+    "WithdrawRow",
     "Withdrawn",
 ]
 
@@ -252,7 +272,8 @@ class DecodePolicy:
                     late = heapq.heappop(self._deadlines)[2]
                     if not late.cancelled:
                         why = f"ended while {self._where(late)}"
-                        commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", why)))
+                        if late.moving is None or late.rows:  # else who has the row says so
+                            commands.append(Tell(Failed(late.ticket, "DEADLINE_EXCEEDED", why)))
                         commands += self._cancel(late, "deadline", now)
                 for session in self._pins.over(now):
                     self._ledger.unpin(PIN + session)
@@ -278,6 +299,8 @@ class DecodePolicy:
                 for guest in [guest for guest in self._waiting if self._waits(guest)]:
                     commands.append(Answer(guest.key, False, "draining"))
                     self._forget(guest)
+            case PeerCame() | PeerGone() | Freeness() | MoveAsked() | MoveEnded():
+                pass  # scheduler/decode_migrating.py
             case RunFailed(run_id, reason):
                 self._check_run(run_id)
                 commands += self._run_failed(reason, now)
@@ -288,7 +311,7 @@ class DecodePolicy:
         if not self._running:
             return commands + self._decide(now)
         commands += self._admit(now)
-        if not self._cut and self._may_join():
+        if not self._cut and self._would_gain():
             commands.append(self._cut_now())
         return commands
 
@@ -424,6 +447,7 @@ class DecodePolicy:
         if self._join_all(now):
             commands += self._make_room()
             self._foresee()
+        commands += self._offers(now)
         commands += self._admit(now)
         if batch.step < memory.horizon:
             commands.append(self._order())
@@ -441,7 +465,7 @@ class DecodePolicy:
             end, _, row = heapq.heappop(ends)
             if row.place is Place.RUNNING and row.end == end:
                 self._expect(row)
-        self._memory.plan(ends[0][0] - batch.step)
+        self._memory.plan(self._until(ends[0][0] - batch.step))
 
     def _expect(self, row: Row) -> None:
         """Say anew how long a running row will be."""
@@ -451,6 +475,23 @@ class DecodePolicy:
         row.end = claim.step + claim.left
         self._ties += 1
         heapq.heappush(self._ends, (row.end, self._ties, row))
+
+    # What a policy that moves rows adds (scheduler/decode_migrating.py).
+    def _would_gain(self) -> bool:
+        """Whether something would be decided if the order ended now."""
+        return self._may_join()
+
+    def _offers(self, now: float) -> list[DecodeCommand]:
+        """At a decision point, when the batch is known."""
+        return []
+
+    def _until(self, limit: int) -> int:
+        """Steps until the next decision is due, `limit` at most; memory may bring it earlier."""
+        return limit
+
+    def _stays(self, row: Row, why: str) -> list[DecodeCommand]:
+        """A row ends or loses its memory."""
+        return []
 
     def _first_joiner(self) -> Row | None:
         joiners = self._joiners
@@ -523,8 +564,9 @@ class DecodePolicy:
             again = start, len(row.request.prompt) + row.generated_then - 1
             row.lost = guest.lost = False
             self.recomputed_tokens += again[1] - again[0]
+        said = () if row.known else row.said
         row.known = True
-        return Join(row.key, guest.ticket, row.request, row.first, table, copied, row.generated_then, again)
+        return Join(row.key, guest.ticket, row.request, row.first, table, copied, row.generated_then, again, said)
 
     # When memory runs out.
     def _make_room(self) -> list[DecodeCommand]:
@@ -575,6 +617,7 @@ class DecodePolicy:
             if row.place not in (Place.RUNNING, Place.JOINING):
                 continue
             running = row.place is Place.RUNNING
+            commands += self._stays(row, "memory ran out")
             if running:
                 self._memory.trim(row, self._batch.step)
                 row.generated_then = row.generated(self._batch.step)
@@ -713,7 +756,7 @@ class DecodePolicy:
             return []
         if guest.state is State.JOINING:
             raise LocalError(f"{guest.key}: withdrawn while {self._where(guest)}")
-        damaged = event.recompute and not guest.cancelled
+        damaged = event.recompute and not guest.cancelled and guest.moving is None
         self._forget(guest)
         return [Tell(Failed(guest.ticket, "DATA_LOSS", event.reason))] if damaged else []
 
@@ -792,6 +835,7 @@ class DecodePolicy:
                 generated = row.generated(self._batch.step)
             stages, branch = self._stages(row, now), row.first.branch
             commands.append(Tell(Finished(guest.ticket, "cancelled", generated, None, stages, branch, True)))
+        commands += self._stays(row, "ended")
         del guest.rows[row.first.branch]
         if row.known or row.place is Place.AWAY:
             commands.append(Leave(row.key))
@@ -852,7 +896,7 @@ class DecodePolicy:
         guest = row.guest
         if not row.known:
             return guest.stages
-        steps = row.generated(self._batch.step) - 1
+        steps = row.generated(self._batch.step) - max(1, len(row.said))
         return (
             *guest.stages,
             Stage("join_wait", self._me.name, row.joined_at - guest.arrived_at),
@@ -880,7 +924,7 @@ class DecodePolicy:
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
         due, waiting = {entry[2] for entry in self._deadlines}, set(self._waiting)
         for key, guest in self._guests.items():
-            assert key == guest.key == guest.ticket.key
+            assert key == guest.key == (guest.ticket if guest.moving is None else guest.moving.ticket).key
             assert (guest.state is State.JOINING) == bool(guest.rows)
             assert guest.cancelled or guest in due
             assert not guest.revoked or guest.state is State.PROMISED
@@ -907,6 +951,7 @@ _STATES = {
     Place.LEAVING: State.EVICTED,
     Place.AWAY: State.EVICTED,
     Place.RETURNING: State.EVICTED,
+    Place.MOVING: State.RUNNING,
 }
 
 

@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from core.messages import First
+from core.messages import First, OfferMigration
 from core.request import Request, Stage, Ticket
 
 
@@ -40,6 +40,8 @@ class Place(StrEnum):
     """In host memory."""
     RETURNING = "returning"
     """On its way back into its pages."""
+    MOVING = "moving"
+    """In its pages, and stopped: another worker is to go on with it."""
     ENDED = "ended"
 
 
@@ -68,6 +70,7 @@ class Row:
         "own",
         "place",
         "request",
+        "said",
         "shared",
         "tie",
     )
@@ -93,6 +96,8 @@ class Row:
         """Pages it has or will have in host memory."""
         self.lost = False
         """Its KV is to be computed again when it joins."""
+        self.said: tuple[int, ...] = ()
+        """What it generated at the worker that it came from."""
         self.joined_at = 0.0
         """The first time."""
         self.joined_step = 0
@@ -144,6 +149,10 @@ class Guest:
     """Its memory was wanted before its KV came."""
     tokens: int = 0
     """That its rows will attend to on average."""
+    moving: OfferMigration | None = None
+    """It comes, or came, from another decode worker: its key is that offer's, its ticket the gateway's."""
+    moves: int = 0
+    """Of this attempt so far."""
     rows: dict[int, Row] = field(default_factory=dict)
     """By branch."""
 

@@ -21,6 +21,9 @@ up to an order earlier.)
 
 Continuations (`n` > 1) share the prompt's full pages. One that finds no memory or row when the prompt is complete,
 or whose memory is taken, goes on by itself: its prompt is computed again.
+
+The full pages of a prompt are named by their hashes as soon as they are computed, those of the answer when it ends, if
+whoever runs the engine knows how they are called: then the next turn of a session finds both.
 """
 
 from __future__ import annotations
@@ -324,6 +327,8 @@ class MixedPolicy:
                 )
                 commands.append(Answer(finished))
                 self._waits.ended(self._shape.pages_for(batch.stored(row)), now)
+                if each.prefix:
+                    self._name_all(row, each.prefix)
                 self._end(row, now, commands)
         begun: dict[str, list[Began]] = {}
         for each_begun in event.begun:
@@ -765,6 +770,18 @@ class MixedPolicy:
     def _hashes(self, prefix: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         """Of pages that may be shared: the last token is computed in any case, for what comes after it."""
         return prefix[: (tokens - 1) // self._shape.page_tokens] if prefix else ()
+
+    def _name_all(self, row: Row, prefix: tuple[int, ...]) -> None:
+        """Keep the pages of prompt and answer for whoever goes on from there, as SGLang's radix cache does.
+
+        Continuations share the head of their tables and are not named. Hashes that do not go on from the prompt's are
+        of no use: nobody who asks for them would come by here.
+        """
+        size, mine = self._shape.page_tokens, row.job.prefix
+        named = min(len(mine), row.prompt // size)
+        full = self._batch.stored(row) // size
+        if not row.shares and prefix[:named] == mine[:named]:
+            self._ledger.name(row.key, prefix[:full])
 
     def _stages(self, job: Job, row: Row | None, now: float) -> tuple[Stage, ...]:
         """Of the prompt until its gateway has heard of them, then of `row`."""

@@ -22,6 +22,7 @@ from core.messages import (
     Failed,
     Finished,
     Handed,
+    Moved,
     Offer,
     Prompt,
     Reject,
@@ -143,6 +144,8 @@ class Router:
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
+            case Moved():
+                return self._row_moved(event, now)
 
     def deadline(self) -> float | None:
         due = self._alarms.lowest()
@@ -452,6 +455,7 @@ class Router:
         """The sink has the KV; it may be the second choice, and it may have died since."""
         if flight.phase is not Phase.HANDING_OFF:
             return []
+        ticket = flight.moved or ticket
         if flight.ticket.sink != ticket.sink:
             flight.second = flight.ticket.sink
         flight.placed = ticket
@@ -463,6 +467,31 @@ class Router:
             self._workers.moved(load, sink)
         untold, flight.untold = flight.untold, []
         return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
+
+    def _row_moved(self, message: Moved, now: float) -> list[RouterCommand]:
+        """It goes on at another decode worker; one that nobody wants any more is recalled there."""
+        ticket, flight = message.ticket, self._flights.get(message.ticket.key)
+        there = ticket.sink in self._workers
+        if flight is None or flight.parked:
+            self.ignored += 1
+            return [ToOne(ticket.sink, Cancel(ticket, "nobody wants the rest"))] if there else []
+        if message.moves <= flight.moves:
+            return self._ignore()
+        flight.moves, flight.moved = message.moves, ticket
+        if flight.finished is not None:
+            report = Role.DECODE in flight.owing and there
+            if report:
+                flight.placed, flight.owing[Role.DECODE] = ticket, ticket.sink
+            return [ToOne(ticket.sink, Cancel(ticket, "stop string", report))] if there else []
+        if flight.phase is not Phase.DECODING:
+            return self._moved(flight, ticket, now)  # it was faster than the tokens of the worker before
+        sink, load = self._workers.get(ticket.sink), self._load(flight)
+        flight.placed, flight.second = ticket, None
+        if sink is None or ticket.sink in flight.broken:
+            return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
+        if sink is not load.sink:
+            self._workers.moved(load, sink)
+        return []
 
     # Ends.
     def _satisfied(self, call: Call, index: int, now: float) -> list[RouterCommand]:

@@ -23,7 +23,7 @@ def remaining(record: Record, request: Request) -> int:
 class Row:
     """A sequence in the batch."""
 
-    __slots__ = ("context", "ends_at", "generated", "mark", "record", "since", "ticket")
+    __slots__ = ("again", "context", "ends_at", "generated", "mark", "record", "since", "ticket")
 
     def __init__(self, ticket: Ticket, record: Record, context: int, generated: int, since: int, ends_at: int) -> None:
         self.ticket = ticket
@@ -36,6 +36,8 @@ class Row:
         """tokens of this attempt,"""
         self.mark: tuple[int, ...] | None = None
         """and the log; None before its first step here, whose gap is its own."""
+        self.again = 0
+        """Of these tokens those that its client gets once more, because it came from another worker."""
         self.ends_at = ends_at
         """The engine's steps when it is finished."""
 
@@ -67,17 +69,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def join(self, key: str, ticket: Ticket, request: Request, generated: int) -> None:
-        """A row that has `generated` tokens of this attempt already."""
+    def join(self, key: str, ticket: Ticket, request: Request, generated: int, again: int = 0) -> None:
+        """A row that has `generated` tokens of this attempt already, of which `again` go out again."""
         record = self._worker.record(ticket)
         record.sink = self._worker.me.name
         ends_at = self.steps + remaining(record, request) - generated
         row = self._rows[key] = Row(ticket, record, len(request.prompt) + generated, generated, self.steps, ends_at)
+        row.again = again
         self._joins += 1
         heappush(self._ends, (row.ends_at, self._joins, key))
         self._fresh.append(row)
         self.context += row.context
         self._changed = True
+
+    def generated(self, key: str) -> int:
+        """Tokens that a row has of this attempt."""
+        row = self._rows[key]
+        return row.generated + self.steps - row.since
 
     def leave(self, key: str) -> None:
         """Forget a row; what it has said is said."""
@@ -170,7 +178,8 @@ class Batch:
         said = self.steps - row.since
         if said > 0 and row.mark is not None:
             row.record.stretch(self._log.since(row.mark), self._last_s)
-            self._worker.send(row.ticket.minter, Tokens(row.ticket, row.generated, (0,) * said))
+            again, row.again = row.again, 0
+            self._worker.send(row.ticket.minter, Tokens(row.ticket, row.generated - again, (0,) * (again + said)))
             row.since, row.mark = self.steps, self._log.mark()
             row.generated += said
             row.context += said

@@ -41,6 +41,8 @@ class Record:
     """Buckets of gaps that are not in `gaps` yet."""
     source: str = ""
     sink: str = ""
+    answered: tuple[int, ...] = ()
+    """Hashes of the full pages of prompt and answer, where the next turn tells them."""
 
     def token(self, now: float, upper: Sequence[float]) -> None:
         """A single token was made at `now`."""

@@ -12,6 +12,7 @@ from core.errors import SetupError
 from core.pages import Pages
 from core.worker import Identity
 from scheduler.cost import CostModel
+from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.distserve import DistServe
 from scheduler.dual_queue import DualQueue, DualQueueSettings
@@ -21,6 +22,7 @@ from scheduler.gather import GatherSettings
 from scheduler.hrrn import Hrrn
 from scheduler.least_loaded import LeastLoaded
 from scheduler.long_share import LongShare
+from scheduler.migration import MigrationConfig
 from scheduler.mixed_events import PREFILL_FIRST, SARATHI, MixedConfig
 from scheduler.mixed_policy import MixedPolicy
 from scheduler.order import Order
@@ -64,6 +66,8 @@ class Policy:
     router_config: RouterConfig = field(default_factory=RouterConfig)
     prefill_config: PrefillConfig = PREFILL
     decode_config: DecodeConfig = DECODE
+    migration: MigrationConfig | None = None
+    """When running rows move to other decode workers; None: never."""
     gap_cap: bool = False
     """Decode batches are capped so that promised gaps are kept."""
     mixed_config: MixedConfig = SARATHI
@@ -81,7 +85,10 @@ class Policy:
 
     def decode(self, me: Identity, build: Build, ledger: Pages) -> DecodePolicy:
         """A decode worker's."""
-        return DecodePolicy(me, build.shape, ledger, self.decode_config, build.cost if self.gap_cap else None)
+        cost = build.cost if self.gap_cap else None
+        if self.migration is not None:
+            return MigratingPolicy(me, build.shape, ledger, self.decode_config, self.migration, cost)
+        return DecodePolicy(me, build.shape, ledger, self.decode_config, cost)
 
     def mixed(self, me: Identity, build: Build, ledger: Pages) -> MixedPolicy:
         """A colocated worker's."""
@@ -186,8 +193,15 @@ ABLATIONS = (
     ),
 )
 
-POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *REFUSING, *ABLATIONS)}
-"""By name: ours, what others ship, that with our refusals, and ours without one idea at a time."""
+MIGRATING = replace(
+    BATON,
+    name="baton-migrating",
+    about="running rows move from decode workers that drain or are short of memory to freer ones",
+    migration=MigrationConfig(),
+)
+
+POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *REFUSING, *ABLATIONS, MIGRATING)}
+"""By name: ours, what others ship, that with our refusals, ours without one idea at a time, and with rows that move."""
 
 
 def policy(name: str) -> Policy:

@@ -17,9 +17,9 @@ from sim.loop import CHECK_EVERY, Kind, Loop
 from sim.network import Network
 from sim.outcome import Outcome, Record, Tally
 from sim.policies import Policy
-from sim.scenario import Fault, Link, Lose, Return, Scenario, Slow
+from sim.scenario import Drain, Fault, Link, Lose, Return, Scenario, Slow
 from sim.worker import Gateway, Worker, World
-from sim.workload import Arrival, Workload
+from sim.workload import Arrival, Workload, answered, groups
 
 CALM = Scenario("none")
 SALT = 0x9E3779B97F4A7C15
@@ -140,6 +140,11 @@ class Simulation:
             self._start(build.name)
         self._waiting: dict[str, deque[Arrival]] = {}
         """Turns that come after the end of the one before, by session."""
+        self._following: dict[tuple[str, int], Arrival] = {}
+        """The next turn of a session, by the name and the number of the one before, where somebody keeps answers."""
+        if isinstance(arrivals, Workload) and any(build.role is Role.MIXED for build in builds):
+            for turns in groups(arrivals):
+                self._following.update({(one.session, one.turn): two for one, two in itertools.pairwise(turns)})
         self._arrivals = iter(arrivals) if not isinstance(arrivals, Workload) else iter(self._set_apart(arrivals))
         self._due = 0
         """Requests under way, on the agenda, or waiting for the turn before."""
@@ -203,7 +208,14 @@ class Simulation:
         gateway = self.gateways[self._counter % len(self.gateways)]
         most = max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
         prefix = page_hashes(arrival, self._page_tokens)
-        gateway.ask(self._counter, arrival, self._prompt[: arrival.prompt], prefix, most, settings.timeout_s)
+        prompt, answered = self._prompt[: arrival.prompt], self._answered(arrival) if self._following else ()
+        gateway.ask(self._counter, arrival, prompt, prefix, most, settings.timeout_s, answered)
+
+    def _answered(self, arrival: Arrival) -> tuple[int, ...]:
+        """Hashes of the pages that the next turn will ask for and that the answer fills."""
+        following = self._following.get((arrival.session, arrival.turn))
+        blocks = () if following is None else answered(arrival, following)
+        return _hashes(blocks, arrival.block_tokens, self._page_tokens, len(blocks) * arrival.block_tokens)
 
     def _done(self, record: Record, outcome: Outcome) -> None:
         self._due -= 1
@@ -231,6 +243,10 @@ class Simulation:
         worker = self.workers[name] = Worker(self.world, build, life, order, self.policy)
         for gateway in self.gateways:
             gateway.up(worker.member())
+        for other in self.workers.values():
+            if other is not worker:
+                other.meet(worker)
+                worker.meet(other)
 
     def _fault(self, fault: Fault) -> None:
         name = fault.source if isinstance(fault, Link) else fault.worker
@@ -245,6 +261,10 @@ class Simulation:
                 self._at(fault.at_s, self._lose, name)
             case Return():
                 self._at(fault.at_s + self.settings.load_s, self._start, name)
+            case Drain():
+                if self.builds[name].role is not Role.DECODE:
+                    raise SetupError(f"scenario: drain: got {name!r}, want a decode worker")
+                self._at(fault.at_s, self._drain, name)
             case Slow():
                 self._at(fault.at_s, self._slow, (name, fault.factor))
                 if fault.until_s != float("inf"):
@@ -258,6 +278,13 @@ class Simulation:
         worker.die()
         self._past.append(worker.orders())
         self._at(self.loop.now + self.settings.lost_s, self._noticed, worker)
+
+    def _drain(self, name: str) -> None:
+        if name in self.workers:
+            worker = self.workers[name]
+            worker.drain()
+            for gateway in self.gateways:
+                gateway.up(worker.member())
 
     def _noticed(self, worker: Worker) -> None:
         for gateway in self.gateways:
@@ -273,15 +300,17 @@ class Simulation:
 
 def page_hashes(arrival: Arrival, page_tokens: int) -> tuple[int, ...]:
     """One hash for each full page of the prompt whose block is known; equal where all blocks up to there are equal."""
-    if not arrival.block_tokens:
+    return _hashes(arrival.blocks, arrival.block_tokens, page_tokens, arrival.prompt)
+
+
+def _hashes(blocks: tuple[int, ...], block_tokens: int, page_tokens: int, tokens: int) -> tuple[int, ...]:
+    if not blocks:
         return ()
-    ratio, rest = divmod(arrival.block_tokens, page_tokens)
+    ratio, rest = divmod(block_tokens, page_tokens)
     if rest or not ratio:
-        raise SetupError(
-            f"page tokens: got {page_tokens}, want a divisor of the trace's block of {arrival.block_tokens}"
-        )
-    full = arrival.prompt // page_tokens
+        raise SetupError(f"page tokens: got {page_tokens}, want a divisor of the trace's block of {block_tokens}")
+    full = tokens // page_tokens
     if ratio == 1:
-        return arrival.blocks[:full]
-    pages: Iterator[int] = ((block * SALT + part * 2 + 1) & MASK for block in arrival.blocks for part in range(ratio))
+        return blocks[:full]
+    pages: Iterator[int] = ((block * SALT + part * 2 + 1) & MASK for block in blocks for part in range(ratio))
     return tuple(itertools.islice(pages, full))

@@ -10,8 +10,8 @@ at_s = 60
 worker = "decode-0"
 ```
 
-Faults (`lose`, `return`, `slow`, `link`) are for whoever runs the workers; `applied` makes the others part of a
-workload. docs/workloads.md lists every kind with its fields.
+Faults (`lose`, `return`, `drain`, `slow`, `link`) are for whoever runs the workers; `applied` makes the others part of
+a workload. docs/workloads.md lists every kind with its fields.
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ class Lose:
 @dataclass(frozen=True, slots=True)
 class Return:
     """A lost worker is back, empty, as a new incarnation."""
+
+    at_s: float
+    worker: str
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A decode worker takes nothing more; what it has ends there, or moves to others where the policy says so."""
 
     at_s: float
     worker: str
@@ -133,11 +144,12 @@ class Tenant:
             raise bad("shape", self.shape, f"one of {', '.join(SHAPES)}")
 
 
-Fault = Lose | Return | Slow | Link
+Fault = Lose | Return | Drain | Slow | Link
 Event = Fault | Rate | Lengths | Tenant
 KINDS: dict[str, type[Event]] = {
     "lose": Lose,
     "return": Return,
+    "drain": Drain,
     "slow": Slow,
     "link": Link,
     "rate": Rate,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, assert_never
 import transfer.sink as taking
 import transfer.source as giving
 from core.kv import KvShape
-from core.messages import First, Refuse, Reserve, Tokens
+from core.messages import Carried, First, Refuse, Reserve, Tokens
 from core.request import Request, Ticket
 from scheduler import decode_events as decoding
 from scheduler import mixed_events as mixing
@@ -168,6 +168,20 @@ class DecodeShell:
                 self._swap(decoding.SwappedIn(key), len(pages))
             case decoding.DropHandOff(key, reason):
                 worker.post(worker.sink_seat, taking.Drop(key, reason))
+            case decoding.TellMoved(moved):
+                worker.send(moved.ticket.minter, moved)
+            case decoding.OfferRow(offer, deadline):
+                worker.post(worker.source_seat, giving.AskToMove(offer, deadline))
+            case decoding.SealRow(key, pages, tokens):
+                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens))
+            case decoding.HandOver(row, key, pages, tokens, stages):
+                carried = Carried((0,) * self.batch.generated(row), stages)
+                self.batch.leave(row)
+                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens, (First(0),), carried))
+            case decoding.WithdrawRow(key, reason):
+                worker.post(worker.source_seat, giving.Withdraw(key, reason))
+            case decoding.TellPeer(peer, news):
+                worker.send(peer, news)
             case _:
                 assert_never(command)
 
@@ -175,7 +189,7 @@ class DecodeShell:
         batch = self.batch
         extra_s = 0.0
         for join in command.joining:
-            batch.join(join.key, join.ticket, join.request, join.generated)
+            batch.join(join.key, join.ticket, join.request, join.generated, len(join.said))
             if join.recompute is not None:
                 start, stop = join.recompute
                 extra_s += self._cost.prefill_s([(stop - start, start)]) * self._worker.slowness
@@ -304,7 +318,7 @@ class MixedShell:
         ended = []
         for key, row in finished:
             batch.say(row)
-            ended.append(mixing.Ended(key, "length", row.generated))
+            ended.append(mixing.Ended(key, "length", row.generated, prefix=row.record.answered))
         begun = tuple(began for span in command.spans if (began := self._spanned(span)) is not None)
         steps = 1 if command.spans else batch.steps - before
         worker.post(self.seat, mixing.Stepped(command.step_id, steps, begun, tuple(ended)))
@@ -347,6 +361,13 @@ class HandOffShell:
                 worker.post(worker.prefill_seat, filling.Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
                 worker.post(worker.prefill_seat, filling.HandOffOver(key, taken, reason, taken_s))
+            case giving.SendOffer(offer):
+                if not worker.send(offer.ticket.sink, offer):
+                    worker.post(self.source_seat, Refuse(offer.ticket, "no lane"))
+            case giving.MoveAsked(key):
+                worker.post(worker.decode_seat, decoding.MoveAsked(key))
+            case giving.MoveEnded(key, taken, sure, reason):
+                worker.post(worker.decode_seat, decoding.MoveEnded(key, taken, sure, reason))
             case _:
                 assert_never(command)
 
@@ -355,6 +376,8 @@ class HandOffShell:
         match command:
             case taking.SendToSource(message):
                 worker.send(message.ticket.source, message)
+            case taking.AskPolicy(ticket, request, offer):
+                worker.post(worker.decode_seat, decoding.Asked(ticket, request, offer))
             case taking.Read(_, source, runs, pages):
                 worker.network.read(
                     source,
@@ -365,12 +388,12 @@ class HandOffShell:
                     self._pulled,
                     command,
                 )
-            case taking.AskPolicy(ticket, request):
-                worker.post(worker.decode_seat, decoding.Asked(ticket, request))
-            case taking.Arrived(ticket, request, firsts, _):
-                worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts))
             case taking.Fence(read_ids):
                 worker.post(self.sink_seat, taking.Fenced(read_ids))
+            case taking.Arrived(ticket, request, firsts, _, carried):
+                worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts, (), carried))
+            case taking.AskForMore(caught_up):
+                worker.send(caught_up.ticket.source, caught_up)
             case taking.Gone(ticket, reason, recompute):
                 worker.post(worker.decode_seat, decoding.Withdrawn(ticket, reason, recompute))
             case _:

@@ -6,11 +6,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core.messages import Cancel, Grant, Message, Offer, Prompt, Ready, Refuse, Release, Reserve, Taken
+from core.messages import (
+    AnyMessage,
+    Cancel,
+    CaughtUp,
+    Freeness,
+    Grant,
+    Offer,
+    OfferMigration,
+    Prompt,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+)
 from core.pages import Pages
 from core.request import Hints, Request, Slo, Ticket
 from core.sampling import Sampling
 from core.worker import Identity, Member, Role
+from scheduler import decode_events as decoding
 from scheduler import router_events as routing
 from scheduler.router import Router
 from sim.fleet import Build
@@ -54,6 +69,9 @@ class Worker(Process):
         """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
+        self.draining = False
+        self.moves = build.role is Role.DECODE and policy.migration is not None
+        """Rows may move from here to others and back."""
         self.ledger = Pages(build.pages)
         self._world = world
         self.prefill: PrefillShell | None = None
@@ -81,10 +99,13 @@ class Worker(Process):
             Prompt: fills,
             Cancel: fills + decodes,
             Reserve: takes,
+            OfferMigration: takes,
             Ready: takes,
             Grant: gives,
             Refuse: gives,
+            CaughtUp: gives,
             Taken: gives,
+            Freeness: decodes,
         }
 
     @property
@@ -107,9 +128,9 @@ class Worker(Process):
     def member(self) -> Member:
         """What it says of itself."""
         build = self.build
-        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=True)
+        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=not self.draining)
 
-    def heard(self, message: Message) -> None:
+    def heard(self, message: AnyMessage) -> None:
         """A message of a gateway or of another worker."""
         if isinstance(message, Release):
             self.post(self.source_seat if message.ticket.source == self.me else self.sink_seat, message)
@@ -129,6 +150,18 @@ class Worker(Process):
         """Another worker's life is over."""
         self.post(self.source_seat, SinkLost(peer))
         self.post(self.sink_seat, SourceLost(peer))
+        if self.moves and self.decode is not None:
+            self.post(self.decode.seat, decoding.PeerGone(peer))
+
+    def meet(self, other: Worker) -> None:
+        """Another worker is there; rows may move to it and from it."""
+        if self.moves and other.moves and self.decode is not None:
+            self.post(self.decode.seat, decoding.PeerCame(other.me))
+
+    def drain(self) -> None:
+        """What is here ends or moves; nothing more is taken."""
+        self.draining = True
+        self.post(self.decode_seat, decoding.Drain())
 
     def die(self) -> None:
         """At once; only what was sent before arrives."""
@@ -161,17 +194,18 @@ class Gateway(Process):
         prefix: tuple[int, ...],
         most: int,
         timeout_s: float,
+        answered: tuple[int, ...] = (),
     ) -> None:
         """A client's request, which will come to at most `most` tokens as far as anybody was told."""
         sampling = self._samplings.get(most)
         if sampling is None:
             sampling = self._samplings[most] = Sampling(most)
-        self._world.records[counter] = Record(arrival, self.loop.now)
+        self._world.records[counter] = Record(arrival, self.loop.now, answered=answered)
         hints = Hints(session=arrival.session, tenant=arrival.tenant, program_step=arrival.turn, tool=arrival.tool)
         request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
 
-    def heard(self, message: Message) -> None:
+    def heard(self, message: AnyMessage) -> None:
         """A worker's message."""
         self.post(self._seat, message)
 

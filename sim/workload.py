@@ -151,6 +151,20 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
+def answered(arrival: Arrival, following: Arrival) -> tuple[int, ...]:
+    """Ids of the whole blocks of a prompt and its answer, as the session's next turn repeats them; () if it does not.
+
+    A block that the answer completes or fills has its id from the next turn's prompt: that is where it comes again.
+    """
+    size = arrival.block_tokens
+    if not size or following.block_tokens != size or following.history <= arrival.prompt:
+        return ()
+    whole = arrival.prompt // size
+    if following.blocks[:whole] != arrival.blocks[:whole]:
+        return ()
+    return following.blocks[: min(following.history, arrival.prompt + arrival.output) // size]
+
+
 def spread(values: Iterable[float]) -> Spread:
     """Mean, quantiles and maximum of at least one value."""
     ordered = sorted(values)

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import Carried, CaughtUp, First, Grant, OfferMigration, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
 from core.quick import quick_init
 from core.ranked import Ranked
@@ -93,11 +93,20 @@ class SendToSource:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class AskForMore:
+    """Send it to the source of a row that moves."""
+
+    message: CaughtUp
+
+
+@dataclass(frozen=True, slots=True)
 class AskPolicy:
     """May this come here?"""
 
     ticket: Ticket
     request: Request
+    offer: OfferMigration | None = None
+    """If it is a row that runs at the source."""
 
 
 @quick_init
@@ -133,6 +142,8 @@ class Arrived:
     request: Request
     firsts: tuple[First, ...]
     pull: Pull
+    carried: Carried | None = None
+    """Of a row that has moved."""
 
 
 @quick_init
@@ -161,8 +172,8 @@ class Pull:
     """Reserve to Grant."""
 
 
-SinkEvent = Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | Reserve | Ready | Release
-SinkCommand = SendToSource | AskPolicy | Read | Fence | Arrived | Gone
+SinkEvent = Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | Reserve | OfferMigration | Ready | Release
+SinkCommand = SendToSource | AskForMore | AskPolicy | Read | Fence | Arrived | Gone
 
 
 class State(StrEnum):
@@ -179,6 +190,7 @@ class _Piece:
     key: str
     ready: Ready
     pages: tuple[int, ...]
+    tokens: int
     again: bool = False
 
 
@@ -194,6 +206,8 @@ class _Taking:
     announced_pages: int = 0
     verified_pages: int = 0
     firsts: tuple[First, ...] = ()
+    offer: OfferMigration | None = None
+    carried: Carried | None = None
     reads: set[int] = field(default_factory=set)
     read_s: float = 0.0
     runs: int = 0
@@ -232,10 +246,11 @@ class Sink:
             case Reserve(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
-                deadline = now + request.timeout_s
-                self._taking[ticket.key] = _Taking(ticket, request, now, deadline)
-                self._deadlines.put(ticket.key, deadline)
-                return [AskPolicy(ticket, request)]
+                return self._asked(ticket, request, None, now)
+            case OfferMigration(ticket, request):
+                if ticket.key in self._taking:
+                    return self._ignore()
+                return self._asked(ticket, request, event, now)
             case Decided():
                 return self._decided(event, now)
             case None:
@@ -283,6 +298,12 @@ class Sink:
         doubtful = sum(len(self._ledger.pages(holder)) for holder in set(self._doubt.values()))
         assert doubtful == self._ledger.counts()[Owner.IN_DOUBT]
 
+    def _asked(self, ticket: Ticket, request: Request, offer: OfferMigration | None, now: float) -> list[SinkCommand]:
+        deadline = now + request.timeout_s
+        self._taking[ticket.key] = _Taking(ticket, request, now, deadline, offer=offer)
+        self._deadlines.put(ticket.key, deadline)
+        return [AskPolicy(ticket, request, offer)]
+
     def _decided(self, event: Decided, now: float) -> list[SinkCommand]:
         taking = self._taking.get(event.key)
         if taking is None:
@@ -299,14 +320,15 @@ class Sink:
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
         count = sum([run.count for run in ready.runs])
-        whole = self._shape.pages_for(len(taking.request.prompt))
         after = ready.first_page + count
         complete = bool(ready.firsts)
+        tokens, whole = self._whole(taking, ready)
         if (
             ready.first_page != taking.announced_pages
             or len(ready.digests) != count
             or after > whole
-            or complete != (after == whole)
+            or (complete != (after == whole) and (taking.offer is None or complete))
+            or (ready.carried is not None) != (complete and taking.offer is not None)
             or taking.firsts
             or (complete and not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n)))
         ):
@@ -315,20 +337,29 @@ class Sink:
         if taking.ready_at is None:
             taking.ready_at = now
         taking.announced_pages = after
-        taking.firsts = ready.firsts
+        taking.firsts, taking.carried = ready.firsts, ready.carried
         if not count:
             return self._finish(taking, now)
         pages = self._ledger.bind(ready.ticket.key, count, Owner.PULLING)
         taking.runs += max(len(ready.runs), len(page_runs(pages)))
-        return self._read(taking, _Piece(ready.ticket.key, ready, pages))
+        first, page_tokens = ready.first_page, self._shape.page_tokens
+        held = min(tokens - first * page_tokens, count * page_tokens)
+        return self._read(taking, _Piece(ready.ticket.key, ready, pages, held))
+
+    def _whole(self, taking: _Taking, ready: Ready) -> tuple[int, int]:
+        """Tokens with KV, and their pages, at the end; of a row that moves the most that may come until it says."""
+        tokens = len(taking.request.prompt)
+        if taking.offer is not None:
+            most = taking.offer.most
+            tokens = most if ready.carried is None else min(most, tokens + len(ready.carried.tokens) - 1)
+        return tokens, self._shape.pages_for(tokens)
 
     def _read(self, taking: _Taking, piece: _Piece) -> list[SinkCommand]:
         read_id, self._next_read = self._next_read, self._next_read + 1
         self._pieces[read_id] = piece
         taking.reads.add(read_id)
-        first, page_tokens = piece.ready.first_page, self._shape.page_tokens
-        tokens = min(len(taking.request.prompt) - first * page_tokens, len(piece.pages) * page_tokens)
-        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages, first, tokens)]
+        first = piece.ready.first_page
+        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages, first, piece.tokens)]
 
     def _pull_failed(self, event: PullFailed) -> list[SinkCommand]:
         piece = self._pieces.get(event.read_id)
@@ -362,8 +393,10 @@ class Sink:
         return self._read(taking, piece)
 
     def _finish(self, taking: _Taking, now: float) -> list[SinkCommand]:
-        if not taking.firsts or taking.verified_pages < taking.announced_pages:
+        if taking.verified_pages < taking.announced_pages:
             return []
+        if not taking.firsts:
+            return [AskForMore(CaughtUp(taking.ticket))] if taking.offer is not None else []
         key = taking.ticket.key
         self._drop(key)
         self._ledger.move(key, Owner.DECODING)
@@ -375,7 +408,7 @@ class Sink:
             now - taking.ready_at,
             taking.granted_at - taking.asked_at,
         )
-        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull)
+        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull, taking.carried)
         return [SendToSource(Taken(taking.ticket)), arrived]
 
     def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import Carried, CaughtUp, First, Grant, OfferMigration, Ready, Refuse, Release, Reserve, Taken
 from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
@@ -33,13 +33,23 @@ class AskSink:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class AskToMove:
+    """Ask the ticket's sink to go on with a row that runs here."""
+
+    offer: OfferMigration
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
 class Sealed:
-    """The KV of the first `tokens` prompt tokens is written; `firsts` once the prompt is complete."""
+    """The KV of the first `tokens` tokens is written; `firsts` once the prompt is complete, or the row has stopped."""
 
     key: str
     pages: tuple[int, ...]
     tokens: int
     firsts: tuple[First, ...] = ()
+    carried: Carried | None = None
+    """What a row takes along that has stopped to move."""
 
 
 @quick_init
@@ -80,6 +90,13 @@ class SendToSink:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class SendOffer:
+    """Send it to the ticket's sink; if that cannot be reached, it refuses."""
+
+    message: OfferMigration
+
+
+@dataclass(frozen=True, slots=True)
 class Digest:
     """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
 
@@ -99,6 +116,13 @@ class GrantCame:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class MoveAsked:
+    """The sink of a row that moves has promised memory, or has all pages announced so far: what is next?"""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
 class HandOffEnded:
     """The ticket is forgotten and its pages are the policy's again."""
 
@@ -109,8 +133,19 @@ class HandOffEnded:
     """From the last announcement to Taken."""
 
 
-SourceEvent = AskSink | Sealed | Digested | Withdraw | SinkLost | Grant | Refuse | Taken | Release
-SourceCommand = SendToSink | Digest | GrantCame | HandOffEnded
+@dataclass(frozen=True, slots=True)
+class MoveEnded:
+    """The ticket of a row that moves is forgotten. Not taken and `sure`: the sink has not got it and never will."""
+
+    key: str
+    taken: bool
+    sure: bool
+    reason: str = ""
+
+
+FromSink = Grant | Refuse | CaughtUp | Taken | Release
+SourceEvent = AskSink | AskToMove | Sealed | Digested | Withdraw | SinkLost | FromSink
+SourceCommand = SendToSink | SendOffer | Digest | GrantCame | MoveAsked | HandOffEnded | MoveEnded
 
 
 class State(StrEnum):
@@ -126,6 +161,7 @@ TRANSITIONS: dict[tuple[State, type], State | None] = {
     (State.ASKED, Grant): State.GRANTED,
     (State.ASKED, Refuse): None,
     (State.ASKED, Release): None,
+    (State.GRANTED, CaughtUp): State.GRANTED,
     (State.GRANTED, Release): None,
     (State.ANNOUNCED, Taken): None,
     (State.ANNOUNCED, Release): None,
@@ -142,6 +178,8 @@ class _Giving:
     pages: tuple[int, ...] = ()
     sealed_tokens: int = 0
     firsts: tuple[First, ...] = ()
+    moves: bool = False
+    carried: Carried | None = None
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
     announced_pages: int = 0
@@ -167,10 +205,10 @@ class Source:
 
     def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
         match event:
-            case Grant(ticket) | Refuse(ticket) | Taken(ticket) | Release(ticket):
+            case Grant(ticket) | Refuse(ticket) | CaughtUp(ticket) | Taken(ticket) | Release(ticket):
                 return self._heard(ticket, event, now)
             case Sealed():
-                return self._sealed(event)
+                return self._sealed(event, now)
             case Digested(key, first_page, digests):
                 giving = self._giving.get(key)
                 have, upto = len(giving.digests) if giving else 0, first_page + len(digests)
@@ -185,6 +223,13 @@ class Source:
                 self._giving[ticket.key] = _Giving(ticket, request, deadline)
                 self._deadlines.put(ticket.key, deadline)
                 return [SendToSink(Reserve(ticket, request))]
+            case AskToMove(offer, deadline):
+                ticket = offer.ticket
+                if ticket.key in self._giving:
+                    raise LocalError(f"{ticket.key} is being handed off already")
+                self._giving[ticket.key] = _Giving(ticket, offer.request, deadline, moves=True)
+                self._deadlines.put(ticket.key, deadline)
+                return [SendOffer(offer)]
             case None:
                 return self._end(self._deadlines.until(now), "deadline", tell=True)
             case Withdraw(key, reason):
@@ -207,21 +252,26 @@ class Source:
                 assert giving.complete
                 assert giving.announced_pages == self._shape.pages_for(giving.sealed_tokens)
 
-    def _heard(self, ticket: Ticket, message: Grant | Refuse | Taken | Release, now: float) -> list[SourceCommand]:
+    def _heard(self, ticket: Ticket, message: FromSink, now: float) -> list[SourceCommand]:
         giving = self._giving.get(ticket.key)
         if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
             return self._ignore()
         after = TRANSITIONS[giving.state, type(message)]
         if after is not None:
             giving.state = after
+            if giving.moves:
+                return [MoveAsked(ticket.key)]
             return [GrantCame(ticket.key), *self._announce(giving, now)]
         del self._giving[ticket.key]
         self._deadlines.drop(ticket.key)
+        if giving.moves:
+            reason = message.reason if isinstance(message, Refuse | Release) else ""
+            return [MoveEnded(ticket.key, isinstance(message, Taken), True, reason)]
         if isinstance(message, Refuse | Release):
             return [HandOffEnded(ticket.key, taken=False, reason=message.reason)]
         return [HandOffEnded(ticket.key, taken=True, taken_s=now - giving.announced_at)]
 
-    def _sealed(self, event: Sealed) -> list[SourceCommand]:
+    def _sealed(self, event: Sealed, now: float) -> list[SourceCommand]:
         """Ask for digests of what became whole: full pages, and the open last page only when the prompt is complete."""
         giving = self._giving.get(event.key)
         if giving is None:
@@ -229,11 +279,12 @@ class Source:
         if event.tokens < giving.sealed_tokens or giving.complete:
             raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
         giving.pages, giving.sealed_tokens = event.pages, event.tokens
-        giving.firsts = event.firsts
+        giving.firsts, giving.carried = event.firsts, event.carried
         whole = event.tokens // self._shape.page_tokens
         upto = self._shape.pages_for(event.tokens) if giving.complete else whole
         if upto == giving.asked_pages:
-            return []
+            # Of a row that stopped where a page ends nothing may be left to read.
+            return self._announce(giving, now) if giving.moves and giving.complete else []
         first, giving.asked_pages = giving.asked_pages, upto
         tokens = min(event.tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
         return [Digest(event.key, first, event.pages[first:upto], tokens)]
@@ -254,6 +305,7 @@ class Source:
             page_runs(giving.pages[first:upto]),
             tuple(giving.digests[first:upto]),
             giving.firsts if last else (),
+            giving.carried if last else None,
         )
         return [SendToSink(ready)]
 
@@ -264,7 +316,11 @@ class Source:
             self._deadlines.drop(key)
             if tell:
                 commands.append(SendToSink(Release(giving.ticket, reason)))
-            commands.append(HandOffEnded(key, taken=False, reason=reason))
+            if giving.moves:
+                # Who has heard all of it may have taken it, and its word may be lost.
+                commands.append(MoveEnded(key, False, giving.state is not State.ANNOUNCED, reason))
+            else:
+                commands.append(HandOffEnded(key, taken=False, reason=reason))
         return commands
 
     def _ignore(self) -> list[SourceCommand]:

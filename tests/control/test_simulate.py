@@ -128,7 +128,7 @@ def test_goodput_is_searched_and_needs_enough_requests(capsys: pytest.CaptureFix
         (["--trace", "no-such-trace"], "trace: got 'no-such-trace', want a file"),
         (["--trace", "agent"], "rate: got none, want sessions a second"),
         (["--trace", "lmsys", "--window", "0:5"], "window: got (0.0, 5.0), want none, because lmsys is no file"),
-        (["--scenario", "doom"], "scenario: got 'doom', want one of drift-and-burst"),
+        (["--scenario", "doom"], "scenario: got 'doom', want one of drain, drift-and-burst"),
         (["--scenario", "missing.toml"], "missing.toml"),
         (["--workers", "1 prefill, 1 decode", "--scenario", "worker-loss"], "scenario: worker: got 'prefill-1'"),
         (["--slo", "latency=3"], "slo: got 'latency=3'"),

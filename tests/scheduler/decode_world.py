@@ -529,19 +529,29 @@ class Play(World):
         self.give(Cancel(guest.ticket, "left"))
 
     def play(self, visits: list[Visit]) -> list[tuple[float, str]]:
+        self.invite(visits)
+        return self.finish()
+
+    def invite(self, visits: list[Visit]) -> None:
         for visit in visits:
             self.due.setdefault(visit.at, []).append(lambda visit=visit: self.visit(visit))
-        now = -1
-        while self.run is not None or any(at > now for at in self.due):
-            now += 1
-            self.now = float(now)
-            if self.run is not None:  # step ends come first
-                self.step()
-            while self.due.get(now) or self.from_sink:
-                if self.from_sink:
-                    self.deliver()
-                else:
-                    self.due[now].pop(0)()
-            self.due.pop(now, None)
+        self.at = -1
+
+    def second(self) -> None:
+        """All that happens at the next second."""
+        self.at = now = self.at + 1
+        self.now = float(now)
+        if self.run is not None:  # step ends come first
+            self.step()
+        while self.due.get(now) or self.from_sink:
+            if self.from_sink:
+                self.deliver()
+            else:
+                self.due[now].pop(0)()
+        self.due.pop(now, None)
+
+    def finish(self) -> list[tuple[float, str]]:
+        while self.run is not None or any(at > self.at for at in self.due):
+            self.second()
         self.settle()
         return self.log

@@ -152,7 +152,9 @@ class Worker:
                     finish = self._take(known, token)
                     if finish is not None:
                         known.row = False
-                        ended.append(Ended(key, finish, known.made, token if finish == "stop" else None))
+                        stop = token if finish == "stop" else None
+                        names = prefix_of(tuple(known.tokens[: known.computed]))
+                        ended.append(Ended(key, finish, known.made, stop, names))
         if not (ended or self.cut or self.done == order.steps):
             return None
         self.order = None

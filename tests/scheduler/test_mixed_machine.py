@@ -193,13 +193,20 @@ class Colocated(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         family=st.sampled_from([0, 0, 1000]),
         named=st.booleans(),
+        again=st.booleans(),
         data=st.data(),
     )
-    def offer(self, prompt, most, n, family, named, data):
-        """Mostly the prompt follows at once."""
+    def offer(self, prompt, most, n, family, named, again, data):
+        """Mostly the prompt follows at once; it may be the next turn of a request that has ended."""
         minter = data.draw(st.sampled_from([GATEWAY, OTHER_GATEWAY]))
         new = ticket(len(self.asked) + 1, source=MIXED, sink=MIXED, minter=minter)
         request = ask(prompt, most, timeout_s=data.draw(st.sampled_from([8.0, 200.0])), start=family)
+        talks = [known for known in self.asked.values() if known.ends and known.request.sampling.n == 1]
+        if again and talks:
+            known = data.draw(st.sampled_from(talks))
+            said = self.worker.said.get((known.ticket.key, 0), ())
+            request = replace(request, prompt=(*known.request.prompt, *said, *request.prompt)[: 24 + prompt])
+            prompt = len(request.prompt)
         request = replace(request, sampling=Sampling(most, seed=len(self.asked), n=n))
         if named:
             request = replace(request, prefix=prefix_of(request.prompt))

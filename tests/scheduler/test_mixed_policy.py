@@ -34,6 +34,7 @@ from scheduler.mixed_policy import (
     StepFailed,
     Stepped,
     Suspend,
+    continuation,
 )
 from tests.cast import D1, GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask
 from tests.cast import ticket as any_ticket
@@ -345,6 +346,32 @@ def test_a_row_gets_no_page_that_it_cannot_use():
     queued(machine, 1, 4, 6)
     give(machine, Stepped(1, 1, began(1)), 1.0)
     assert len(ledger(machine).pages(KEY)) == 3
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "names", "found"),
+    [
+        (1, 6, (1, 2, 3, 4), 3),  # 15 tokens have KV: 10 of the prompt and 5 of the answer, whose last has none
+        (1, 7, (1, 2, 3, 4), 4),
+        (1, 6, (1, 2, 3), 3),
+        (1, 6, (1, 9, 3, 4), 2),  # it goes on from another prompt than the worker was told of
+        (1, 6, (), 2),
+        (2, 6, (1, 2, 3, 4), 2),
+    ],
+)
+def test_the_pages_of_an_answer_are_kept_for_the_next_turn(n, most, names, found):
+    machine = policy(budget_tokens=16)
+    queued(machine, 1, 10, most, prefix=(1, 2), n=n)
+    begun = tuple(Began(KEY, First(50, branch=branch)) for branch in range(n))
+    commands = give(machine, Stepped(1, 1, begun), 1.0)
+    assert commands[-1].steps == most - 1
+    keys = [KEY] if n == 1 else [continuation(KEY, branch) for branch in range(n)]
+    give(machine, Stepped(2, most - 1, (), tuple(Ended(key, "length", most, prefix=names) for key in keys)), 2.0)
+    assert (ledger(machine).holders(), ledger(machine).available) == ((), 40)
+    (answer,) = give(machine, Offer(ticket(2), 20, 4, 1e9, prefix=(1, 2, 3, 4, 5)), 3.0)
+    assert answer.message.cached_tokens == 4 * found
+    request = replace(ask(20, 4), prefix=(1, 2, 3, 4, 5))
+    assert spans(give(machine, Prompt(ticket(2), request), 3.0)) == [(TWO, 4 * found, min(20, 4 * found + 16))]
 
 
 def test_a_cached_prefix_is_not_computed_again():

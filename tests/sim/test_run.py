@@ -242,3 +242,16 @@ def test_page_hashes_follow_blocks():
     with pytest.raises(SetupError, match="page tokens: got 48"):
         page_hashes(one, 48)
     assert page_hashes(Arrival(0.0, 1300, 1), 64) == ()
+
+
+def test_a_mixed_worker_finds_the_answer_of_the_turn_before_and_others_do_not():
+    """Two turns: the second repeats prompt and answer of the first, 2,400 tokens, and adds 100."""
+    blocks = tuple(range(40))
+    first = Arrival(0.0, 1600, 800, blocks[:25], 64, "s", 0, 1.0)
+    second = Arrival(1.0, 2500, 10, blocks, 64, "s", 1, None, 2400)
+    outcomes, simulation = run(Workload("talk", (first, second)), "1 mixed", "colocated-chunked")
+    assert [each.cached for each in outcomes] == [0, 2399 // 64 * 64 // 16 * 16]
+    empty(simulation)
+    outcomes, simulation = run(Workload("talk", (first, second)), "1 prefill, 1 decode")
+    assert [each.cached for each in outcomes] == [0, 1600]
+    empty(simulation)

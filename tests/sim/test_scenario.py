@@ -39,7 +39,7 @@ def even(count: int, **other) -> Workload:
 
 
 def test_the_shipped_scenarios_are_read() -> None:
-    assert NAMES == ["drift-and-burst", "load-step", "worker-loss"]
+    assert NAMES == ["drain", "drift-and-burst", "load-step", "worker-loss"]
     assert [shipped(name).name for name in NAMES] == NAMES
     assert shipped("worker-loss").faults == (
         Lose(60.0, "decode-0"),
@@ -52,7 +52,7 @@ def test_the_shipped_scenarios_are_read() -> None:
         Lengths(60.0, 240.0, prompt=4.0, output=0.5),
         Tenant(120.0, 150.0, "code", "azure-code", 10.0),
     )
-    with pytest.raises(SetupError, match="scenario: got 'x', want one of drift-and-burst, load-step, worker-loss"):
+    with pytest.raises(SetupError, match="got 'x', want one of drain, drift-and-burst, load-step, worker-loss"):
         shipped("x")
 
 
@@ -65,7 +65,7 @@ def test_the_shipped_scenarios_are_read() -> None:
         ('name = "a"\nabout = 1', "about: got 1, want a text"),
         ('name = "a"\nevents = 1', "events: got 1, want only name, about and event"),
         ('name = "a"\n[event]\nat_s = 1', "want tables, each below [[event]]"),
-        ('name = "a"\n[[event]]\nat_s = 1', "event 1: kind: got None, want one of lose, return, slow, link"),
+        ('name = "a"\n[[event]]\nat_s = 1', "event 1: kind: got None, want one of lose, return, drain, slow, link"),
         ('name = "a"\n[[event]]\nkind = ["lose"]', "event 1: kind: got ['lose'], want one of lose"),
         ("lose", "event 1 (lose): at_s: got None, want a value"),
         ("lose at_s=1", "event 1 (lose): worker: got None, want a value"),

@@ -14,9 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import LocalError
+from sim.generators import TALKS, talks
 from sim.workload import (
     Arrival,
     Workload,
+    answered,
+    blocks_of,
     concat,
     groups,
     jitter,
@@ -241,3 +244,34 @@ def test_the_same_seed_gives_the_same_workload_in_every_process() -> None:
         )
         said.add(done.stdout)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "ids", "history", "expected"),
+    [
+        (10, 7, (0, 1, 5, 6, 7), 17, (0, 1, 5, 6)),  # 17 tokens are 4 blocks: the answer completes one and fills one
+        (10, 6, (0, 1, 5, 6), 16, (0, 1, 5, 6)),
+        (10, 5, (0, 1, 5, 6), 15, (0, 1, 5)),
+        (10, 7, (0, 1, 5, 6, 7), 13, (0, 1, 5)),  # not all of the answer comes again
+        (10, 7, (0, 1, 5, 6, 7), 10, ()),
+        (10, 7, (0, 9, 5, 6, 7), 17, ()),  # another prompt was made of it since
+        (8, 4, (0, 1, 5), 12, (0, 1, 5)),
+    ],
+)
+def test_the_next_turn_tells_how_the_blocks_of_an_answer_are_called(prompt, output, ids, history, expected) -> None:
+    before = Arrival(0.0, prompt, output, (0, 1, 2)[: blocks_of(prompt, 4)], 4, session="s")
+    after = Arrival(1.0, 4 * len(ids), 1, ids, 4, session="s", turn=1, history=history)
+    assert answered(before, after) == expected
+    assert answered(before, replace(after, block_tokens=0, blocks=())) == ()
+
+
+def test_the_answers_of_a_talk_are_where_its_next_prompts_look_for_them() -> None:
+    made = talks(TALKS["chat"], 5, 20, rate=1.0)
+    kept = 0
+    for turns in groups(made):
+        for one, two in itertools.pairwise(turns):
+            names = answered(one, two)
+            assert len(names) == (one.prompt + one.output) // one.block_tokens
+            assert two.blocks[: len(names)] == names
+            kept += len(names) - one.prompt // one.block_tokens
+    assert kept > 50

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from core.errors import LocalError
 from core.kv import PageRun, pages_of
-from core.messages import First, Grant, Ready, Refuse, Release, Reserve, Taken
+from core.messages import CaughtUp, First, Grant, Ready, Refuse, Release, Reserve, Taken
 from core.pages import Owner, Pages
 from core.request import Request, Ticket
 from core.worker import Identity
@@ -907,6 +907,6 @@ def test_a_long_life_loses_no_page(seeds):
 
 def test_the_tables_name_every_message_a_source_can_hear():
     heard = {message for _, message in giving.TRANSITIONS}
-    assert heard == {Grant, Refuse, Taken, Release}
+    assert heard == {Grant, Refuse, CaughtUp, Taken, Release}
     assert {state for state, _ in giving.TRANSITIONS} == set(giving.State)
     assert taking.DOUBT_SHARE == 0.05
