@@ -242,3 +242,13 @@ def test_page_hashes_follow_blocks():
     with pytest.raises(SetupError, match="page tokens: got 48"):
         page_hashes(one, 48)
     assert page_hashes(Arrival(0.0, 1300, 1), 64) == ()
+
+
+def test_rows_that_outgrow_a_small_arena_are_computed_again_and_end():
+    """Lengths are forecast too short: rows are evicted, and what growing rows get ahead never is what others need."""
+    workload = generate(AZURE_CONV, seed=5, count=150, rate=60.0)
+    outcomes, simulation = run(workload, "2 prefill, 1 decode", "baton", kv=16_000, slo=Slo(), max_tokens=2_000)
+    assert all(each.code in ("OK", "INVALID_ARGUMENT") for each in outcomes)
+    (policy,) = [worker.decode.policy for worker in simulation.workers.values() if worker.decode is not None]
+    assert policy.evicted > 0
+    empty(simulation)
