@@ -53,7 +53,7 @@ def test_it_refuses_the_same_arguments(positional, named):
 def test_it_is_frozen_and_every_one_has_its_own_list():
     one, other = Quick(1), Quick(1)
     with pytest.raises(FrozenInstanceError):
-        one.a = 2
+        one.a = 2  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
         del one.a
     assert one.d is not other.d

@@ -876,7 +876,7 @@ def test_continuations_need_room_for_all_of_them():
 
 def test_a_mixed_worker_never_hands_over_to_another():
     """Each could promise the other memory that it needs itself to begin: found by the simulation of all machines."""
-    other = replace(MIXED, name="mixed-2")
+    other = MIXED._replace(name="mixed-2")
     machine = router(worker(MIXED, Role.MIXED, pages=4), worker(other, Role.MIXED, pages=4), worker(D1, Role.DECODE))
     offer = machine.on(Arrived(1, ask()), 0.0)[0].message
     assert (offer.ticket.source, offer.ticket.sink) == (MIXED, D1)

@@ -255,3 +255,13 @@ def test_a_mixed_worker_finds_the_answer_of_the_turn_before_and_others_do_not():
     outcomes, simulation = run(Workload("talk", (first, second)), "1 prefill, 1 decode")
     assert [each.cached for each in outcomes] == [0, 1600]
     empty(simulation)
+
+
+def test_rows_that_outgrow_a_small_arena_are_computed_again_and_end():
+    """Lengths are forecast too short: rows are evicted, and what growing rows get ahead never is what others need."""
+    workload = generate(AZURE_CONV, seed=5, count=150, rate=60.0)
+    outcomes, simulation = run(workload, "2 prefill, 1 decode", "baton", kv=16_000, slo=Slo(), max_tokens=2_000)
+    assert all(each.code in ("OK", "INVALID_ARGUMENT") for each in outcomes)
+    (policy,) = [worker.decode.policy for worker in simulation.workers.values() if worker.decode is not None]
+    assert policy.evicted > 0
+    empty(simulation)
