@@ -16,6 +16,7 @@ two of them share they share again (a ledger, a row that stands in a table and i
 | OBJECT | |
 |---|---|
 | ["list", [VALUE, ...]] | also "tuple" and "set" |
+| ["named", "module:Class", [VALUE, ...]] | a named tuple |
 | ["deque", [VALUE, ...], VALUE] | the last is its most entries, or null |
 | ["dict", [[VALUE, VALUE], ...]] | also "OrderedDict"; in its order |
 | ["enum", "module:Class", VALUE] | a member, by its value |
@@ -132,6 +133,8 @@ class _Writer:
             return [name, self._values(found)]
         if name is not None:
             return [name, [self._values(pair) for pair in found.items()]]
+        if isinstance(found, tuple) and hasattr(kind, "_fields") and ROOMS.fullmatch(kind.__module__):
+            return ["named", _named(kind), self._values(found)]
         if kind is deque:
             return ["deque", self._values(found), self._value(found.maxlen)]
         if isinstance(found, Enum):
@@ -168,7 +171,7 @@ class _Reader:
         methods: list[int] = []
         for number, entry in enumerate(self._entries):
             kind = self._kind(number, entry)
-            if kind == "tuple":
+            if kind in ("tuple", "named"):
                 fixed.append(number)
                 continue
             self._known[number] = True
@@ -192,12 +195,14 @@ class _Reader:
         if not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
             raise _wrong(number, entry, "a list that begins with a kind")
         kind: str = entry[0]
-        size = 3 if kind in ("deque", "enum", "method") else 2
+        size = 3 if kind in ("named", "deque", "enum", "method") else 2
         if len(entry) != size:
             raise _wrong(number, entry, f"{size} parts")
-        if kind in ("enum", "function"):
+        if kind in ("enum", "function", "named"):
             if not isinstance(entry[1], str):
                 raise _wrong(number, entry[1], "module:name")
+            if kind == "named" and not isinstance(entry[2], list):
+                raise _wrong(number, entry[2], "a list")
         elif kind == "method":
             if not isinstance(entry[2], str):
                 raise _wrong(number, entry[2], "the name of a method")
@@ -225,8 +230,8 @@ class _Reader:
         if kind in _ROWS or kind in _TABLES:
             return (_ROWS.get(kind) or _TABLES[kind])()
         of = self._class(number, kind)
-        if issubclass(of, Enum):
-            raise _wrong(number, kind, "an enum by its value")
+        if issubclass(of, Enum | tuple):
+            raise _wrong(number, kind, "an enum by its value, a named tuple by its values")
         return of.__new__(of)
 
     def _class(self, number: int, name: str) -> type:
@@ -265,10 +270,11 @@ class _Reader:
             if self._known[number]:
                 under_way.pop()
                 continue
-            values = self._entries[number][1]
+            values = self._entries[number][-1]
             missing = [to for each in values if (to := self._to(each)) is not None and not self._known[to]]
             if not missing:
-                self._made[number] = tuple([self._value(each, f"object {number}") for each in values])
+                made = tuple([self._value(each, f"object {number}") for each in values])
+                self._made[number] = made if self._entries[number][0] == "tuple" else self._name(number, made)
                 self._known[number] = True
                 open_.discard(number)
                 under_way.pop()
@@ -277,6 +283,13 @@ class _Reader:
             else:
                 open_.add(number)
                 under_way += missing
+
+    def _name(self, number: int, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        name = self._entries[number][1]
+        of = self._class(number, name)
+        if not issubclass(of, tuple) or len(getattr(of, "_fields", ())) != len(values):
+            raise _wrong(number, name, f"a named tuple of {len(values)}")
+        return of(*values)
 
     def _to(self, value: object) -> int | None:
         """The number that a value refers to, if it is one of ours."""

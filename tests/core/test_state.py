@@ -9,7 +9,7 @@ from collections import OrderedDict, deque
 import pytest
 
 from core.errors import LocalError, StateError
-from core.kv import KvShape, page_runs
+from core.kv import KvShape, PageRun, page_runs
 from core.pages import Owner, Pages
 from core.prefix import Piece
 from core.ranked import Ranked
@@ -123,7 +123,7 @@ def document(*objects, root=None, **changed):
     return {"format": FORMAT, "version": VERSION, "root": root or {"#": 0}, "objects": list(objects), **changed}
 
 
-IDENTITY = ["core.worker:Identity", {"name": "a", "incarnation": 1}]
+RUN = ["core.kv:PageRun", {"start": 0, "count": 1}]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +132,14 @@ IDENTITY = ["core.worker:Identity", {"name": "a", "incarnation": 1}]
         (None, "format"),
         ([], "format"),
         ({"format": "baton.other"}, "format: got"),
-        (document(IDENTITY, version=VERSION + 1), f"version: got {VERSION + 1}, want {VERSION}"),
-        (document(IDENTITY, objects=3), "objects: got 3"),
-        (document(IDENTITY, root={"#": 1}), "root: got"),
-        (document(IDENTITY, root={"#": True}), "root: got"),
-        (document(IDENTITY, root=[1]), "root: got"),
-        (document(IDENTITY, root={"int": "x"}), "root: got"),
-        (document(IDENTITY, root={"float": "1"}), "root: got"),
-        (document(IDENTITY, root="a"), "root: got str, want Identity"),
+        (document(RUN, version=VERSION + 1), f"version: got {VERSION + 1}, want {VERSION}"),
+        (document(RUN, objects=3), "objects: got 3"),
+        (document(RUN, root={"#": 1}), "root: got"),
+        (document(RUN, root={"#": True}), "root: got"),
+        (document(RUN, root=[1]), "root: got"),
+        (document(RUN, root={"int": "x"}), "root: got"),
+        (document(RUN, root={"float": "1"}), "root: got"),
+        (document(RUN, root="a"), "root: got str, want PageRun"),
         (document("x"), "object 0: got 'x'"),
         (document(["list"]), "object 0"),
         (document(["list", {}]), "object 0: got {}, want a list"),
@@ -147,14 +147,18 @@ IDENTITY = ["core.worker:Identity", {"name": "a", "incarnation": 1}]
         (document(["bag", []]), "object 0: got 'bag', want a class"),
         (document(["tuple", [{"#": 0}]]), "not in itself"),
         (document(["tuple", [{"#": 1}]], ["tuple", [{"#": 0}]]), "not in itself"),
+        (document(["named", "core.worker:Identity", ["a"]]), "a named tuple of 1"),
+        (document(["named", "core.kv:PageRun", [0, 1]]), "a named tuple of 2"),
+        (document(["named", "core.worker:Identity", {}]), "a list"),
+        (document(["core.worker:Identity", {"name": "a", "incarnation": 1}]), "a named tuple by its values"),
         (document(["dict", [[1]]]), "want keys and values"),
         (document(["dict", [[{"#": 0}, 1]]]), "want keys and values"),
         (document(["set", [{"#": 0}]]), "have a hash"),
         (document(["deque", [], -1]), "want the most entries"),
         (document(["enum", "core.pages:Owner", "gone"]), "a value of core.pages:Owner"),
         (document(["core.pages:Owner", {"_value_": "free"}]), "an enum by its value"),
-        (document(["core.worker:Identity", {"name": "a"}]), "attributes of core.worker:Identity: name, incarnation"),
-        (document(["core.worker:Identity", {"name": "a", "incarnation": 1, "more": 1}]), "attributes of"),
+        (document(["core.kv:PageRun", {"start": 0}]), "attributes of core.kv:PageRun: start, count"),
+        (document(["core.kv:PageRun", {"start": 0, "count": 1, "more": 1}]), "attributes of"),
         (document(["core.prefix:Piece", {"parent": None}]), "attributes of core.prefix:Piece"),
         (document(["core.worker:Gone", {}]), "a class of the pure rooms"),
         (document(["core.gone:Identity", {}]), "a class of the pure rooms"),
@@ -166,12 +170,12 @@ IDENTITY = ["core.worker:Identity", {"name": "a", "incarnation": 1}]
         (document(["function", "os:system"]), "a function of the pure rooms"),
         (document(["function", "core.state:importlib"]), "a function of the pure rooms"),
         (document(["method", {"#": 1}, "popitem"], ["dict", []]), "a method of dict"),
-        (document(["method", {"#": 1}, "gone"], IDENTITY), "a method of Identity"),
+        (document(["method", {"#": 1}, "gone"], RUN), "a method of PageRun"),
     ],
 )
 def test_what_nobody_wrote_is_refused_in_one_sentence(wrong, said):
     with pytest.raises(StateError) as caught:
-        load(wrong, Identity)
+        load(wrong, PageRun)
     assert str(caught.value).startswith("state: ")
     assert said in str(caught.value)
 
