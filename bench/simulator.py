@@ -6,8 +6,8 @@
 trace (its shipped shape where there is no trace: BATON_TRACES), 200 tokens of output each, Poisson arrivals at 70 % and
 at 20 % of what these workers sustain. Once with all the memory that the devices have, and once with decode workers so
 small that the test "all forecast lengths fit at once" mostly fails and the peak is computed: in under half of the
-admissions at 70 %; at 20 % there are too few requests at once for that with any memory in which the work can be done at
-all, so the size with the smallest share was taken. Only whole runs are measured, generation of arrivals, invariants
+admissions at 70 %. At 20 % there are too few requests at once for that: the size with the smallest share was taken, and
+it is too small to serve most of them in time ("good"). Only whole runs are measured, generation of arrivals, invariants
 every 1,000 events and the tally of outcomes included; no profiler runs meanwhile.
 
 Beside the seconds, which other work on the machine disturbs: calls a request, of Python and of built-in functions.
