@@ -108,9 +108,10 @@ class DualQueue:
     What is left of a long step's tokens goes to other long ones; a short step below the knee is filled up with a long
     one's. **Ages**: a job ages `grace_s` after its deadline and `stretch` times its own time after its acceptance,
     whichever is later. From then on no job that ages later is the first of a step as long as this one can start, and
-    none starts at all while it cannot. So its last chunk ends at the latest when everything that had aged by then is
-    computed, and one step and one suspended one: nobody starves. A long job that cannot start is overtaken by short
-    ones until it has aged, and by nobody later.
+    none starts at all while it lacks memory of this worker. So, once its sink has promised its own, its last chunk ends
+    at the latest when everything that had aged by then is computed, and one step and one suspended one: nobody starves.
+    Until then those start who have the promises of theirs: what was promised them may be what it waits for. A long job
+    that cannot start is overtaken by short ones until it has aged, and by these later.
 
     **Accepted** is a short job if the short ones before it, the window and its own step are done in time; a long one
     if with it in line by deadline all long ones are, at the share of time that the short ones leave, and have time to
@@ -152,6 +153,8 @@ class DualQueue:
         """All jobs in line, by age."""
         self._going = Ranked()
         """Those in line that have begun, by age."""
+        self._granted = Ranked()
+        """Those in line that have not begun and lack nothing but memory here, by age."""
         self._short_backlog = Backlog()
         """Of short jobs that are not late, what is in no step."""
         self._wanted: list[tuple[float, str]] = []
@@ -173,6 +176,10 @@ class DualQueue:
 
     def ready(self, key: str, now: float) -> None:
         self._line_up(self._jobs[key], now)
+
+    def granted(self, key: str) -> None:
+        if key in self._ages and key not in self._begun:
+            self._granted.put(key, self._ages.rank(key))
 
     def drop(self, key: str) -> None:
         if key in self._jobs:
@@ -235,21 +242,21 @@ class DualQueue:
         if aged is not None and self._ages.rank(aged) <= now:
             job = self._jobs[aged]
             step = self._short_step(job, now, begin) if aged in self._gather else self._long_step(job, now, begin)
-            return step or self._go_on(now)
+            return step or self._go_on(aged, now, begin)
         long = None if key is None else self._jobs[key]
         # A chunk is no shorter than the knee: the window may as well end now if it does before half of that.
         almost = now + self._floor_s / 2 if long is not None else now
         complete = first is not None and self._gather.closed(almost)
         if first is not None and complete and (long is None or self._goes_before(first, long, now)):
-            return self._short_step(first, now, begin) or self._go_on(now)
+            return self._short_step(first, now, begin) or self._go_on(first.key, now, begin)
         if long is not None:
             step = self._long_step(long, now, begin)
             if not step and first is not None and complete:
                 step = self._short_step(first, now, begin)
-            return step or self._go_on(now)
+            return step or self._go_on(long.key, now, begin)
         late = self._late.first()
         if late is not None:
-            return self._long_step(self._jobs[late], now, begin) or self._go_on(now)
+            return self._long_step(self._jobs[late], now, begin) or self._go_on(late, now, begin)
         return ()
 
     def upcoming(self, now: float) -> Sequence[str]:
@@ -313,6 +320,8 @@ class DualQueue:
         assert {key for key, _ in self._going.items()} == {key for key, _ in self._ages.items()} & self._begun
         out = {key for each in (self._running, self._suspended) if each is not None for key, _ in each.step}
         assert not out & {key for key, _ in self._ages.items()}, "in a step and in line"
+        granted = {key for key, _ in self._granted.items()}
+        assert granted <= {key for key, _ in self._ages.items()} - self._begun
         assert self._short <= self._jobs.keys()
         assert self._begun <= self._jobs.keys()
         assert self._counted.keys() <= self._jobs.keys()
@@ -329,6 +338,7 @@ class DualQueue:
             "late": self._late.items(),
             "ages": self._ages.items(),
             "going": self._going.items(),
+            "granted": self._granted.items(),
             "counted": [[short, asdict(job)] for short, job in self._counted.values()],
             "running": asdict(self._running) if self._running else None,
             "suspended": asdict(self._suspended) if self._suspended else None,
@@ -341,6 +351,7 @@ class DualQueue:
         self._gather.restore(document["gather"])
         self._long, self._late = Ranked(document["long"]), Ranked(document["late"])
         self._ages, self._going = Ranked(document["ages"]), Ranked(document["going"])
+        self._granted = Ranked(document["granted"])
         self._short_backlog, self._wanted, self._counted = Backlog(), [], {}
         for short, each in document["counted"]:
             self._count_as(short, Job(**each))
@@ -378,6 +389,7 @@ class DualQueue:
     def _unline(self, key: str) -> None:
         if self._ages.drop(key):
             self._going.drop(key)
+            self._granted.drop(key)
             self._gather.drop(key)
             self._long.drop(key)
             self._late.drop(key)
@@ -442,13 +454,24 @@ class DualQueue:
             key = self._long.first() or self._late.first()
         return self._begin(step, now, short=False)
 
-    def _go_on(self, now: float) -> list[Take]:
-        """Whoever should be next cannot start: those who have begun go on, so that their memory becomes free."""
+    def _go_on(self, head: str, now: float, start: Start) -> list[Take]:
+        """Whoever should be next cannot start: those who have begun go on, so that their memory becomes free.
+
+        If it may lack the promise of its sink, those who have theirs start as well. What they were promised could be
+        what it waits for, and somebody elsewhere could hold what they wait for: nobody would ever go on.
+        """
         step: list[Take] = []
         budget = self._tokens
         while budget and len(step) < self._rows and (key := self._going.first()) is not None:
             job = self._jobs[key]
             step.append(self._take(job, min(budget, job.left)))
+            budget -= step[-1][1]
+        while budget and len(step) < self._rows and head not in self._granted:
+            key = self._granted.first()
+            fresh = None if key is None else self._started(self._jobs[key], start)
+            if fresh is None:
+                break
+            step.append(self._take(fresh, min(budget, fresh.left)))
             budget -= step[-1][1]
         return self._begin(step, now, short=False)
 

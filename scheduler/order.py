@@ -75,6 +75,10 @@ class Order(Protocol):
         """The prompt of an expected job is here: from now on it may run."""
         ...
 
+    def granted(self, key: str) -> None:
+        """A ready job that has not started lacks nothing but memory of this worker: its sink has promised its own."""
+        ...
+
     def drop(self, key: str) -> None:
         """Forget a job that is not wanted any more, even if it is in a step; one that is over already is no error."""
         ...
@@ -356,6 +360,9 @@ class Line(ABC):
 
     def overtakes(self, now: float) -> str | None:
         return None
+
+    def granted(self, key: str) -> None:  # noqa: B027 - it may stay as it is
+        """A line is kept whatever was promised to whom: sinks are asked in its order."""
 
     def suspended(self, step: Sequence[Take], now: float) -> None:
         """Nothing asks for it here."""

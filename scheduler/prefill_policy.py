@@ -206,6 +206,8 @@ class PrefillPolicy:
                 held = self._known(key)
                 if held is not None:
                     self._set_grant(held, Grant.GIVEN)
+                    if held.state is State.QUEUED:
+                        self._order.granted(key)
             case HandOffOver():
                 commands += self._hand_off_over(event, now)
             case None:
@@ -321,6 +323,8 @@ class PrefillPolicy:
         held.until = now + request.timeout_s
         self._until.put(held.key, held.until)
         self._order.ready(held.key, now)
+        if request.sampling.max_tokens == 1:
+            self._order.granted(held.key)
         self._moved = True
         return True
 

@@ -470,6 +470,23 @@ def test_who_has_begun_goes_on_while_one_that_has_aged_cannot_start():
     assert play.log == [f"{at} run begun:100" for at in (0, 10, 20, 30, 40)]
 
 
+@pytest.mark.parametrize(("promised", "started"), [((), []), (("other",), ["other"]), (("other", "aged"), [])])
+def test_who_has_its_sinks_promise_starts_past_one_that_may_lack_it(promised, started):
+    """And past nobody who lacks only memory here."""
+    settings = DualQueueSettings(fill=False, easy_s=0.02, stretch=0.0, grace_s=0.0)
+    arrivals = [Arrival(0.0, "aged", 300), Arrival(0.01, "more", 300, 0.5), Arrival(0.02, "other", 300, 0.5)]
+    play = Play(DualQueue(100, 8, COST, settings), arrivals)
+    play.barred = {"aged", "more", "other"}
+    play.run(until=0.1)
+    for key in promised:
+        play.order.granted(key)
+    play.barred = {"aged", "more"}
+    play.now = 0.1
+    play.plan()
+    play.order.check()
+    assert [key for key, _ in play.running[0]] == started if play.running else not started
+
+
 def test_another_model_is_another_boundary():
     fast = CostModel("fast", prefill=((0.001, 0.0, 0.0, 0.0), (0.0, 0.0001, 0.0, 0.0)), decode=((0.01, 0.0, 0.0),))
     assert DualQueue(256, 8, fast).short_tokens == 11

@@ -260,8 +260,18 @@ def test_a_mixed_worker_finds_the_answer_of_the_turn_before_and_others_do_not():
 def test_rows_that_outgrow_a_small_arena_are_computed_again_and_end():
     """Lengths are forecast too short: rows are evicted, and what growing rows get ahead never is what others need."""
     workload = generate(AZURE_CONV, seed=5, count=150, rate=60.0)
-    outcomes, simulation = run(workload, "2 prefill, 1 decode", "baton", kv=16_000, slo=Slo(), max_tokens=2_000)
+    outcomes, simulation = run(workload, "2 prefill, 1 decode", "baton", kv=10_000, slo=Slo(), max_tokens=2_000)
     assert all(each.code in ("OK", "INVALID_ARGUMENT") for each in outcomes)
     (policy,) = [worker.decode.policy for worker in simulation.workers.values() if worker.decode is not None]
     assert policy.evicted > 0
+    empty(simulation)
+
+
+def test_promises_of_scarce_memory_do_not_wait_for_each_other():
+    """Prefill workers whose first in line waits for decode memory that is promised to those behind another's first."""
+    workload = generate(AZURE_CONV, seed=3, count=700, rate=110.0)
+    outcomes, simulation = run(
+        workload, "4 prefill, 4 decode", "baton", kv=40_000, slo=Slo(0.4, 0.05), max_tokens=2_000, check_every=10_000
+    )
+    assert {each.code for each in outcomes} <= {"OK", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}
     empty(simulation)
