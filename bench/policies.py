@@ -27,7 +27,7 @@ from bench.report import Row, emit, parser, progress
 from core.errors import SetupError
 from core.request import Phase, Slo
 from sim.fleet import workers
-from sim.goodput import Estimate, Goal, search, trial
+from sim.goodput import Estimate, Goal, edge, trial
 from sim.outcome import Outcome
 from sim.plot import Axis, Bar, bars
 from sim.policies import ABLATIONS, BASELINES, BATON, REFUSING, SHIPPED, Policy, policy
@@ -132,17 +132,16 @@ def _always(made: Workload) -> Callable[[float, int], Workload]:
     return lambda rate, seed: made
 
 
-def sustained(case: Case, name: str, seed: int, count: int | None) -> tuple[float, float]:
-    """Goodput by p99 and by mean, of one seed."""
+def sustained(case: Case, name: str, seed: int, count: int | None) -> float:
+    """Goodput of one seed."""
     builds, settings = _deployment(case)
     goal = Goal(share=SHARE, precision=0.022, least=1)
     kept = case.source(count)
 
-    def run(rate: float) -> Any:
-        return trial(kept.at, rate, seed, builds, _set(case, name), settings, goal)
+    def holds(rate: float) -> bool:
+        return trial(kept.at, rate, seed, builds, _set(case, name), settings, goal).attained >= SHARE
 
-    ours, by_mean, _ = search(run, case.start, goal)
-    return ours.rate, by_mean.rate
+    return edge(holds, case.start, goal.precision).rate
 
 
 def _deployment(case: Case) -> tuple[Any, Settings]:
@@ -177,15 +176,13 @@ def spread(jobs: list[Any], each: Callable[[Any, Any], None]) -> None:
 def study(case: Case, seeds: list[int], count: int | None) -> dict[str, Any]:
     """Everything about one workload."""
     names = [each.name for each in (BATON, *BASELINES)]
-    rates: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in names}
+    rates: dict[str, dict[int, float]] = {name: {} for name in names}
     goodputs: dict[str, Estimate] = {}
-    by_mean: dict[str, Estimate] = {}
     rate = case.start
     if case.search:
         jobs: list[Any] = [("goodput", case, name, seed, count) for name in names for seed in seeds]
         spread(jobs, lambda job, found: rates[job[2]].update({job[3]: found}))
-        goodputs = {name: Estimate.of([rates[name][seed][0] for seed in seeds]) for name in names}
-        by_mean = {name: Estimate.of([rates[name][seed][1] for seed in seeds]) for name in names}
+        goodputs = {name: Estimate.of([rates[name][seed] for seed in seeds]) for name in names}
         rate = max(goodputs[each.name].mean for each in SHIPPED)
     figures: dict[str, Figures] = {}
     if rate > 0:
@@ -205,7 +202,6 @@ def study(case: Case, seeds: list[int], count: int | None) -> dict[str, Any]:
         "best": best,
         "rate": rate,
         "goodput": {name: asdict(found) for name, found in goodputs.items()},
-        "goodput_by_mean": {name: asdict(found) for name, found in by_mean.items()},
         "at_rate": {each.name: asdict(figures[each.name]) for each in ALL if figures},
     }
 
