@@ -265,3 +265,16 @@ def test_rows_that_outgrow_a_small_arena_are_computed_again_and_end():
     (policy,) = [worker.decode.policy for worker in simulation.workers.values() if worker.decode is not None]
     assert policy.evicted > 0
     empty(simulation)
+
+
+def test_a_row_that_is_suspended_for_one_step_ends_once():
+    """Two rows want a page at the same step and there is one: the newer one waits for that step alone, which is the
+    last of the older one, and gets its next token from computing itself again. So it ends at the engine's step at
+    which it would have ended without, and must not be told to have ended for both of its times in the batch."""
+    workload = Workload("two", (Arrival(0.0, 48, 18), Arrival(0.0, 32, 60)))
+    outcomes, simulation = run(workload, "1 mixed", "colocated-prefill-first", kv=128, check_every=1)
+    assert [(each.code, each.tokens) for each in outcomes] == [("OK", 18), ("OK", 60)]
+    (shell,) = [worker.mixed for worker in simulation.workers.values()]
+    assert shell is not None
+    assert shell.policy.suspensions == 1
+    empty(simulation)
