@@ -168,10 +168,15 @@ class Workers:
     """The workers that a gateway knows; only those that are ready get new requests.
 
     What depends on the members alone is worked out once a change of them, on the first question after it.
+    `mixed_alone`: a mixed worker computes both phases in one step (`scheduler/mixed_policy.py`), so it keeps what it
+    prefills and neither hands over nor is handed anything.
     """
 
-    def __init__(self, queue_load: Callable[[Post], float], decode_load: Callable[[Post], float]) -> None:
+    def __init__(
+        self, queue_load: Callable[[Post], float], decode_load: Callable[[Post], float], *, mixed_alone: bool = False
+    ) -> None:
         self._loads = (queue_load, decode_load)
+        self._mixed_alone = mixed_alone
         self._posts: dict[Identity, Post] = {}
         self._gone: dict[Identity, Post] = {}
         """Lost while they had loads, in case they come back with these."""
@@ -299,7 +304,9 @@ class Workers:
         needs itself."""
         if sink is source:
             return _room(sink.room, sink.member.kv, True, need.tokens) >= need.size
-        return sink.room >= need.size and not (source.decodes and sink.prefills)
+        if source.decodes or sink.prefills:
+            return sink.room >= need.size and not self._mixed_alone and not (source.decodes and sink.prefills)
+        return sink.room >= need.size
 
     def keeps(self, source: Post, need: Need) -> bool:
         """True if `source` is mixed and can hold both parts."""
@@ -308,7 +315,7 @@ class Workers:
     def lightest(self, source: Post, need: Need, count: int) -> tuple[Post, ...]:
         """Up to `count` decode workers for what `source` prefills, in order of their load."""
         self._refresh()
-        if source.decodes and not self._apart:
+        if source.decodes and (self._mixed_alone or not self._apart):
             return ()
         found: list[Post] = []
         for post in self._decodes:
@@ -421,7 +428,10 @@ class Workers:
         self._prompt_room = max((post.room for post in sources), default=0)
         apart = any(not post.decodes for post in sources)
         kinds = [(post.room, post.member.kv, True) for post in sinks if post.prefills]
-        kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
+        if self._mixed_alone:
+            kinds += [(post.room, post.member.kv, False) for post in sinks if apart and not post.prefills]
+        else:
+            kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
         self._rooms = tuple(dict.fromkeys(kinds))
         self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
 
