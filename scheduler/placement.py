@@ -340,7 +340,7 @@ class Workers:
         sink.rows += 1
         sink.held_tokens += load.size
         self._prefills.moved(source)
-        self._decodes.moved(sink)
+        self._held(sink)
 
     def cached(self, load: Load, tokens: int) -> None:
         """So many of its prompt's tokens need not be computed."""
@@ -366,7 +366,7 @@ class Workers:
         for post, sign in ((load.sink, -1), (sink, 1)):
             post.rows += sign
             post.held_tokens += sign * load.size
-            self._decodes.moved(post)
+            self._held(post)
         before, load.sink = load.sink, sink
         if before.gone:
             self._forget(before)
@@ -377,7 +377,7 @@ class Workers:
         sink = load.sink
         sink.rows -= 1
         sink.held_tokens -= load.size
-        self._decodes.moved(sink)
+        self._held(sink)
         if sink.gone:
             self._forget(sink)
 
@@ -399,6 +399,12 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
+
+    def _held(self, post: Post) -> None:
+        """What it decodes is not what it was, which a mixed one may also be ranked by as a prefill worker."""
+        self._decodes.moved(post)
+        if post.prefills:
+            self._prefills.moved(post)
 
     def _forget(self, post: Post) -> None:
         """One that is gone is kept while it has loads."""

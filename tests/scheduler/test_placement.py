@@ -214,6 +214,24 @@ def test_a_cached_prefix_counts_for_nothing_in_a_queue():
     assert (posts["p1"].queue, posts["p1"].queue_tokens, posts["d1"].held_tokens) == (0, 0, 30)
 
 
+def test_of_mixed_workers_with_equal_queues_the_one_with_most_free_memory_is_first():
+    placement = LeastLoaded()
+    workers, posts = fleet(placement, "m1", "m2", "m3", "p1", "d1")
+    one = put(workers, posts["m1"], posts["m1"], 100, 900)
+    two = put(workers, posts["m2"], posts["m2"], 30, 400)
+    far = put(workers, posts["p1"], posts["m3"], 10, 200)
+    assert order(placement, workers, Need(1, 1)) == ["m3", "p1", "m2", "m1"], "tokens that are queued come first"
+    workers.computed(one)
+    workers.computed(two)
+    workers.computed(far)
+    assert order(placement, workers, Need(1, 1)) == ["p1", "m3", "m2", "m1"]
+    workers.moved(far, posts["d1"])
+    assert order(placement, workers, Need(1, 1)) == ["m3", "p1", "m2", "m1"]
+    workers.over(one)
+    assert order(placement, workers, Need(1, 1)) == ["m1", "m3", "p1", "m2"]
+    workers.check([two, Load(posts["p1"], posts["d1"], 0, 200, queued=False)])
+
+
 def test_a_worker_that_comes_back_still_has_what_it_had():
     placement = LeastLoaded()
     workers, posts = fleet(placement, "p1", "d1")
