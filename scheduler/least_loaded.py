@@ -14,9 +14,11 @@ from scheduler.placement import Need, Post, Workers
 
 class LeastLoaded:
     """Prefill where the fewest new tokens are queued, decode where the smallest share of memory is promised; a mixed
-    worker keeps its own."""
+    worker keeps its own, and of those with equal queues the one whose memory is promised least is first."""
 
     def queue_load(self, post: Post) -> float:
+        if post.decodes and post.held_tokens:
+            return post.queue_tokens + post.held_tokens / (post.held_tokens + post.room)  # ties only: less than a token
         return post.queue_tokens
 
     def decode_load(self, post: Post) -> float:

@@ -365,9 +365,15 @@ class MixedPolicy:
         begun = {each.key for each in event.begun}
         if begun != complete:
             raise LocalError(f"step {event.step_id}: got {sorted(begun)} begun, want {sorted(complete)}")
+        if len({(each.key, each.first.branch) for each in event.begun}) < len(event.begun):
+            raise LocalError(f"step {event.step_id}: a continuation began twice")
+        ended = set()
         for each in event.ended:
             if not step.rows or each.key not in self._batch.rows:
                 raise LocalError(f"step {event.step_id}: {each.key} ended, which is not a decode row of it")
+            if each.key in ended:
+                raise LocalError(f"step {event.step_id}: {each.key} ended twice")
+            ended.add(each.key)
         return step
 
     def _step_failed(self, event: StepFailed, now: float, commands: list[MixedCommand]) -> None:

@@ -168,10 +168,15 @@ class Workers:
     """The workers that a gateway knows; only those that are ready get new requests.
 
     What depends on the members alone is worked out once a change of them, on the first question after it.
+    `mixed_alone`: a mixed worker computes both phases in one step (`scheduler/mixed_policy.py`), so it keeps what it
+    prefills and neither hands over nor is handed anything.
     """
 
-    def __init__(self, queue_load: Callable[[Post], float], decode_load: Callable[[Post], float]) -> None:
+    def __init__(
+        self, queue_load: Callable[[Post], float], decode_load: Callable[[Post], float], *, mixed_alone: bool = False
+    ) -> None:
         self._loads = (queue_load, decode_load)
+        self._mixed_alone = mixed_alone
         self._posts: dict[Identity, Post] = {}
         self._gone: dict[Identity, Post] = {}
         """Lost while they had loads, in case they come back with these."""
@@ -299,7 +304,9 @@ class Workers:
         needs itself."""
         if sink is source:
             return _room(sink.room, sink.member.kv, True, need.tokens) >= need.size
-        return sink.room >= need.size and not (source.decodes and sink.prefills)
+        if source.decodes or sink.prefills:
+            return sink.room >= need.size and not self._mixed_alone and not (source.decodes and sink.prefills)
+        return sink.room >= need.size
 
     def keeps(self, source: Post, need: Need) -> bool:
         """True if `source` is mixed and can hold both parts."""
@@ -308,7 +315,7 @@ class Workers:
     def lightest(self, source: Post, need: Need, count: int) -> tuple[Post, ...]:
         """Up to `count` decode workers for what `source` prefills, in order of their load."""
         self._refresh()
-        if source.decodes and not self._apart:
+        if source.decodes and (self._mixed_alone or not self._apart):
             return ()
         found: list[Post] = []
         for post in self._decodes:
@@ -333,7 +340,7 @@ class Workers:
         sink.rows += 1
         sink.held_tokens += load.size
         self._prefills.moved(source)
-        self._decodes.moved(sink)
+        self._held(sink)
 
     def cached(self, load: Load, tokens: int) -> None:
         """So many of its prompt's tokens need not be computed."""
@@ -359,7 +366,7 @@ class Workers:
         for post, sign in ((load.sink, -1), (sink, 1)):
             post.rows += sign
             post.held_tokens += sign * load.size
-            self._decodes.moved(post)
+            self._held(post)
         before, load.sink = load.sink, sink
         if before.gone:
             self._forget(before)
@@ -370,7 +377,7 @@ class Workers:
         sink = load.sink
         sink.rows -= 1
         sink.held_tokens -= load.size
-        self._decodes.moved(sink)
+        self._held(sink)
         if sink.gone:
             self._forget(sink)
 
@@ -392,6 +399,12 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
+
+    def _held(self, post: Post) -> None:
+        """What it decodes is not what it was, which a mixed one may also be ranked by as a prefill worker."""
+        self._decodes.moved(post)
+        if post.prefills:
+            self._prefills.moved(post)
 
     def _forget(self, post: Post) -> None:
         """One that is gone is kept while it has loads."""
@@ -421,7 +434,10 @@ class Workers:
         self._prompt_room = max((post.room for post in sources), default=0)
         apart = any(not post.decodes for post in sources)
         kinds = [(post.room, post.member.kv, True) for post in sinks if post.prefills]
-        kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
+        if self._mixed_alone:
+            kinds += [(post.room, post.member.kv, False) for post in sinks if apart and not post.prefills]
+        else:
+            kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
         self._rooms = tuple(dict.fromkeys(kinds))
         self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
 

@@ -70,6 +70,8 @@ class RouterConfig:
     """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
     by_goal: bool = True
     """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
+    mixed_alone: bool = False
+    """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
 
 
 class Router:
@@ -79,7 +81,8 @@ class Router:
         self._me = me
         self._config = config
         self._placement = placement if placement is not None else LeastLoaded()
-        self._workers = Workers(self._placement.queue_load, self._placement.decode_load)
+        loads = self._placement.queue_load, self._placement.decode_load
+        self._workers = Workers(*loads, mixed_alone=config.mixed_alone)
         self._calls: dict[int, Call] = {}
         self._flights: dict[str, Flight] = {}
         """By the key of their last ticket: at rest, everyone has one."""

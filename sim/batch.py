@@ -23,9 +23,13 @@ def remaining(record: Record, request: Request) -> int:
 class Row:
     """A sequence in the batch."""
 
-    __slots__ = ("again", "context", "ends_at", "generated", "mark", "record", "since", "ticket")
+    __slots__ = ("again", "context", "ends_at", "generated", "mark", "number", "record", "since", "ticket")
 
-    def __init__(self, ticket: Ticket, record: Record, context: int, generated: int, since: int, ends_at: int) -> None:
+    def __init__(
+        self, number: int, ticket: Ticket, record: Record, context: int, generated: int, since: int, ends_at: int
+    ) -> None:
+        self.number = number
+        """Of all that ever joined: a sequence that leaves and comes back is another row."""
         self.ticket = ticket
         self.record = record
         self.since = since
@@ -51,6 +55,7 @@ class Batch:
         self._log = GapLog(worker.upper)
         self._rows: dict[str, Row] = {}
         self._ends: list[tuple[int, int, str]] = []
+        """When rows end, also of those that have left: by step, number and key."""
         self._joins = 0
         self._fresh: list[Row] = []
         """Rows that have not had a step here."""
@@ -74,10 +79,11 @@ class Batch:
         record = self._worker.record(ticket)
         record.sink = self._worker.me.name
         ends_at = self.steps + remaining(record, request) - generated
-        row = self._rows[key] = Row(ticket, record, len(request.prompt) + generated, generated, self.steps, ends_at)
-        row.again = again
         self._joins += 1
-        heappush(self._ends, (row.ends_at, self._joins, key))
+        context = len(request.prompt) + generated
+        row = self._rows[key] = Row(self._joins, ticket, record, context, generated, self.steps, ends_at)
+        row.again = again
+        heappush(self._ends, (ends_at, row.number, key))
         self._fresh.append(row)
         self.context += row.context
         self._changed = True
@@ -130,9 +136,10 @@ class Batch:
 
     def first_end(self) -> int:
         """At how many steps the first row ends."""
-        while self._ends[0][2] not in self._rows or self._rows[self._ends[0][2]].ends_at != self._ends[0][0]:
-            heappop(self._ends)
-        return self._ends[0][0]
+        ends, rows = self._ends, self._rows
+        while (row := rows.get(ends[0][2])) is None or row.number != ends[0][1]:
+            heappop(ends)
+        return ends[0][0]
 
     def advance(self, steps: int) -> list[tuple[str, Row]]:
         """All rows have done steps up to this count; returns those that are finished."""
@@ -167,9 +174,9 @@ class Batch:
         self.steps = steps
         finished = []
         while self._ends and self._ends[0][0] <= steps:
-            at, _, key = heappop(self._ends)
+            _, number, key = heappop(self._ends)
             row = self._rows.get(key)
-            if row is not None and row.ends_at == at:
+            if row is not None and row.number == number:
                 finished.append((key, row))
         return finished
 

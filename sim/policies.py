@@ -75,8 +75,8 @@ class Policy:
     """All workers do both phases, whatever role they were given."""
 
     def router(self, me: Identity, cost: CostModel) -> Router:
-        """A gateway's."""
-        return Router(me, self.router_config, self.placement(cost))
+        """A gateway's; `mixed` below gives no worker what could take or give a hand-over."""
+        return Router(me, replace(self.router_config, mixed_alone=True), self.placement(cost))
 
     def prefill(self, me: Identity, build: Build, ledger: Pages) -> PrefillPolicy:
         """A prefill worker's."""

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from core.errors import LocalError
 from core.messages import Accept, Cancel, Failed, Finished, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
 from core.request import Request, Ticket
@@ -30,6 +33,7 @@ from scheduler.cost import CostModel
 from scheduler.mixed_policy import (
     Answer,
     Begin,
+    Ended,
     EndSequence,
     GatewayGone,
     Invite,
@@ -37,6 +41,7 @@ from scheduler.mixed_policy import (
     MixedPolicy,
     State,
     Step,
+    Stepped,
     Suspend,
 )
 from tests.cast import GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask, efforts, ticket
@@ -71,6 +76,18 @@ class Asked:
     ends: dict[int, Finished] = field(default_factory=dict)
     dropped: set[int] = field(default_factory=set)
     """Continuations that were cancelled by themselves."""
+
+
+def wrongly(event: Stepped) -> Iterator[Stepped]:
+    """What no step of a true shell is."""
+    yield replace(event, step_id=event.step_id + 1)
+    yield replace(event, steps=0)
+    yield replace(event, ended=(*event.ended, Ended("nobody", "length", 1)))
+    for each in event.ended:
+        yield replace(event, ended=(*event.ended, each))
+    for each in event.begun:
+        yield replace(event, begun=(*event.begun, each))
+        yield replace(event, ended=(*event.ended, Ended(each.key, "length", 1)))
 
 
 class Colocated(RuleBasedStateMachine):
@@ -241,7 +258,21 @@ class Colocated(RuleBasedStateMachine):
             self.now += 0.25
             event = self.worker.step()
             if event is not None:
+                self.misreport(event)
                 self.give(event)
+
+    def told_apart(self):
+        """What a change would show in."""
+        return self.machine.queue(), self.machine.deadline(), self.ledger.holders(), self.ledger.available
+
+    def misreport(self, event: Stepped) -> None:
+        """A shell that says what did not happen, or twice what did, is told so, and nothing has changed."""
+        before = self.told_apart()
+        for wrong in wrongly(event):
+            with pytest.raises(LocalError):
+                self.machine.on(wrong, self.now)
+            self.machine.check()
+            assert self.told_apart() == before
 
     @precondition(lambda self: self.worker.order is not None)
     @rule(really=st.sampled_from([True, False, False, False]))

@@ -40,9 +40,11 @@ STRATEGIES: dict[str, Callable[[], Placement]] = {
 ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
 
-def fleet(placement: Placement, *names: str, pages: int = 1000) -> tuple[Workers, dict[str, Post]]:
+def fleet(
+    placement: Placement, *names: str, pages: int = 1000, mixed_alone: bool = False
+) -> tuple[Workers, dict[str, Post]]:
     """Ready workers, "p1" a prefill worker and so on, and each by its name."""
-    workers = Workers(placement.queue_load, placement.decode_load)
+    workers = Workers(placement.queue_load, placement.decode_load, mixed_alone=mixed_alone)
     for number, name in enumerate(names):
         workers.up(worker(Identity(name, number + 1), ROLES[name[0]], pages=pages))
     return workers, {post.identity.name: post for post in (*workers.prefills, *workers.decodes)}
@@ -117,6 +119,46 @@ def test_everyone_is_asked_once_in_the_end(strategy):
             assert len(set(given)) == len(given)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_mixed_worker_of_one_machine_keeps_its_own_and_is_handed_nothing(strategy):
+    """Whoever is the lightest, and also when it cannot keep it."""
+    placement = STRATEGIES[strategy]()
+    workers, posts = fleet(placement, "p1", "m1", "p2", "d1", "d2", "m2", pages=200, mixed_alone=True)
+    for number in range(40):
+        put(workers, posts[f"p{1 + number % 2}"], posts[f"d{1 + number % 2}"], 60, 15)
+        for need in (Need(100, 120, wait_s=1.0), Need(100, 780, wait_s=1.0)):
+            asked = order(placement, workers, need)
+            assert set(asked) == {"m1", "m2", "p1", "p2"}
+            given = {name: sinks(placement, workers, posts[name], need) for name in asked}
+            for name in ("m1", "m2"):
+                assert given[name] == ([name] if need.size == 120 else [])
+            assert all(given[name] and not {"m1", "m2"} & set(given[name]) for name in ("p1", "p2"))
+
+
+@pytest.mark.parametrize(
+    ("names", "pages", "fits", "much"),
+    [
+        # A mixed worker has 100 pages of 4 tokens, and a prompt of 40 tokens counts twice while it is its own.
+        (("m1",), {}, 400 - 40, "no decode worker holds more than 360"),
+        (("m1", "d1"), {"d1": 300}, 400 - 40, "no decode worker holds more than 360"),
+        (("m1", "p1"), {"p1": 300}, 400 - 40, "no decode worker holds more than 360"),
+        (("m1", "p1", "d1"), {"d1": 300}, 1200, "no decode worker holds more than 1200"),
+        (("m1", "p1", "d1"), {"d1": 50}, 400 - 40, "no decode worker holds more than 360"),
+    ],
+)
+def test_what_can_be_held_where_mixed_workers_are_alone(names, pages, fits, much):
+    workers = Workers(LeastLoaded().queue_load, LeastLoaded().decode_load, mixed_alone=True)
+    for number, name in enumerate(names):
+        workers.up(worker(Identity(name, number + 1), ROLES[name[0]], pages=pages.get(name, 100)))
+    assert workers.missing() is None
+    most = workers.most_tokens()(40, 1)
+    assert most is not None
+    assert 40 + most in range(fits - 4, fits + 2)
+    request = Request("r", (1,) * 40, Sampling(fits - 40), 9.0)
+    assert workers.too_large(request) is None
+    assert much in (workers.too_large(replace(request, sampling=Sampling(fits - 39))) or "")
+
+
 def test_round_robin_takes_everyone_in_turn_and_a_refusal_disturbs_nobodys_turn():
     placement = RoundRobin()
     workers, posts = fleet(placement, "p1", "p2", "p3", "d1", "d2")
@@ -170,6 +212,24 @@ def test_a_cached_prefix_counts_for_nothing_in_a_queue():
     assert posts["p1"].queue_tokens == 0
     workers.over(load)
     assert (posts["p1"].queue, posts["p1"].queue_tokens, posts["d1"].held_tokens) == (0, 0, 30)
+
+
+def test_of_mixed_workers_with_equal_queues_the_one_with_most_free_memory_is_first():
+    placement = LeastLoaded()
+    workers, posts = fleet(placement, "m1", "m2", "m3", "p1", "d1")
+    one = put(workers, posts["m1"], posts["m1"], 100, 900)
+    two = put(workers, posts["m2"], posts["m2"], 30, 400)
+    far = put(workers, posts["p1"], posts["m3"], 10, 200)
+    assert order(placement, workers, Need(1, 1)) == ["m3", "p1", "m2", "m1"], "tokens that are queued come first"
+    workers.computed(one)
+    workers.computed(two)
+    workers.computed(far)
+    assert order(placement, workers, Need(1, 1)) == ["p1", "m3", "m2", "m1"]
+    workers.moved(far, posts["d1"])
+    assert order(placement, workers, Need(1, 1)) == ["m3", "p1", "m2", "m1"]
+    workers.over(one)
+    assert order(placement, workers, Need(1, 1)) == ["m1", "m3", "p1", "m2"]
+    workers.check([two, Load(posts["p1"], posts["d1"], 0, 200, queued=False)])
 
 
 def test_a_worker_that_comes_back_still_has_what_it_had():

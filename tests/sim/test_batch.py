@@ -53,7 +53,7 @@ def request(prompt: int, output: int) -> Request:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_jumps_are_steps(seed):
-    """Rows join and leave at the same steps; times, gaps and tokens agree with a walk over every step."""
+    """Rows join, leave and come back at the same steps; times, gaps and tokens agree with a walk over every step."""
     dice = random.Random(seed)
     host: Any = Host()
     batch = Batch(host, COST)
@@ -66,8 +66,12 @@ def test_jumps_are_steps(seed):
             record = host.records[counter] = Record(Arrival(0.0, prompt, output), 0.0)
             sent = now - dice.uniform(0.0, 0.05)
             record.token(sent, host.upper)
-            batch.join(str(counter), ticket(counter), request(prompt, output), 1)
-            rows[str(counter)] = {"context": prompt + 1, "left": output - 1, "gaps": [], "last": sent, "record": record}
+            asked = request(prompt, output)
+            batch.join(str(counter), ticket(counter), asked, 1)
+            rows[str(counter)] = {
+                "request": asked, "context": prompt + 1, "left": output - 1, "said": 1, "gaps": [], "last": sent,
+                "record": record,
+            }  # fmt: skip
         batch.begin(now)
         most = min(row["left"] for row in rows.values())
         assert batch.first_end() == batch.steps + most
@@ -86,13 +90,13 @@ def test_jumps_are_steps(seed):
         assert batch.steps_by(batch.time_of(upto), upto + 5) == upto
         now = batch.time_of(upto)
         finished = batch.advance(upto)
-        assert {key for key, _ in finished} == {key for key, row in rows.items() if row["left"] == 0}
+        assert sorted(key for key, _ in finished) == sorted(key for key, row in rows.items() if row["left"] == 0)
         for key, ended in finished:
             batch.say(ended)
             batch.leave(key)
             mine = rows.pop(key)
             message = host.said.pop()
-            assert (message.index, len(message.tokens)) == (1, len(mine["gaps"]))
+            assert (message.index, message.index + len(message.tokens)) == (mine["said"], 1 + len(mine["gaps"]))
             log = GapLog(host.upper)
             for seconds in mine["gaps"]:
                 log.add(seconds)
@@ -105,8 +109,27 @@ def test_jumps_are_steps(seed):
         elif dice.random() < 0.3:
             gone = dice.choice(sorted(rows))
             batch.leave(gone)
-            rows.pop(gone)
+            if dice.random() < 0.5:  # its memory is taken and given back before the next step
+                mine = rows[gone]
+                mine["said"] = 1 + len(mine["gaps"])
+                batch.join(gone, ticket(int(gone)), mine["request"], mine["said"])
+            else:
+                rows.pop(gone)
     assert len(batch) == len(rows)
+
+
+def test_one_who_comes_back_to_end_at_the_same_step_ends_once():
+    host: Any = Host()
+    batch = Batch(host, COST)
+    host.records[1] = Record(Arrival(0.0, 10, 5), 0.0)
+    host.records[1].token(0.0, host.upper)
+    for _ in range(3):
+        batch.join("1", ticket(1), request(10, 5), 1)
+        batch.leave("1")
+    batch.join("1", ticket(1), request(10, 5), 1)
+    assert batch.first_end() == 4
+    batch.begin(0.0)
+    assert [key for key, _ in batch.advance(4)] == ["1"]
 
 
 def test_one_who_leaves_before_a_step_was_never_there():

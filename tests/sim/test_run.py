@@ -13,6 +13,7 @@ import pytest
 
 from core.errors import SetupError
 from core.request import Phase, Slo
+from scheduler.dualmap import DualMap, DualMapConfig
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
 from sim.outcome import Outcome
@@ -274,4 +275,52 @@ def test_promises_of_scarce_memory_do_not_wait_for_each_other():
         workload, "4 prefill, 4 decode", "baton", kv=40_000, slo=Slo(0.4, 0.05), max_tokens=2_000, check_every=10_000
     )
     assert {each.code for each in outcomes} <= {"OK", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}
+    empty(simulation)
+
+
+def test_a_row_that_is_suspended_for_one_step_ends_once():
+    """Two rows want a page at the same step and there is one: the newer one waits for that step alone, which is the
+    last of the older one, and gets its next token from computing itself again. So it ends at the engine's step at
+    which it would have ended without, and must not be told to have ended for both of its times in the batch."""
+    workload = Workload("two", (Arrival(0.0, 48, 18), Arrival(0.0, 32, 60)))
+    outcomes, simulation = run(workload, "1 mixed", "colocated-prefill-first", kv=128, check_every=1)
+    assert [(each.code, each.tokens) for each in outcomes] == [("OK", 18), ("OK", 60)]
+    (shell,) = [worker.mixed for worker in simulation.workers.values()]
+    assert shell is not None
+    assert shell.policy.suspensions == 1
+    empty(simulation)
+
+
+def test_tiny_prompts_stay_on_a_mixed_worker_while_it_has_slack():
+    """Eight of them come at once, each of a tenth of its memory: it keeps five, which are half of it, though others
+    have nothing to do, and the one that comes when all is over. Without that rule they go by queued tokens, in turn."""
+    tiny = tuple(Arrival(i * 1e-4, 100, 900) for i in range(8))
+    workload = Workload("tiny", (*tiny, Arrival(60.0, 100, 900)))
+    outcomes, simulation = run(workload, "2 prefill, 2 decode, 1 mixed", "baton", kv=10_000)
+    assert all((each.code, each.tokens) == ("OK", 900) for each in outcomes)
+    assert all((each.source == "mixed-0") == (each.sink == "mixed-0") for each in outcomes)
+    here = sorted(each.at_s for each in outcomes if each.sink == "mixed-0")
+    assert here == [*(each.at_s for each in tiny[:5]), 60.0]
+    assert {each.sink for each in outcomes} == {"mixed-0", "decode-0", "decode-1"}
+    empty(simulation)
+    never = replace(BATON, placement=lambda cost: DualMap(DualMapConfig(skip_tokens=0), cost))
+    builds = workers("2 prefill, 2 decode, 1 mixed", COST, kv=10_000)
+    spread: list[Outcome] = []
+    simulate(workload, builds, never, Settings(slo=SLO), over=spread.append)
+    assert sum(each.sink == "mixed-0" for each in spread) == 4
+
+
+@pytest.mark.parametrize("name", [each for each in NAMES if not policy(each).colocated])
+@pytest.mark.parametrize("spec", ["2 prefill, 1 decode, 1 mixed", "1 prefill, 2 mixed", "1 decode, 2 mixed"])
+def test_mixed_workers_beside_others_keep_their_own(spec, name):
+    """With little memory, and while one of them is lost and comes back."""
+    workload = generate(AZURE_CONV, seed=6, count=60, rate=40.0)
+    faults = Scenario("lose", (Lose(0.4, "mixed-0"), Return(0.8, "mixed-0")))
+    outcomes, simulation = run(workload, spec, name, kv=16_000, slo=Slo(5.0, 0.05), scenario=faults, load_s=0.2)
+    assert len(outcomes) == 60
+    assert all(each.code in ("OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED") for each in outcomes)
+    done = [each for each in outcomes if each.code == "OK"]
+    assert len(done) >= 40
+    assert all(each.source == each.sink for each in done if "mixed" in each.source + each.sink)
+    assert any("mixed" in each.sink for each in done)
     empty(simulation)
