@@ -254,9 +254,10 @@ class Source:
 
     def _heard(self, ticket: Ticket, message: FromSink, now: float) -> list[SourceCommand]:
         giving = self._giving.get(ticket.key)
-        if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
+        step = None if giving is None else (giving.state, type(message))
+        if giving is None or giving.ticket != ticket or step not in TRANSITIONS:
             return self._ignore()
-        after = TRANSITIONS[giving.state, type(message)]
+        after = TRANSITIONS[step]
         if after is not None:
             giving.state = after
             if giving.moves:
@@ -293,7 +294,7 @@ class Source:
         if giving.state is not State.GRANTED:
             return []
         first, upto = giving.announced_pages, len(giving.digests)
-        last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
+        last = bool(giving.firsts) and upto == self._shape.pages_for(giving.sealed_tokens)
         if first == upto and not last:
             return []
         giving.announced_pages, giving.announced_at = upto, now
