@@ -40,6 +40,7 @@ class AskToMove:
     deadline: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """The KV of the first `tokens` tokens is written; `firsts` once the prompt is complete, or the row has stopped."""
@@ -96,6 +97,7 @@ class SendOffer:
     message: OfferMigration
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digest:
     """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
@@ -122,6 +124,7 @@ class MoveAsked:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class HandOffEnded:
     """The ticket is forgotten and its pages are the policy's again."""
@@ -133,6 +136,7 @@ class HandOffEnded:
     """From the last announcement to Taken."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class MoveEnded:
     """The ticket of a row that moves is forgotten. Not taken and `sure`: the sink has not got it and never will."""
