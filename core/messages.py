@@ -191,6 +191,7 @@ class Carried:
     stages: tuple[Stage, ...] = ()
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Ready:
     """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""

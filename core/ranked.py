@@ -35,18 +35,29 @@ class Ranked:
     def put(self, key: str, rank: float) -> None:
         """Add `key`, or give it another rank."""
         self._serial += 1
-        before = self._entries.get(key)
-        entry = self._entries[key] = rank, self._serial, key
-        heappush(self._heap, entry)
-        if before is not None:
-            self._left(before)
+        heap, entries = self._heap, self._entries
+        before = entries.get(key)
+        entry = entries[key] = rank, self._serial, key
+        heappush(heap, entry)
+        if before is None:
+            return
+        if heap[0] is before:
+            self._surface()
+        elif len(heap) > 2 * len(entries) + _SPARE:
+            self._rebuild()
 
     def drop(self, key: str) -> bool:
         """Forget `key`; False if it was not there."""
-        entry = self._entries.pop(key, None)
+        heap, entries = self._heap, self._entries
+        entry = entries.pop(key, None)
         if entry is None:
             return False
-        self._left(entry)
+        if heap[0] is entry:
+            heappop(heap)
+            if heap and entries.get(heap[0][2]) is not heap[0]:
+                self._surface()
+        elif len(heap) > 2 * len(entries) + _SPARE:
+            self._rebuild()
         return True
 
     def first(self) -> str | None:
@@ -63,9 +74,10 @@ class Ranked:
 
     def pop(self) -> str | None:
         """Take the first key off; None if empty."""
-        key = self.first()
-        if key is not None:
-            self.drop(key)
+        if not self._heap:
+            return None
+        key = self._heap[0][2]
+        self.drop(key)
         return key
 
     def until(self, rank: float) -> list[str]:
@@ -76,16 +88,16 @@ class Ranked:
             self.drop(taken[-1])
         return taken
 
-    def _left(self, entry: tuple[float, int, str]) -> None:
-        """An entry is one no more."""
+    def _surface(self) -> None:
+        """Entries at the top that are none any more go."""
         heap, entries = self._heap, self._entries
-        if heap[0] is entry:
+        while heap and entries.get(heap[0][2]) is not heap[0]:
             heappop(heap)
-            while heap and entries.get(heap[0][2]) is not heap[0]:
-                heappop(heap)
-        elif len(heap) > 2 * len(entries) + _SPARE:
-            self._heap = list(entries.values())
-            heapify(self._heap)
+
+    def _rebuild(self) -> None:
+        """All entries that are none any more go."""
+        self._heap = list(self._entries.values())
+        heapify(self._heap)
 
     def items(self) -> list[tuple[str, float]]:
         """All keys and ranks, in order. Slow: for `check` and `document`."""

@@ -33,7 +33,7 @@ class Hints:
     tool: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Ticket:
     """The right to one placement of one request: who minted it, which attempt, and the two workers' lives.
 
@@ -54,6 +54,18 @@ class Ticket:
     def __post_init__(self) -> None:
         # Asked for at every event of a request: made once.
         object.__setattr__(self, "key", f"{self.minter}/{self.counter}.{self.attempt}")
+
+    def __eq__(self, other: object) -> bool:
+        # Within one process it is mostly the very same.
+        if self is other:
+            return True
+        return isinstance(other, Ticket) and self._all() == other._all()
+
+    def __hash__(self) -> int:
+        return hash(self._all())
+
+    def _all(self) -> tuple[Identity, int, int, Identity, Identity]:
+        return self.minter, self.counter, self.attempt, self.source, self.sink
 
 
 @quick_init

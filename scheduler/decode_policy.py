@@ -441,12 +441,13 @@ class DecodePolicy:
         self._decided = batch.step
         self._retest = True
         commands = self._make_room()
-        self._foresee()
+        self._next_pages = batch.needed(1)
         if self._retired:
+            self._foresee()
             commands += self._bring_back(now)
         if self._join_all(now):
             commands += self._make_room()
-            self._foresee()
+        self._foresee()
         commands += self._offers(now)
         commands += self._admit(now)
         if batch.step < memory.horizon:

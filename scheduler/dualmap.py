@@ -110,9 +110,13 @@ class DualMap:
     def decode_load(self, post: Post) -> float:
         return post.held_tokens / post.room if post.room else float(post.held_tokens)
 
-    def sources(self, need: Need, workers: Workers) -> Iterator[Post]:
+    def sources(self, need: Need, workers: Workers) -> Iterable[Post]:
         self._refresh(workers)
         pair = self._pair(need)
+        return self._in_turn(pair, need, workers) if pair or self._mixed else workers.prefills
+
+    def _in_turn(self, pair: tuple[Post, ...], need: Need, workers: Workers) -> Iterator[Post]:
+        """Whoever has slack, the prefix's own, and the rest by their queues."""
         if self._mixed and self._few(need, pair, workers) <= self._config.skip_tokens:
             yield from self._slack(need, workers)
         first = self._first(pair, need, workers)
@@ -130,11 +134,12 @@ class DualMap:
             return lightest if best is None else (best, *(post for post in lightest if post is not best))[:2]
         if not need.gap_s or self._cost is None:
             return workers.lightest(source, need, 2)  # in order of memory, which is all that is asked
-        lightest = workers.lightest(source, need, self._config.looks)
-        best = next((post for post in lightest if self._will_do(post, need, self._config.fill)), None)
-        if best is None or best is lightest[0]:
-            return lightest[:2]
-        return best, lightest[0]
+        lightest = workers.lightest(source, need, 2)
+        if not lightest or self._will_do(lightest[0], need, self._config.fill):
+            return lightest
+        others = workers.lightest(source, need, self._config.looks)[1:]
+        best = next((post for post in others if self._will_do(post, need, self._config.fill)), None)
+        return lightest if best is None else (best, lightest[0])
 
     def fewest(self, need: Need, workers: Workers) -> int:
         self._refresh(workers)

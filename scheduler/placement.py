@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Protocol
 
 from core.kv import KvShape
@@ -79,6 +80,9 @@ class Load:
     """False once the prompt is computed."""
 
 
+_POST = itemgetter(2)
+
+
 class Ranking:
     """Posts in order of a load, the lightest first; a change costs O(log n) comparisons."""
 
@@ -95,8 +99,7 @@ class Ranking:
         return len(self._sorted)
 
     def __iter__(self) -> Iterator[Post]:
-        for entry in self._sorted:
-            yield entry[2]
+        return map(_POST, self._sorted)
 
     def first(self) -> Post | None:
         """The lightest."""
@@ -225,19 +228,22 @@ class Workers:
     @property
     def version(self) -> int:
         """Another one whenever the members are."""
-        self._refresh()
+        if self._stale:
+            self._refresh()
         return self._version
 
     @property
     def prefills(self) -> Ranking:
         """Those that take prompts."""
-        self._refresh()
+        if self._stale:
+            self._refresh()
         return self._prefills
 
     @property
     def decodes(self) -> Ranking:
         """Those that take hand-overs."""
-        self._refresh()
+        if self._stale:
+            self._refresh()
         return self._decodes
 
     def freest(self) -> Post | None:
@@ -414,6 +420,7 @@ class Workers:
             self._gone.pop(post.identity, None)
 
     def _refresh(self) -> None:
+        """Nothing, unless members have changed."""
         if not self._stale:
             return
         self._stale = False

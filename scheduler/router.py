@@ -115,40 +115,37 @@ class Router:
         return self._workers.most_tokens()
 
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
-        commands = self._on(event, now)
+        match event:
+            case Tokens() | Accept() | Handed() | Finished() | Reject() | Failed():
+                commands = self._heard(event, now)
+            case None:
+                commands = self._overdue(now)
+            case Arrived(counter, request):
+                if counter in self._calls:
+                    raise LocalError(f"request {counter} arrived twice")
+                commands = self._arrived(counter, request, now)
+            case ClientGone(counter, reason):
+                call = self._calls.get(counter)
+                commands = self._end(call, Phase.CANCELLED, reason, "CANCELLED") if call else []
+            case Satisfied(counter, branch):
+                call = self._calls.get(counter)
+                commands = self._satisfied(call, branch, now) if call else []
+            case WorkerUp(member):
+                post = self._workers.up(member)
+                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
+                commands = self._has_room(post, post.room) if post is not None and len(self._parked) else []
+            case WorkerDown(identity):
+                commands = self._worker_down(identity, now)
+            case SlotFree(identity, tokens):
+                post = self._workers.get(identity)
+                commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
+            case Moved():
+                commands = self._row_moved(event, now)
         if self._roomy:
             roomy, self._roomy = self._roomy, []
             for identity in roomy:
                 commands += self._call(identity, now)
         return commands
-
-    def _on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
-        match event:
-            case Tokens() | Accept() | Handed() | Finished() | Reject() | Failed():
-                return self._heard(event, now)
-            case None:
-                return self._overdue(now)
-            case Arrived(counter, request):
-                if counter in self._calls:
-                    raise LocalError(f"request {counter} arrived twice")
-                return self._arrived(counter, request, now)
-            case ClientGone(counter, reason):
-                call = self._calls.get(counter)
-                return self._end(call, Phase.CANCELLED, reason, "CANCELLED") if call else []
-            case Satisfied(counter, branch):
-                call = self._calls.get(counter)
-                return self._satisfied(call, branch, now) if call else []
-            case WorkerUp(member):
-                post = self._workers.up(member)
-                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
-                return self._has_room(post, post.room) if post is not None and len(self._parked) else []
-            case WorkerDown(identity):
-                return self._worker_down(identity, now)
-            case SlotFree(identity, tokens):
-                post = self._workers.get(identity)
-                return self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
-            case Moved():
-                return self._row_moved(event, now)
 
     def deadline(self) -> float | None:
         due = self._alarms.lowest()

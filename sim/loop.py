@@ -65,9 +65,13 @@ class Loop:
         """Until nothing is left to do, or that time, or somebody has set `stopped`."""
         agenda = self._agenda
         since, spins = -1.0, 0
-        while agenda and agenda[0][0] <= until:
-            when, _, _, _, call, argument = heappop(agenda)
+        while agenda:
+            entry = heappop(agenda)
+            when, _, _, _, call, argument = entry
             if when != since:
+                if when > until:
+                    heappush(agenda, entry)
+                    break
                 self.now = since = when
                 spins = 0
             elif spins < SPIN:
@@ -85,17 +89,16 @@ class Loop:
 class Seat:
     """A machine and the shell that performs its commands."""
 
-    __slots__ = ("alone", "due", "fresh", "machine", "perform")
+    __slots__ = ("alone", "fresh", "machine", "on", "perform")
 
     def __init__(self, machine: Machine[Any, Any], perform: Callable[[Any], None], alone: bool) -> None:
         self.machine = machine
+        self.on = machine.on
         self.perform = perform
         self.alone = alone
         """Its deadline is changed by its own events only; others may be woken by memory that somebody else freed."""
         self.fresh = True
-        """It has had an event since it was asked for its deadline."""
-        self.due: float | None = None
-        """What it answered."""
+        """It has had an event since it was asked for its deadline, or the alarm that was set for it has rung."""
 
     def count(self) -> Counter[str]:
         """From now on, its commands are counted there by kind."""
@@ -147,23 +150,24 @@ class Process:
         if self._draining:
             queue.append((seat, event))
             return
-        now = self.loop.now
+        now, count = self.loop.now, 1
         self._draining = True
         try:
             while True:
                 seat.fresh = True
                 perform = seat.perform
-                for command in seat.machine.on(event, now):
+                for command in seat.on(event, now):
                     perform(command)
-                self.events += 1
-                self._unchecked -= 1
-                if not self._unchecked:
-                    self._check()
                 if not queue:
                     break
+                count += 1
                 seat, event = queue.popleft()
         finally:
             self._draining = False
+        self.events += count
+        self._unchecked -= count
+        if self._unchecked <= 0:
+            self._check()
         self._arm()
 
     def _check(self) -> None:
@@ -173,14 +177,14 @@ class Process:
 
     def _arm(self) -> None:
         """One alarm is under way for the earliest deadline; an older, later one finds nothing to do."""
-        due = self._alarm
+        due = alarm = self._alarm
         for seat in self._seats:
             if seat.fresh or not seat.alone:
                 seat.fresh = False
-                seat.due = seat.machine.deadline()
-            if seat.due is not None and seat.due < due:
-                due = seat.due
-        if due < self._alarm:
+                when = seat.machine.deadline()
+                if when is not None and when < due:
+                    due = when
+        if due < alarm:
             now = self.loop.now
             self._alarm = due = due if due > now else now
             self.loop.at(due, Kind.TIMER, self.order, self._ring, due)
@@ -190,8 +194,12 @@ class Process:
             return
         self._alarm = float("inf")
         now = self.loop.now
-        dues = [(seat, seat.machine.deadline()) for seat in self._seats]
-        late = [seat for seat, when in dues if when is not None and when <= now]
+        late = []
+        for seat in self._seats:
+            seat.fresh = True
+            when = seat.machine.deadline()
+            if when is not None and when <= now:
+                late.append(seat)
         if late:
             self._queue.extend([(seat, None) for seat in late[1:]])
             self.post(late[0], None)

@@ -99,6 +99,7 @@ class AskForMore:
     message: CaughtUp
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class AskPolicy:
     """May this come here?"""

@@ -40,6 +40,7 @@ class AskToMove:
     deadline: float
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Sealed:
     """The KV of the first `tokens` tokens is written; `firsts` once the prompt is complete, or the row has stopped."""
@@ -96,6 +97,7 @@ class SendOffer:
     message: OfferMigration
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Digest:
     """Compute digests of `pages`, the prompt's pages from `first_page` on, which hold `tokens` tokens."""
@@ -122,6 +124,7 @@ class MoveAsked:
     key: str
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class HandOffEnded:
     """The ticket is forgotten and its pages are the policy's again."""
@@ -133,6 +136,7 @@ class HandOffEnded:
     """From the last announcement to Taken."""
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class MoveEnded:
     """The ticket of a row that moves is forgotten. Not taken and `sure`: the sink has not got it and never will."""
@@ -254,9 +258,10 @@ class Source:
 
     def _heard(self, ticket: Ticket, message: FromSink, now: float) -> list[SourceCommand]:
         giving = self._giving.get(ticket.key)
-        if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
+        step = None if giving is None else (giving.state, type(message))
+        if giving is None or giving.ticket != ticket or step not in TRANSITIONS:
             return self._ignore()
-        after = TRANSITIONS[giving.state, type(message)]
+        after = TRANSITIONS[step]
         if after is not None:
             giving.state = after
             if giving.moves:
@@ -293,7 +298,7 @@ class Source:
         if giving.state is not State.GRANTED:
             return []
         first, upto = giving.announced_pages, len(giving.digests)
-        last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
+        last = bool(giving.firsts) and upto == self._shape.pages_for(giving.sealed_tokens)
         if first == upto and not last:
             return []
         giving.announced_pages, giving.announced_at = upto, now
