@@ -85,9 +85,9 @@ def wrongly(event: Stepped) -> Iterator[Stepped]:
     yield replace(event, ended=(*event.ended, Ended("nobody", "length", 1)))
     for each in event.ended:
         yield replace(event, ended=(*event.ended, each))
-    for each in event.begun:
-        yield replace(event, begun=(*event.begun, each))
-        yield replace(event, ended=(*event.ended, Ended(each.key, "length", 1)))
+    for one in event.begun:
+        yield replace(event, begun=(*event.begun, one))
+        yield replace(event, ended=(*event.ended, Ended(one.key, "length", 1)))
 
 
 class Colocated(RuleBasedStateMachine):
