@@ -14,7 +14,7 @@ Welcome = Callable[[int, float], bool]
 @dataclass(slots=True)
 class _Refused:
     least: int
-    """New tokens of the smallest."""
+    """New tokens of the smallest; once smaller ones were told, what did not fit then."""
     most: int
     """And of the largest."""
     wait_s: float
@@ -24,7 +24,8 @@ class _Refused:
 
 
 class Refusals:
-    """One entry a gateway, whatever it was refused; it is told once, and then only after its next refusal."""
+    """One entry a gateway, whatever it was refused; it is told of a size once, and of a smaller one not before its next
+    refusal."""
 
     def __init__(self) -> None:
         self._of: dict[Identity, _Refused] = {}
@@ -48,7 +49,8 @@ class Refusals:
     def told(self, now: float, welcome: Welcome) -> list[tuple[Identity, int]]:
         """Gateways to tell now, and how many new tokens fit: the fewest it was refused, doubled while that fits.
 
-        They are forgotten, and so are those whose requests nobody wants any more.
+        What is more is told when the next of these numbers fits: one token more at a time would be a message a step.
+        Forgotten are those that were told of their largest, and those whose requests nobody wants any more.
         """
         told: list[tuple[Identity, int]] = []
         for gateway, refused in list(self._of.items()):
@@ -58,6 +60,7 @@ class Refusals:
                 fits, tokens = tokens, min(2 * tokens, refused.most)
             if fits:
                 told.append((gateway, fits))
-            if fits or wait_s <= 0:
+            if fits == refused.most or wait_s <= 0:
                 del self._of[gateway]
+            refused.least = tokens
         return told

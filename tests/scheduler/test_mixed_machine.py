@@ -131,7 +131,10 @@ class Colocated(RuleBasedStateMachine):
                     self.told(message)
                 case Invite(gateway, message):
                     assert message.worker == MIXED
-                    assert 0 < message.tokens <= self.refused.pop(gateway)
+                    least, most = self.refused.pop(gateway)
+                    assert least < message.tokens <= most, "told twice, or of what nobody asked for"
+                    if message.tokens < most:
+                        self.refused[gateway] = message.tokens, most
                 case _:
                     self.follow(command)
                     self.worker.perform(command)
@@ -174,7 +177,7 @@ class Colocated(RuleBasedStateMachine):
                 if message.wait_s:
                     new = len(request.prompt)
                     minter = message.ticket.minter
-                    self.refused[minter] = max(self.refused.get(minter, 0), new)
+                    self.refused[minter] = 0, max(self.refused.get(minter, (0, 0))[1], new)
             case Handed():
                 assert not asked.handed
                 assert not asked.unwanted

@@ -106,6 +106,8 @@ def test_a_gateway_is_told_once_what_fits_and_not_when_nobody_wants_it_any_more(
 
     assert refusals.told(1.0, welcome) == [(g1, 400)]
     assert asked == [(100, 1.5), (200, 1.5), (400, 1.5), (800, 1.5)]
+    assert refusals.told(1.0, lambda tokens, wait_s: tokens < 800) == []
+    assert refusals.told(1.0, lambda tokens, wait_s: True) == [(g1, 1000)]
     assert refusals.told(1.0, lambda tokens, wait_s: True) == []
 
 

@@ -625,7 +625,8 @@ class PrefillWorker(RuleBasedStateMachine):
         self.last_run = 0
         self.written: dict[int, int] = {}
         """Pages that are full, and the hash of what is in them."""
-        self.refused: set[Identity] = set()
+        self.refused: dict[Identity, int] = {}
+        """Gateways, and the most that each was told of since its last refusal."""
         self.line = 0
         self.from_source: deque = deque()
 
@@ -678,8 +679,8 @@ class PrefillWorker(RuleBasedStateMachine):
                 self.run, self.suspended = self.suspended, None
             case Invite(gateway, message):
                 assert message.worker == P1
-                assert message.tokens >= 1
-                self.refused.remove(gateway)
+                assert message.tokens > self.refused[gateway], "told twice"
+                self.refused[gateway] = message.tokens
             case RunChunk(run_id, spans):
                 assert self.run is None
                 assert run_id == self.last_run + 1
@@ -733,7 +734,7 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert not job.answer
                 job.answer = type(message).__name__
                 if isinstance(message, Reject) and "room for" not in message.reason:
-                    self.refused.add(message.ticket.minter)
+                    self.refused[message.ticket.minter] = 0
             case Handed(ticket, _, cancelled):
                 assert job.reports if cancelled else ticket == job.handed
                 job.ends += 1
@@ -794,7 +795,7 @@ class PrefillWorker(RuleBasedStateMachine):
 
     @rule(who=st.sampled_from([GATEWAY, OTHER_GATEWAY]))
     def gateway_dies(self, who):
-        self.refused.discard(who)
+        self.refused.pop(who, None)
         for job in self.jobs.values():
             if job.ticket.minter == who and job.answer == "Accept":
                 job.unwanted = True
