@@ -219,11 +219,11 @@ class Gateway(Process):
 
     def _perform(self, command: routing.RouterCommand) -> None:
         match command:
-            case routing.ToOne(who, message):
-                self._world.network.send(who, message)
-            case routing.Deliver(counter, tokens):
-                record = self._world.records[counter]
-                record.tokens += len(tokens)
+            case routing.ToOne():
+                self._world.network.send(command.worker, command.message)
+            case routing.Deliver():
+                record = self._world.records[command.counter]
+                record.tokens += len(command.tokens)
                 if record.ttft_s is None:
                     record.ttft_s = self.loop.now - record.arrived_s
             case routing.Complete():

@@ -237,17 +237,19 @@ class Sink:
 
     def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
         match event:
-            case Ready(ticket):
+            case Ready():
+                ticket = event.ticket
                 taking = self._taking.get(ticket.key)
                 if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
                     return self._ignore()
                 return self._ready(taking, event, now)
             case Pulled():
                 return self._pulled(event, now)
-            case Reserve(ticket, request):
+            case Reserve():
+                ticket = event.ticket
                 if ticket.key in self._taking:
                     return self._ignore()
-                return self._asked(ticket, request, None, now)
+                return self._asked(ticket, event.request, None, now)
             case OfferMigration(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
