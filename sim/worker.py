@@ -132,10 +132,11 @@ class Worker(Process):
 
     def heard(self, message: AnyMessage) -> None:
         """A message of a gateway or of another worker."""
-        if isinstance(message, Release):
-            self.post(self.source_seat if message.ticket.source == self.me else self.sink_seat, message)
-            return
-        for seat in self._takers[type(message)]:
+        takers = self._takers.get(type(message))
+        if takers is None and isinstance(message, Release):
+            takers = (self.source_seat if message.ticket.source == self.me else self.sink_seat,)
+        assert takers is not None
+        for seat in takers:
             self.post(seat, message)
 
     def record(self, ticket: Ticket) -> Record:

@@ -219,6 +219,7 @@ class Sink:
 
     def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
+        self._page_nbytes = shape.page_nbytes
         self._ledger = ledger
         self._taking: dict[str, _Taking] = {}
         self._deadlines = Ranked()
@@ -405,7 +406,7 @@ class Sink:
         self._ledger.move(key, Owner.DECODING)
         assert taking.ready_at is not None
         pull = Pull(
-            taking.verified_pages * self._shape.page_nbytes,
+            taking.verified_pages * self._page_nbytes,
             taking.runs,
             taking.read_s,
             now - taking.ready_at,
