@@ -89,15 +89,15 @@ class Worker(Process):
         self._takers = self._seats_by_message()
         self.network.peers[self.me] = self
 
-    def _seats_by_message(self) -> dict[type, tuple[Seat, ...]]:
+    def _seats_by_message(self) -> dict[type, Seat | None]:
         """Who takes which messages; a `Release` is for the source or for the sink of its ticket."""
-        fills = tuple([shell.seat for shell in (self.prefill, self.mixed) if shell is not None])
-        decodes = (self.decode.seat,) if self.decode is not None else ()
-        gives, takes = (self.source_seat,), (self.sink_seat,)
+        fills = next((shell.seat for shell in (self.prefill, self.mixed) if shell is not None), None)
+        decodes = self.decode.seat if self.decode is not None else None
+        gives, takes = self.source_seat, self.sink_seat
         return {
             Offer: fills,
             Prompt: fills,
-            Cancel: fills + decodes,
+            Cancel: fills or decodes,
             Reserve: takes,
             OfferMigration: takes,
             Ready: takes,
@@ -132,11 +132,10 @@ class Worker(Process):
 
     def heard(self, message: AnyMessage) -> None:
         """A message of a gateway or of another worker."""
-        takers = self._takers.get(type(message))
-        if takers is None and isinstance(message, Release):
-            takers = (self.source_seat if message.ticket.source == self.me else self.sink_seat,)
-        assert takers is not None
-        for seat in takers:
+        seat = self._takers.get(type(message))
+        if isinstance(message, Release):
+            seat = self.source_seat if message.ticket.source == self.me else self.sink_seat
+        if seat is not None:
             self.post(seat, message)
 
     def record(self, ticket: Ticket) -> Record:
