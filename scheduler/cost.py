@@ -134,18 +134,20 @@ class CostModel:
             return 0.0
         if steps == 1:
             return self.decode_s(batch, context)
-        # Each line is an arithmetic series; walk from each one that is on top to the next.
-        lines = [(line[0] + line[1] * batch + line[2] * context, line[2] * batch) for line in self.decode]
+        # Each line is an arithmetic series; walk from each one that is on top to the next, mostly none.
         total_s, at = 0.0, 0
         while at < steps:
             top = slope = -1.0
-            for first, growth in lines:
-                height = first + growth * at
+            for fixed_s, row_s, token_s in self.decode:
+                growth = token_s * batch
+                height = fixed_s + row_s * batch + token_s * context + growth * at
                 if height > top or (height == top and growth > slope):
                     top, slope = height, growth
             until = steps
-            for first, growth in lines:
+            for fixed_s, row_s, token_s in self.decode:
+                growth = token_s * batch
                 if growth > slope:
+                    first = fixed_s + row_s * batch + token_s * context
                     ahead = (top - (first + growth * at)) / (growth - slope)
                     if ahead < until - at:
                         until = at + max(1, math.ceil(ahead))

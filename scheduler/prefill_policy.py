@@ -202,8 +202,8 @@ class PrefillPolicy:
                     return [Answer(Failed(event.ticket, "ABORTED", "the offer has lapsed"))]
             case ChunkDone():
                 commands += self._chunk_done(event, now)
-            case Granted(key):
-                held = self._known(key)
+            case Granted():
+                held = self._known(event.key)
                 if held is not None:
                     self._set_grant(held, Grant.GIVEN)
                     if held.state is State.QUEUED:

@@ -349,10 +349,10 @@ class Router:
                 flight.held.append(message)
                 return []
         match message:
-            case Accept(_, cached_tokens):
+            case Accept():
                 if flight.phase is not Phase.OFFERED:
                     return self._ignore()
-                return self._accepted(flight, cached_tokens, now)
+                return self._accepted(flight, message.cached_tokens, now)
             case Reject():
                 if flight.phase is not Phase.OFFERED:
                     return self._ignore()

@@ -31,19 +31,23 @@ class GapLog:
     def __init__(self, upper: Sequence[float]) -> None:
         self._edges = upper
         self._counts = [0] * (len(upper) + 1)
+        self._low, self._high = len(upper), 0
+        """The first bucket that is not empty, and the first behind the last such."""
         self._mark: tuple[int, ...] | None = None
 
     def add(self, seconds: float, count: int = 1) -> None:
         """`count` gaps of that length."""
-        self._counts[bisect_left(self._edges, seconds)] += count
-        self._mark = None
+        bucket = bisect_left(self._edges, seconds)
+        self._counts[bucket] += count
+        self._reach(bucket, bucket)
 
     def span(self, of: Callable[[int], float], start: int, stop: int) -> None:
         """The gaps of steps [start, stop), of which `of` gives the seconds and never falls."""
         if stop <= start:
             return
-        self._mark = None
-        self._split(of, start, stop, bisect_left(self._edges, of(start)), bisect_left(self._edges, of(stop - 1)))
+        low, high = bisect_left(self._edges, of(start)), bisect_left(self._edges, of(stop - 1))
+        self._split(of, start, stop, low, high)
+        self._reach(low, high)
 
     def _split(self, of: Callable[[int], float], start: int, stop: int, low: int, high: int) -> None:
         if low == high:
@@ -57,6 +61,14 @@ class GapLog:
             self._split(of, start, middle, low, before)
             self._split(of, middle, stop, after, high)
 
+    def _reach(self, low: int, high: int) -> None:
+        """Something was counted, and from bucket `low` to bucket `high`."""
+        self._mark = None
+        if low < self._low:
+            self._low = low
+        if high >= self._high:
+            self._high = high + 1
+
     def mark(self) -> tuple[int, ...]:
         """The counts of now; rows that join together share one."""
         if self._mark is None:
@@ -65,7 +77,10 @@ class GapLog:
 
     def since(self, mark: tuple[int, ...]) -> list[int]:
         """What was counted after `mark`."""
-        return list(map(sub, self._counts, mark))
+        counts, low, high = self._counts, self._low, self._high
+        gaps = [0] * len(counts)
+        gaps[low:high] = map(sub, counts[low:high], mark[low:high])
+        return gaps
 
 
 def beyond(counts: Sequence[int], upper: Sequence[float], bound_s: float) -> int:

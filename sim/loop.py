@@ -144,11 +144,11 @@ class Process:
 
     def post(self, seat: Seat, event: Any) -> None:
         """Give the machine an event, after everything posted before; nothing happens to the dead."""
-        if not self.alive:
-            return
         queue = self._queue
         if self._draining:
             queue.append((seat, event))
+            return
+        if not self.alive:
             return
         now, count = self.loop.now, 1
         self._draining = True

@@ -65,22 +65,27 @@ class PrefillShell:
     def _perform(self, command: filling.PrefillCommand) -> None:
         worker = self._worker
         match command:
-            case filling.Answer(message):
+            # What comes with every request is matched by its class alone: taking it apart costs as much as doing it.
+            case filling.Answer():
+                message = command.message
                 worker.send(message.ticket.minter, message)
-            case filling.RunChunk(_, spans):
-                seconds = self._cost.prefill_s([(span.stop - span.start, span.start) for span in spans])
+            case filling.RunChunk():
+                seconds = self._cost.prefill_s([(span.stop - span.start, span.start) for span in command.spans])
                 self._start(_Step(command, seconds * worker.slowness, worker.loop.now))
-            case filling.SealPages(key, pages, tokens, firsts):
-                worker.post(worker.source_seat, giving.Sealed(key, pages, tokens, firsts))
-            case filling.AskForSink(ticket, request, deadline):
-                worker.post(worker.source_seat, giving.AskSink(ticket, request, deadline))
-            case filling.Begin(ticket, request, _):
-                self._open[ticket.key] = ticket, request
+            case filling.SealPages():
+                sealed = giving.Sealed(command.key, command.pages, command.tokens, command.firsts)
+                worker.post(worker.source_seat, sealed)
+            case filling.AskForSink():
+                asked = giving.AskSink(command.ticket, command.request, command.deadline)
+                worker.post(worker.source_seat, asked)
+            case filling.Begin():
+                ticket = command.ticket
+                self._open[ticket.key] = ticket, command.request
                 worker.record(ticket).source = worker.me.name
-            case filling.EndSequence(key):
-                self._open.pop(key, None)
-            case filling.Invite(gateway, message):
-                worker.send(gateway, message)
+            case filling.EndSequence():
+                self._open.pop(command.key, None)
+            case filling.Invite():
+                worker.send(command.gateway, command.message)
             case filling.Suspend(run_id):
                 self._suspend(run_id)
             case filling.Resume(run_id):
@@ -153,12 +158,13 @@ class DecodeShell:
         match command:
             case decoding.Run():
                 self._begin(command)
-            case decoding.Tell(message):
+            case decoding.Tell():
+                message = command.message
                 worker.send(message.ticket.minter, message)
-            case decoding.Answer(key, granted, reason):
-                worker.post(worker.sink_seat, taking.Decided(key, granted, reason))
-            case decoding.Leave(key) | decoding.Evict(key):
-                self.batch.leave(key)
+            case decoding.Answer():
+                worker.post(worker.sink_seat, taking.Decided(command.key, command.granted, command.reason))
+            case decoding.Leave() | decoding.Evict():
+                self.batch.leave(command.key)
             case decoding.Cut(run_id):
                 self._cut(run_id)
             case decoding.SwapOut(key, pages):
@@ -345,22 +351,25 @@ class HandOffShell:
 
     def __init__(self, worker: Worker, source: giving.Source, sink: taking.Sink, shape: KvShape) -> None:
         self._worker = worker
-        self._shape = shape
+        self._page_nbytes = shape.page_nbytes
         self.source_seat = worker.seat(source, self._give, alone=True)
         self.sink_seat = worker.seat(sink, self._take, alone=True)
 
     def _give(self, command: giving.SourceCommand) -> None:
         worker = self._worker
         match command:
-            case giving.SendToSink(message):
+            case giving.SendToSink():
+                message = command.message
                 if not worker.send(message.ticket.sink, message) and isinstance(message, Reserve):
                     worker.post(self.source_seat, Refuse(message.ticket, "no lane"))
-            case giving.Digest(key, first_page, pages, _):
-                worker.post(self.source_seat, giving.Digested(key, first_page, (0,) * len(pages)))
-            case giving.GrantCame(key):
-                worker.post(worker.prefill_seat, filling.Granted(key))
-            case giving.HandOffEnded(key, taken, reason, taken_s):
-                worker.post(worker.prefill_seat, filling.HandOffOver(key, taken, reason, taken_s))
+            case giving.Digest():
+                digested = giving.Digested(command.key, command.first_page, (0,) * len(command.pages))
+                worker.post(self.source_seat, digested)
+            case giving.GrantCame():
+                worker.post(worker.prefill_seat, filling.Granted(command.key))
+            case giving.HandOffEnded():
+                over = filling.HandOffOver(command.key, command.taken, command.reason, command.taken_s)
+                worker.post(worker.prefill_seat, over)
             case giving.SendOffer(offer):
                 if not worker.send(offer.ticket.sink, offer):
                     worker.post(self.source_seat, Refuse(offer.ticket, "no lane"))
@@ -374,24 +383,25 @@ class HandOffShell:
     def _take(self, command: taking.SinkCommand) -> None:
         worker = self._worker
         match command:
-            case taking.SendToSource(message):
-                worker.send(message.ticket.source, message)
-            case taking.AskPolicy(ticket, request, offer):
-                worker.post(worker.decode_seat, decoding.Asked(ticket, request, offer))
-            case taking.Read(_, source, runs, pages):
+            case taking.SendToSource():
+                worker.send(command.message.ticket.source, command.message)
+            case taking.AskPolicy():
+                worker.post(worker.decode_seat, decoding.Asked(command.ticket, command.request, command.offer))
+            case taking.Read():
                 worker.network.read(
-                    source,
+                    command.source,
                     worker.me,
-                    len(pages) * self._shape.page_nbytes,
-                    len(runs),
+                    len(command.pages) * self._page_nbytes,
+                    len(command.runs),
                     worker.order,
                     self._pulled,
                     command,
                 )
             case taking.Fence(read_ids):
                 worker.post(self.sink_seat, taking.Fenced(read_ids))
-            case taking.Arrived(ticket, request, firsts, _, carried):
-                worker.post(worker.decode_seat, decoding.KvArrived(ticket, request, firsts, (), carried))
+            case taking.Arrived():
+                arrived = decoding.KvArrived(command.ticket, command.request, command.firsts, (), command.carried)
+                worker.post(worker.decode_seat, arrived)
             case taking.AskForMore(caught_up):
                 worker.send(caught_up.ticket.source, caught_up)
             case taking.Gone(ticket, reason, recompute):

@@ -89,15 +89,15 @@ class Worker(Process):
         self._takers = self._seats_by_message()
         self.network.peers[self.me] = self
 
-    def _seats_by_message(self) -> dict[type, tuple[Seat, ...]]:
+    def _seats_by_message(self) -> dict[type, Seat | None]:
         """Who takes which messages; a `Release` is for the source or for the sink of its ticket."""
-        fills = tuple([shell.seat for shell in (self.prefill, self.mixed) if shell is not None])
-        decodes = (self.decode.seat,) if self.decode is not None else ()
-        gives, takes = (self.source_seat,), (self.sink_seat,)
+        fills = next((shell.seat for shell in (self.prefill, self.mixed) if shell is not None), None)
+        decodes = self.decode.seat if self.decode is not None else None
+        gives, takes = self.source_seat, self.sink_seat
         return {
             Offer: fills,
             Prompt: fills,
-            Cancel: fills + decodes,
+            Cancel: fills or decodes,
             Reserve: takes,
             OfferMigration: takes,
             Ready: takes,
@@ -132,10 +132,10 @@ class Worker(Process):
 
     def heard(self, message: AnyMessage) -> None:
         """A message of a gateway or of another worker."""
+        seat = self._takers.get(type(message))
         if isinstance(message, Release):
-            self.post(self.source_seat if message.ticket.source == self.me else self.sink_seat, message)
-            return
-        for seat in self._takers[type(message)]:
+            seat = self.source_seat if message.ticket.source == self.me else self.sink_seat
+        if seat is not None:
             self.post(seat, message)
 
     def record(self, ticket: Ticket) -> Record:
@@ -219,11 +219,11 @@ class Gateway(Process):
 
     def _perform(self, command: routing.RouterCommand) -> None:
         match command:
-            case routing.ToOne(who, message):
-                self._world.network.send(who, message)
-            case routing.Deliver(counter, tokens):
-                record = self._world.records[counter]
-                record.tokens += len(tokens)
+            case routing.ToOne():
+                self._world.network.send(command.worker, command.message)
+            case routing.Deliver():
+                record = self._world.records[command.counter]
+                record.tokens += len(command.tokens)
                 if record.ttft_s is None:
                     record.ttft_s = self.loop.now - record.arrived_s
             case routing.Complete():

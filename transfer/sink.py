@@ -219,6 +219,7 @@ class Sink:
 
     def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
+        self._page_nbytes = shape.page_nbytes
         self._ledger = ledger
         self._taking: dict[str, _Taking] = {}
         self._deadlines = Ranked()
@@ -237,17 +238,19 @@ class Sink:
 
     def on(self, event: SinkEvent | None, now: float) -> list[SinkCommand]:
         match event:
-            case Ready(ticket):
+            case Ready():
+                ticket = event.ticket
                 taking = self._taking.get(ticket.key)
                 if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
                     return self._ignore()
                 return self._ready(taking, event, now)
             case Pulled():
                 return self._pulled(event, now)
-            case Reserve(ticket, request):
+            case Reserve():
+                ticket = event.ticket
                 if ticket.key in self._taking:
                     return self._ignore()
-                return self._asked(ticket, request, None, now)
+                return self._asked(ticket, event.request, None, now)
             case OfferMigration(ticket, request):
                 if ticket.key in self._taking:
                     return self._ignore()
@@ -403,7 +406,7 @@ class Sink:
         self._ledger.move(key, Owner.DECODING)
         assert taking.ready_at is not None
         pull = Pull(
-            taking.verified_pages * self._shape.page_nbytes,
+            taking.verified_pages * self._page_nbytes,
             taking.runs,
             taking.read_s,
             now - taking.ready_at,

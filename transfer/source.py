@@ -209,24 +209,26 @@ class Source:
 
     def on(self, event: SourceEvent | None, now: float) -> list[SourceCommand]:
         match event:
-            case Grant(ticket) | Refuse(ticket) | CaughtUp(ticket) | Taken(ticket) | Release(ticket):
-                return self._heard(ticket, event, now)
+            case Grant() | Refuse() | CaughtUp() | Taken() | Release():
+                return self._heard(event.ticket, event, now)
             case Sealed():
                 return self._sealed(event, now)
-            case Digested(key, first_page, digests):
-                giving = self._giving.get(key)
+            case Digested():
+                first_page, digests = event.first_page, event.digests
+                giving = self._giving.get(event.key)
                 have, upto = len(giving.digests) if giving else 0, first_page + len(digests)
                 if giving is None or not first_page <= have < upto <= giving.asked_pages:
                     return self._ignore()
                 # They may overlap: a hand-off to the first choice of sink asked for the same pages before.
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
-            case AskSink(ticket, request, deadline):
+            case AskSink():
+                ticket = event.ticket
                 if ticket.key in self._giving:
                     raise LocalError(f"{ticket.key} is being handed off already")
-                self._giving[ticket.key] = _Giving(ticket, request, deadline)
-                self._deadlines.put(ticket.key, deadline)
-                return [SendToSink(Reserve(ticket, request))]
+                self._giving[ticket.key] = _Giving(ticket, event.request, event.deadline)
+                self._deadlines.put(ticket.key, event.deadline)
+                return [SendToSink(Reserve(ticket, event.request))]
             case AskToMove(offer, deadline):
                 ticket = offer.ticket
                 if ticket.key in self._giving:
