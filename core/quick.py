@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -11,16 +10,12 @@ T = TypeVar("T")
 
 
 def quick_init(cls: type[T]) -> type[T]:
-    """The same frozen, slotted dataclass, built in a fifth of the time.
+    """The same frozen, slotted dataclass, built in a third of the time.
 
     The `__init__` of a frozen dataclass sets every field by its name through `object.__setattr__`, because the class
-    forbids assignment. This one has the same signature and assigns. So that it can, and because the interpreter stores
-    straight into slots only where no class looks at assignments, nothing stops others from assigning at run time,
-    except in Python's development mode (`python -X dev`); the type checker, which sees a frozen dataclass, does always.
-    Nothing else is different. For what is built many times a request: messages, events, commands. There may be no
-    `__post_init__`.
+    forbids assignment. This one has the same signature and hands each value straight to the field's slot; nothing else
+    is different. For what is built many times a request: messages, events, commands. There may be no `__post_init__`.
     """
-    guarded = sys.flags.dev_mode
     parameters, lines = ["self"], ["pass"]
     scope: dict[str, Any] = {"MISSING": MISSING}
     if hasattr(cls, "__post_init__"):
@@ -37,7 +32,7 @@ def quick_init(cls: type[T]) -> type[T]:
             value = f"make_{name}() if {name} is MISSING else {name}"
         else:
             parameters.append(name)
-        lines.append(f"set_{name}(self, {value})" if guarded else f"self.{name} = {value}")
+        lines.append(f"set_{name}(self, {value})")
     made: dict[str, Callable[..., None]] = {}
     body = "\n    ".join(lines)
     exec(f"def __init__({', '.join(parameters)}):\n    {body}", scope, made)
@@ -45,6 +40,4 @@ def quick_init(cls: type[T]) -> type[T]:
     init.__qualname__ = f"{cls.__qualname__}.__init__"
     init.__annotations__ = {**cls.__init__.__annotations__}
     cls.__init__ = init  # type: ignore[method-assign]
-    if not guarded:
-        del cls.__setattr__, cls.__delattr__
     return cls

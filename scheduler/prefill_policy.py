@@ -207,7 +207,7 @@ class PrefillPolicy:
                 if held is not None:
                     self._set_grant(held, Grant.GIVEN)
                     if held.state is State.QUEUED:
-                        self._order.granted(key)
+                        self._order.granted(held.key)
             case HandOffOver():
                 commands += self._hand_off_over(event, now)
             case None:

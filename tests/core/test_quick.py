@@ -5,16 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 
 import pytest
 
 from core.quick import quick_init
-
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +27,6 @@ class Quick:
     b: tuple[int, ...] = ()
     c: str = "c"
     d: list[int] = field(default_factory=list)
-
-
-@quick_init
-@dataclass(frozen=True, slots=True)
-class Shown:
-    a: int
 
 
 @pytest.mark.parametrize(
@@ -61,41 +50,14 @@ def test_it_refuses_the_same_arguments(positional, named):
             cls(*positional, **named)
 
 
-def test_every_one_has_its_own_list_and_no_dictionary():
+def test_it_is_frozen_and_every_one_has_its_own_list():
     one, other = Quick(1), Quick(1)
+    with pytest.raises(FrozenInstanceError):
+        one.a = 2  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        del one.a
     assert one.d is not other.d
     assert not hasattr(one, "__dict__")
-
-
-ASSIGN = """
-from dataclasses import FrozenInstanceError, dataclass
-from core.quick import quick_init
-
-@quick_init
-@dataclass(frozen=True, slots=True)
-class Quick:
-    a: int
-    b: int = 2
-
-one = Quick(1)
-assert (one.a, one.b) == (1, 2)
-for change in (lambda: setattr(one, "a", 2), lambda: delattr(one, "a")):
-    try:
-        change()
-    except FrozenInstanceError:
-        continue
-    raise SystemExit("assigned")
-"""
-
-
-def test_in_development_mode_it_is_frozen_when_it_runs():
-    done = subprocess.run([sys.executable, "-X", "dev", "-c", ASSIGN], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-
-
-def test_it_is_frozen_to_the_type_checker():
-    assert Quick.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert hash(Shown(1)) == hash(Shown(1)) != hash(Shown(2))
 
 
 def test_it_says_what_it_takes():
