@@ -513,7 +513,7 @@ class Cache(RuleBasedStateMachine):
             # A text that goes on where the named pages end.
             for before in TEXTS:
                 if tuple(held.named) == chain(before)[: len(held.named)]:
-                    hashes = chain(before[: len(held.named)] + text)[:end]
+                    hashes = chain((before[: len(held.named)] + text)[:4])[:end]
                     break
         known = len(held.named)
         fits = len(hashes) < known or not known or hashes[known - 1] == held.named[-1]

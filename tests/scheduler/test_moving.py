@@ -148,6 +148,7 @@ def live(seed: int, faults: float) -> dict[str, int]:
         name, at = f"d{drained.randrange(2)}", drained.uniform(0.3, 3.0)
 
         def drain(name: str) -> None:
+            world.calm = False  # it takes nothing more, what is on its way to it included
             for process in list(world.processes.values()):
                 if process.me.name == name:
                     process.retire()

@@ -400,6 +400,10 @@ class Crowd(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_beside_room(self):
+        """Unless the one with the most room is about to answer: then whoever fits there is looked at again."""
+        freest = self.router._workers.freest()
+        if freest is not None and freest.identity in self.router._called:
+            return
         for who in self.up:
             post = self.router._workers.get(who)
             assert post is not None
