@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -246,11 +247,11 @@ class Workers:
             self._refresh()
         return self._decodes
 
-    def freest(self) -> Post | None:
-        """The one that said it may accept the largest offer; None if nobody said anything since it refused."""
+    def free(self, tokens: int) -> Iterator[Post]:
+        """Those that said they may accept an offer of so many new tokens and have refused none since, the largest
+        first."""
         self._refresh()
-        post = self._free.first()
-        return post if post is not None and post.free else None
+        return takewhile(lambda post: post.free >= max(tokens, 1), self._free)
 
     def said(self, post: Post, free: int) -> None:
         """It may accept an offer of so many new tokens; 0: it has refused one."""

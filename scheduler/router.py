@@ -283,15 +283,13 @@ class Router:
 
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
-        """Wait; a worker may have said, since it refused, that it has room again."""
+        """Wait; there may be workers that said they have room and have refused nobody since."""
         flight.parked = True
         self._flights[flight.key] = flight
         self._alarms.put(flight.key, self._until(flight))
         tokens = self._placement.fewest(flight.need, self._workers)
         self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
-        post = self._workers.freest()
-        if post is not None and post.free >= tokens:
-            self._roomy.append(post.identity)
+        self._roomy += [post.identity for post in self._workers.free(tokens)]
         return []
 
     def _has_room(self, post: Post, tokens: int) -> list[RouterCommand]:

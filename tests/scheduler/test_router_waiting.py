@@ -128,6 +128,18 @@ STORIES = {
         1.0 p1 has room for 10     : p1? 1
         1.5 down p1                : p2? 1
     """,
+    "whoever waits is offered another worker with room while the one with most of it is about to answer": """
+        0.0 up p1 p2 p3 d1
+        0.0 tries 1
+        0.0 ask 1 of 10            : p1? 1
+        0.1 p1 refuses 1, 5 s      : -
+        0.2 p2 has room for 50     : p2? 1
+        0.3 p3 has room for 20     : -
+        0.4 ask 2 of 10            : p1? 2
+        0.5 p1 refuses 2, 5 s      : p3? 2
+        0.6 p3 refuses 2, 5 s      : -
+        0.7 p2 accepts 1           : p2! 1, p2? 2
+    """,
     "four refusals are enough": """
         0.0 up p1 p2 p3 p4 d1
         0.0 tries 3
@@ -283,7 +295,12 @@ class Crowd(RuleBasedStateMachine):
         """(request, worker): it has refused, and not said since that it has room."""
         self.tries: Counter[int] = Counter()
         self.allowed: Counter[int] = Counter()
-        """Offers beyond the first round: one more whenever somebody had room, was lost or did not answer."""
+        """Offers beyond the first round: one for each worker that had said it has room when the request came, one more
+        whenever somebody says so, is lost or does not answer."""
+        self.words: set[Identity] = set()
+        """Workers that said they have room and have refused nobody since."""
+        self.refusals: Counter[int] = Counter()
+        """Of each request since it began to be placed."""
         self.give(WorkerUp(worker(D1, Role.DECODE)))
         for who in CROWD:
             self.come(who)
@@ -299,7 +316,9 @@ class Crowd(RuleBasedStateMachine):
                     assert (ticket.counter, who) not in self.refused, "a duplicate offer"
                     self.offers[ticket.counter] = offer
                     self.tries[ticket.counter] += 1
-                    assert self.tries[ticket.counter] <= self.config.max_tries + 1 + self.allowed[ticket.counter]
+                    assert self.tries[ticket.counter] <= self.config.max_tries + self.allowed[ticket.counter]
+                    if self.refusals[ticket.counter] >= self.config.max_tries:
+                        assert who in self.words, "nobody else is asked any more"
                 case ToOne(_, Cancel(ticket)):
                     self.offers.pop(ticket.counter, None)
                 case End(counter):
@@ -316,14 +335,22 @@ class Crowd(RuleBasedStateMachine):
         self.refused = {(counter, refuser) for counter, refuser in self.refused if refuser != who}
         self.more()
 
+    def anew(self, counter: int) -> None:
+        """It is placed again, its tries with it."""
+        self.allowed[counter] += 1 + self.config.max_tries
+        self.refusals[counter] = 0
+
     def come(self, who: Identity) -> None:
         self.up.add(who)
+        if self.router.phases()[Phase.QUEUED]:
+            self.words.add(who)
         self.has_room(who)
         self.give(WorkerUp(worker(who, Role.PREFILL)))
 
     @rule(tokens=st.integers(1, 9), ttft_s=st.sampled_from([0.0, 2.0, 20.0]), timeout_s=st.sampled_from([3.0, 50.0]))
     def arrive(self, tokens, ttft_s, timeout_s):
         self.asked += 1
+        self.allowed[self.asked] = len(self.words)
         self.give(Arrived(self.asked, replace(ask(tokens, timeout_s=timeout_s), slo=Slo(ttft_s))))
 
     @precondition(lambda self: self.offers)
@@ -332,6 +359,8 @@ class Crowd(RuleBasedStateMachine):
         counter = data.draw(st.sampled_from(sorted(self.offers)))
         offer = self.offers.pop(counter)
         self.refused.add((counter, offer.ticket.source))
+        self.words.discard(offer.ticket.source)
+        self.refusals[counter] += 1
         self.give(Reject(offer.ticket, "busy", wait_s))
 
     @precondition(lambda self: self.offers)
@@ -348,6 +377,7 @@ class Crowd(RuleBasedStateMachine):
     def room(self, data, tokens):
         who = data.draw(st.sampled_from(sorted(self.up)))
         self.has_room(who)
+        self.words = self.words | {who} if tokens else self.words - {who}
         offers = self.give(SlotFree(who, tokens))
         assert len(offers) <= 1
         for command in offers:
@@ -376,16 +406,17 @@ class Crowd(RuleBasedStateMachine):
     def lose(self, data):
         who = data.draw(st.sampled_from(sorted(self.up)))
         self.up.discard(who)
+        self.words.discard(who)
         for counter in [counter for counter, offer in self.offers.items() if offer.ticket.source == who]:
             del self.offers[counter]
             self.refused = {pair for pair in self.refused if pair[0] != counter}
-            self.allowed[counter] += 1 + self.config.max_tries
+            self.anew(counter)
         self.refused = {pair for pair in self.refused if pair[1] != who}
         placed = [flight for flight in self.router._flights.values() if flight.phase is Phase.PREFILLING]
         for flight in placed:
             if flight.ticket.source == who:  # it is placed anew
                 self.refused = {pair for pair in self.refused if pair[0] != flight.call.counter}
-                self.allowed[flight.call.counter] += 1 + self.config.max_tries
+                self.anew(flight.call.counter)
         self.give(WorkerDown(who))
 
     @precondition(lambda self: len(self.up) < len(CROWD))
@@ -400,10 +431,6 @@ class Crowd(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_beside_room(self):
-        """Unless the one with the most room is about to answer: then whoever fits there is looked at again."""
-        freest = self.router._workers.freest()
-        if freest is not None and freest.identity in self.router._called:
-            return
         for who in self.up:
             post = self.router._workers.get(who)
             assert post is not None
