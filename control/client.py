@@ -74,8 +74,12 @@ def waterfall(end: inference_pb2.End) -> Sequence[str]:
             d = stage.detail
             lane = f"{d['gbytes_per_s']} GB/s, {d['transport']}"
             extra = f"{int(d['nbytes']) / 1e3:,.0f} kB in {d['runs']} runs from {d['from']}, {lane}"
+            if int(d["cached"]):
+                extra = f"{d['cached']} tokens were here" + (f", {extra}" if int(d["nbytes"]) else "")
         elif stage.name == "prefill":
             extra = f"{stage.detail['tokens']} tokens in {stage.detail['chunks']} chunks"
+            if "cached" in stage.detail:
+                extra += f", {stage.detail['cached']} were there"
         elif stage.name == "decode":
             extra = f"{stage.detail['steps']} steps"
         lines.append(f"  {stage.name:<12} {stage.worker:<11} {stage.seconds * 1e3:9.1f} ms  {bar:<28} {extra}".rstrip())

@@ -146,6 +146,7 @@ class HandOffShell:
         detail = {
             "from": source.name,
             "nbytes": str(pull.nbytes),
+            "cached": str(pull.cached_tokens),
             "runs": str(pull.runs),
             "gbytes_per_s": f"{pull.nbytes / pull.read_s / 1e9:.3g}" if pull.read_s else "",
             "transport": lane.transport if lane else "own memory",

@@ -257,6 +257,7 @@ class Deployment:
                 max_queue_s=c.max_queue_s,
                 ttft_s=c.ttft_s,
                 gap_s=c.gap_s,
+                prefix_cache=c.prefix_cache,
                 check=c.check,
             )
             for i in range(c.gateways)

@@ -363,6 +363,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         for state, count in self._ledger.counts().items():
             yield "pages", "KV pages by owner state.", {"state": state}, float(count)
         yield "pages_promised", "KV pages promised and not bound.", {}, float(self._ledger.promised)
+        prefix = {"asked": self._ledger.asked_pages, "hit": self._ledger.hit_pages}
+        for what, count in (prefix | {"reclaimed": self._ledger.reclaimed_pages}).items():
+            yield "prefix_pages", "Pages of prompts that were looked for, found, and given up.", {"what": what}, count
+        yield "pages_pinned", "Cached pages kept for sessions.", {}, float(self._ledger.pinned)
         if self._prefill is not None:
             for where, count in self._prefill.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "prefill", "state": where}, float(count)

@@ -82,6 +82,8 @@ class GatewayConfig:
     """TTFT goal of requests that bring none; 0: best effort."""
     gap_s: float = 0.0
     """Token gap goal of requests that bring none; 0: best effort."""
+    prefix_cache: bool = True
+    """Let workers keep the KV of prompts for others that begin alike, within a tenant."""
     check: bool = False
     """Check the router's invariants at every step; for tests."""
 
@@ -178,6 +180,8 @@ class DeploymentConfig:
     """Token gap goal of requests that bring none; 0: best effort."""
     timeout_s: float = 600.0
     """Longest life of a request whose call has no deadline."""
+    prefix_cache: bool = True
+    """Keep the KV of prompts for others that begin alike, within a tenant."""
     hash_logits: bool = False
     """Hash the logits of every token, for comparisons."""
     check: bool = False

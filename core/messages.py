@@ -156,6 +156,8 @@ class Grant:
     """Memory is promised: announce pages as they are sealed."""
 
     ticket: Ticket
+    cached_pages: int = 0
+    """So many leading pages of the prompt are here already: announce those behind them."""
 
 
 @quick_init

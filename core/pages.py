@@ -162,6 +162,11 @@ class Pages:
         holding = self._holdings.get(holder)
         return holding.count if holding else 0
 
+    def own(self, holder: str) -> int:
+        """How many pages are in the holder's state; others of its table were bound by somebody else. 0 if unknown."""
+        holding = self._holdings.get(holder)
+        return holding.own if holding else 0
+
     def promise(self, holder: str, count: int, state: Owner) -> None:
         """Set `count` more pages aside for `holder`, whose pages will be in `state`."""
         if count < 0 or count > self.available:
@@ -276,17 +281,23 @@ class Pages:
         """
         return count - self._prefixes.kept(hashes)
 
-    def share(self, holder: str, hashes: Sequence[int], state: Owner) -> int:
+    def share(self, holder: str, hashes: Sequence[int], state: Owner, *, promised: bool = False) -> int:
         """Start the table of `holder`, which has no page yet, with the leading cached pages; returns how many.
 
-        Fewer than are cached where the rest is promised to others. A promise of the holder is left as it is.
+        Fewer than are cached where the rest is promised to others. A promise of the holder is left as it is, unless
+        it was `promised` these pages, too: then they are taken from it first, as by `bind`.
         """
         holding = self._holdings.get(holder)
         if holding is not None and holding.count:
             raise LocalError(f"share for {holder}: it holds {holding.count} pages, want none")
         holding = self._holding(holder, state)
-        holding.prefix, woken = self._prefixes.share(hashes, self.available)
+        promise = holding.promised if promised else 0
+        holding.prefix, woken = self._prefixes.share(hashes, self.available + promise)
         holding.shared = holding.prefix.stop
+        if promise:
+            used = min(promise, holding.shared)
+            holding.promised -= used
+            self._promised -= used
         for piece in reversed(list(holding.prefix.path())):
             holding.append(piece.runs, len(piece.hashes))
         self._counts[Owner.SHARED] += woken

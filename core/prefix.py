@@ -1,8 +1,8 @@
 """Which full pages hold which prefix, who uses them, and which of those nobody uses goes first, pure.
 
 A full page is named by a chained 64-bit hash: the hash of page i covers the tokens of pages 0 to i and a salt of the
-tenant, so that equal hashes mean equal prefixes, and one tenant never learns what another one asked. The hashes are
-computed elsewhere; here they are numbers.
+tenant (`page_hashes`), so that equal hashes mean equal prefixes, and one tenant never learns what another one asked.
+The tree itself takes them as numbers.
 
 Prefixes form a tree (as in RadixAttention of SGLang), whose nodes are *pieces*: pages in a row that were always used
 together. Because hashes are chained, a piece matches as a whole when its last hash does, so that using a prefix costs
@@ -14,10 +14,27 @@ what is before an idle piece is in use, pinned, or idle and reclaimed later. So 
 
 from __future__ import annotations
 
+import struct
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 
 from core.free import Run, cut_head, cut_tail, extend
+
+
+def page_hashes(tokens: Sequence[int], page_tokens: int, salt: str = "") -> tuple[int, ...]:
+    """A name for each full page of a prompt, 64 bits wide; the same in every process.
+
+    BLAKE2b over the hash before, of `salt` for the first page, and the page's tokens as 4 bytes each. Whoever may
+    share pages has the same salt.
+    """
+    before = blake2b(salt.encode(), digest_size=8).digest()
+    whole, page = struct.pack(f"<{len(tokens)}i", *tokens), 4 * page_tokens
+    hashes = []
+    for at in range(0, len(whole) - page + 1, page):
+        before = blake2b(before + whole[at : at + page], digest_size=8).digest()
+        hashes.append(int.from_bytes(before, "little"))
+    return tuple(hashes)
 
 
 class Piece:

@@ -173,7 +173,8 @@ class Gateway:
         arrived_at = self._driver.now()
         try:
             most = self._router.most_tokens()
-            request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most)
+            pages = self._router.page_tokens if self._config.prefix_cache else 0
+            request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most, pages)
             if request.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {request.id!r} is live")
         except RequestError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from core.config import GatewayConfig
 from core.errors import RequestError
+from core.prefix import page_hashes
 from core.request import Request, Slo
 from core.sampling import Sampling
 from gateway.chat import ChatTemplate
@@ -91,12 +92,17 @@ class Intake:
         return self.ids("token_ids", ids)
 
     def request(
-        self, asked: inference_pb2.GenerateRequest, remaining_s: float | None, most_tokens: MostTokens
+        self,
+        asked: inference_pb2.GenerateRequest,
+        remaining_s: float | None,
+        most_tokens: MostTokens,
+        page_tokens: int = 0,
     ) -> tuple[Request, tuple[str, ...]]:
         """The request and its stop strings; without `max_tokens` it may fill the context or the largest decode worker.
 
         `remaining_s` is the call's deadline, `most_tokens` says the largest `max_tokens` that
-        workers have room for, given the prompt's tokens and `n`.
+        workers have room for, given the prompt's tokens and `n`. Pages of so many tokens are named, for those who keep
+        them; 0: none is, and nothing of this prompt is kept or taken from others. Tenants share nothing.
         """
         self.model(asked.model)
         prompt = self.tokens(asked.WhichOneof("prompt"), asked)
@@ -161,7 +167,10 @@ class Intake:
         for field in ("session", "tenant", "group", "tool"):
             self._short(f"hints.{field}", getattr(hints, field))
         self._short("request_id", name)
-        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(hints)), stops
+        # A prompt whose logprobs are wanted is computed in full.
+        named = page_tokens > 0 and sampling.prompt_logprobs is None
+        prefix = page_hashes(prompt, page_tokens, hints.tenant) if named else ()
+        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(hints), prefix=prefix), stops
 
     def _short(self, field: str, name: str) -> None:
         """Names travel with every offer and stand in every log line."""

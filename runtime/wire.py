@@ -187,8 +187,8 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(failed=worker_pb2.Failed(ticket=ticket, code=code, message=why, stages=told))]
         case m.Reserve(_, request):
             return [Frame(reserve=worker_pb2.Reserve(ticket=ticket, request=_meta(request), prompt=request.prompt))]
-        case m.Grant():
-            return [Frame(grant=worker_pb2.Grant(ticket=ticket))]
+        case m.Grant(_, cached_pages):
+            return [Frame(grant=worker_pb2.Grant(ticket=ticket, cached_pages=cached_pages))]
         case m.Refuse(_, reason):
             return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
         case m.Ready(_, first_page, runs, digests, firsts):
@@ -277,7 +277,7 @@ class Reader:
                 reserve = frame.reserve
                 return m.Reserve(_ticket_from(reserve.ticket), _request(reserve.request, tuple(reserve.prompt)))
             case "grant":
-                return m.Grant(_ticket_from(frame.grant.ticket))
+                return m.Grant(_ticket_from(frame.grant.ticket), frame.grant.cached_pages)
             case "refuse":
                 return m.Refuse(_ticket_from(frame.refuse.ticket), frame.refuse.reason)
             case "ready":

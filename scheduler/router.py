@@ -110,6 +110,11 @@ class Router:
         """What the deployment lacks to serve anything, None if nothing."""
         return self._workers.missing()
 
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page whose hash workers know it by; 0 while nobody is there."""
+        return self._workers.page_tokens if len(self._workers.prefills) else 0
+
     def most_tokens(self) -> MostTokens:
         """What workers have room for, as of now."""
         return self._workers.most_tokens()

@@ -164,6 +164,8 @@ class Pull:
     """What a hand-off cost."""
 
     nbytes: int
+    cached_tokens: int
+    """Of the prompt, whose pages were here already and were not read."""
     runs: int
     read_s: float
     """Time the reads took, added up."""
@@ -204,7 +206,10 @@ class _Taking:
     state: State = State.ASKED
     granted_at: float = 0.0
     ready_at: float | None = None
+    cached_pages: int = 0
+    """Leading pages that were here already."""
     announced_pages: int = 0
+    """These and all announced since."""
     verified_pages: int = 0
     firsts: tuple[First, ...] = ()
     offer: OfferMigration | None = None
@@ -293,13 +298,13 @@ class Sink:
         for key, taking in self._taking.items():
             assert key == taking.ticket.key
             assert self._deadlines.rank(key) == taking.deadline
-            assert taking.verified_pages <= taking.announced_pages
+            assert taking.cached_pages <= taking.verified_pages <= taking.announced_pages
             assert taking.state is State.PULLING or not taking.announced_pages, "bound pages before the grant"
             assert len(self._ledger.pages(key)) == taking.announced_pages
             assert taking.reads == {read_id for read_id, piece in self._pieces.items() if piece.key == key}
         assert self._doubt.keys().isdisjoint(self._pieces), "a read is both awaited and abandoned"
         assert self._fencing <= self._doubt.keys() == self._doubtful_source.keys()
-        doubtful = sum(len(self._ledger.pages(holder)) for holder in set(self._doubt.values()))
+        doubtful = sum(self._ledger.own(holder) for holder in set(self._doubt.values()))
         assert doubtful == self._ledger.counts()[Owner.IN_DOUBT]
 
     def _asked(self, ticket: Ticket, request: Request, offer: OfferMigration | None, now: float) -> list[SinkCommand]:
@@ -319,7 +324,15 @@ class Sink:
             self._drop(event.key)
             return [SendToSource(Refuse(taking.ticket, event.reason))]
         taking.state, taking.granted_at = State.PULLING, now
-        return [SendToSource(Grant(taking.ticket))]
+        cached = 0
+        if taking.offer is None and (prefix := self._prefix(taking)):
+            cached = self._ledger.share(event.key, prefix, Owner.PULLING, promised=True)
+            taking.cached_pages = taking.announced_pages = taking.verified_pages = cached
+        return [SendToSource(Grant(taking.ticket, cached))]
+
+    def _prefix(self, taking: _Taking) -> tuple[int, ...]:
+        """The names of the prompt's full pages, as far as it has names."""
+        return taking.request.prefix[: len(taking.request.prompt) // self._shape.page_tokens]
 
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
@@ -404,9 +417,12 @@ class Sink:
         key = taking.ticket.key
         self._drop(key)
         self._ledger.move(key, Owner.DECODING)
+        if prefix := self._prefix(taking):
+            self._ledger.name(key, prefix)
         assert taking.ready_at is not None
         pull = Pull(
-            taking.verified_pages * self._page_nbytes,
+            (taking.verified_pages - taking.cached_pages) * self._page_nbytes,
+            taking.cached_pages * self._shape.page_tokens,
             taking.runs,
             taking.read_s,
             now - taking.ready_at,

@@ -186,6 +186,8 @@ class _Giving:
     carried: Carried | None = None
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
+    cached_pages: int = 0
+    """The sink has them."""
     announced_pages: int = 0
     announced_at: float = 0.0
 
@@ -252,7 +254,8 @@ class Source:
         for key, giving in self._giving.items():
             assert key == giving.ticket.key
             assert self._deadlines.rank(key) == giving.deadline
-            assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages <= len(giving.pages)
+            assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages
+            assert giving.asked_pages <= max(len(giving.pages), giving.cached_pages)
             assert giving.state is not State.ASKED or giving.announced_pages == 0, "announced without a grant"
             if giving.state is State.ANNOUNCED:
                 assert giving.complete
@@ -266,6 +269,8 @@ class Source:
         after = TRANSITIONS[step]
         if after is not None:
             giving.state = after
+            if isinstance(message, Grant):
+                self._granted(giving, message.cached_pages)
             if giving.moves:
                 return [MoveAsked(ticket.key)]
             return [GrantCame(ticket.key), *self._announce(giving, now)]
@@ -278,6 +283,13 @@ class Source:
             return [HandOffEnded(ticket.key, taken=False, reason=message.reason)]
         return [HandOffEnded(ticket.key, taken=True, taken_s=now - giving.announced_at)]
 
+    def _granted(self, giving: _Giving, cached_pages: int) -> None:
+        """Pages that the sink has need no digest, unless some are being computed."""
+        giving.cached_pages = min(max(0, cached_pages), len(giving.request.prompt) // self._shape.page_tokens)
+        if len(giving.digests) == giving.asked_pages < giving.cached_pages:
+            giving.digests += [0] * (giving.cached_pages - giving.asked_pages)
+            giving.asked_pages = giving.cached_pages
+
     def _sealed(self, event: Sealed, now: float) -> list[SourceCommand]:
         """Ask for digests of what became whole: full pages, and the open last page only when the prompt is complete."""
         giving = self._giving.get(event.key)
@@ -289,9 +301,9 @@ class Source:
         giving.firsts, giving.carried = event.firsts, event.carried
         whole = event.tokens // self._shape.page_tokens
         upto = self._shape.pages_for(event.tokens) if giving.complete else whole
-        if upto == giving.asked_pages:
-            # Of a row that stopped where a page ends nothing may be left to read.
-            return self._announce(giving, now) if giving.moves and giving.complete else []
+        if upto <= giving.asked_pages:
+            # Nothing is left to read of a row that stopped where a page ends, or if the sink has all of it.
+            return self._announce(giving, now) if giving.complete else []
         first, giving.asked_pages = giving.asked_pages, upto
         tokens = min(event.tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
         return [Digest(event.key, first, event.pages[first:upto], tokens)]
@@ -299,9 +311,9 @@ class Source:
     def _announce(self, giving: _Giving, now: float) -> list[SourceCommand]:
         if giving.state is not State.GRANTED:
             return []
-        first, upto = giving.announced_pages, len(giving.digests)
+        first, upto = max(giving.announced_pages, giving.cached_pages), len(giving.digests)
         last = bool(giving.firsts) and upto == self._shape.pages_for(giving.sealed_tokens)
-        if first == upto and not last:
+        if first >= upto and not last:
             return []
         giving.announced_pages, giving.announced_at = upto, now
         if last:

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from core.errors import LocalError
 from core.kv import page_runs
 from core.pages import Owner, Pages
+from core.prefix import page_hashes
 from tests.cast import efforts
 
 HELD = [Owner.PREFILLING, Owner.DECODING]
@@ -53,6 +54,22 @@ def test_a_released_prefix_stays_cached_and_available():
     assert [ledger.cached(chain(text)) for text in ("abc", "abcd", "ab", "abx", "x", "")] == [3, 3, 2, 2, 0, 0]
 
 
+def test_full_pages_have_names_that_stand_for_all_before_them():
+    tokens = tuple(range(100, 140))
+    names = page_hashes(tokens, 16)
+    assert names == (0xCDD4C7547C5355C8, 0xD596DA4C0FDD09F0), "the same in every process and version"
+    assert page_hashes(tokens[:32], 16) == names
+    assert page_hashes(tokens[:31], 16) == names[:1]
+    assert page_hashes(tokens[:15], 16) == ()
+    others = [
+        page_hashes((*tokens[:15], 999, *tokens[16:]), 16),
+        page_hashes((*tokens[:16], 999, *tokens[17:]), 16),
+        page_hashes(tokens, 16, "tenant"),
+        page_hashes(tokens, 8)[1::2],
+    ]
+    assert [len(set(names) & set(other)) for other in others] == [0, 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("asked", "hit"), [("abcd", 4), ("abcdef", 4), ("ab", 2), ("abx", 2), ("a", 1), ("xabcd", 0), ("", 0)]
 )
@@ -69,6 +86,20 @@ def test_a_table_starts_with_the_leading_pages_that_are_cached(asked, hit):
     }
     assert ledger.release("b") == hit + 2
     assert states(ledger) == {"free": 6, "cached": 4}
+
+
+def test_who_was_promised_memory_may_share_out_of_the_promise():
+    ledger = Pages(10)
+    cached(ledger, "abcd")
+    ledger.promise("b", 6, Owner.PULLING)
+    ledger.promise("c", 4, Owner.PULLING)
+    assert ledger.share("b", chain("abcdef"), Owner.PULLING, promised=True) == 4
+    assert (ledger.promised, ledger.available) == (6, 0)
+    assert ledger.share("c", chain("abcdef"), Owner.PULLING, promised=True) == 4
+    assert (ledger.promised, ledger.available) == (2, 4), "these are in use already"
+    ledger.bind("b", 2, Owner.PULLING)
+    assert (ledger.own("b"), ledger.own("c"), ledger.own("?")) == (2, 0, 0)
+    ledger.check()
 
 
 def test_a_shared_page_has_the_state_of_who_bound_it_then_shared_then_cached():

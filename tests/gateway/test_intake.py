@@ -9,6 +9,7 @@ import pytest
 
 from core.config import GatewayConfig
 from core.errors import RequestError
+from core.prefix import page_hashes
 from core.sampling import Sampling
 from gateway.intake import Intake, ModelFacts
 from gateway.text import Tokenizer
@@ -173,3 +174,14 @@ def test_a_request_without_goals_gets_the_deployments(tokenizer):
     made.slo.gap_s = 0.5
     request, _ = intake(tokenizer, ttft_s=2.0, gap_s=0.1).request(made, None, nobody)
     assert (request.slo.ttft_s, request.slo.gap_s) == (2.0, 0.5)
+
+
+def test_the_pages_of_a_prompt_are_named_for_its_tenant(tokenizer):
+    here = intake(tokenizer)
+    plain = here.request(asked(max_tokens=5), None, nobody, 8)[0]
+    mine = here.request(asked(max_tokens=5, hints={"tenant": "mine"}), None, nobody, 8)[0]
+    assert plain.prefix == page_hashes(plain.prompt, 8)
+    assert mine.prefix == page_hashes(plain.prompt, 8, "mine")
+    assert len(plain.prefix) == 2
+    assert here.request(asked(max_tokens=5, prompt_logprobs=1), None, nobody, 8)[0].prefix == ()
+    assert here.request(asked(max_tokens=5), None, nobody)[0].prefix == ()

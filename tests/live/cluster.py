@@ -260,14 +260,14 @@ class Live:
         return time.monotonic() - started
 
     def held(self) -> list[str]:
-        """What workers hold, beside free and scratch pages."""
+        """What workers hold, beside free and scratch pages and those that are kept for their prefix."""
         found = []
         for each in self.workers:
             if each.process.poll() is not None:
                 continue
             for (key, labels), value in self.metrics(each.name).items():
                 state = dict(labels).get("state", "")
-                kept = key == "baton_pages" and state not in ("free", "scratch")
+                kept = key == "baton_pages" and state not in ("free", "scratch", "cached")
                 if value and (kept or key == "baton_pages_promised"):
                     found.append(f"{each.name} {key} {state} {value:g}")
         return found
@@ -406,6 +406,22 @@ def session(leader: int) -> list[int]:
                 if int(fields[3]) == leader and fields[0] != "Z":
                     found.append(int(entry))
     return found
+
+
+def several(
+    live: Live, request: inference_pb2.GenerateRequest, seen: Callable[[list[Reply]], None] = lambda replies: None
+) -> list[Reply]:
+    """One reply a continuation; `seen` is told whenever something came."""
+
+    async def run() -> list[Reply]:
+        replies = [Reply() for _ in range(request.n)]
+        async with Client(live.gateway) as client:
+            async for response in client.responses(request, Reply()):
+                replies[response.index].take(response)
+                seen(replies)
+        return replies
+
+    return asyncio.run(run())
 
 
 async def together(*replies: Awaitable[Reply]) -> list[Reply]:

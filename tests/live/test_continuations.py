@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from core.sampling import Sampling
-from protos.baton.v1 import inference_pb2
 from tests.live.asks import ENDS, prompt
-from tests.live.cluster import Client, Live, Reference, Reply, ask
+from tests.live.cluster import Reference, Reply, ask, several
 
 SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 77}
 
@@ -30,22 +27,6 @@ def forks(launch, model):
 @pytest.fixture(scope="module")
 def reference(model):
     return Reference(model, dtype="float32", exact=True)
-
-
-def several(
-    live: Live, request: inference_pb2.GenerateRequest, seen: Callable[[list[Reply]], None] = lambda replies: None
-) -> list[Reply]:
-    """One reply a continuation; `seen` is told whenever something came."""
-
-    async def run() -> list[Reply]:
-        replies = [Reply() for _ in range(request.n)]
-        async with Client(live.gateway) as client:
-            async for response in client.responses(request, Reply()):
-                replies[response.index].take(response)
-                seen(replies)
-        return replies
-
-    return asyncio.run(run())
 
 
 def check(replies: list[Reply], tokens: tuple[int, ...], sampling: Sampling, reference: Reference) -> None:

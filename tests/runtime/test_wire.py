@@ -109,7 +109,7 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts, st.booleans()),
     m.Failed: st.builds(m.Failed, tickets, text, text, stages),
     m.Reserve: st.builds(m.Reserve, tickets, requests),
-    m.Grant: st.builds(m.Grant, tickets),
+    m.Grant: st.builds(m.Grant, tickets, st.integers(0, 2**31 - 1)),
     m.Refuse: st.builds(m.Refuse, tickets, text),
     m.Ready: st.builds(m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), firsts),
     m.Taken: st.builds(m.Taken, tickets),

@@ -308,10 +308,12 @@ class Reserve(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("ticket",)
+    __slots__ = ("ticket", "cached_pages")
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+    cached_pages: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached_pages: _Optional[int] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("ticket", "reason")
