@@ -85,11 +85,12 @@ def test_every_logit_is_bit_equal_to_one_process(exact, how, cases):
 
 def test_both_prefill_workers_compute_and_nothing_is_computed_twice(exact):
     live, _ = exact
+    first, second = ([case(length, 8, number) for length in LENGTHS] for number in (100, 200))  # nobody has them yet
     before = {name: live.metric(name, "baton_prefill_tokens") for name in ("prefill-0", "prefill-1")}
-    asyncio.run(one_by_one(live, CROWD[:8]))
+    asyncio.run(one_by_one(live, first))
     after = {name: live.metric(name, "baton_prefill_tokens") - count for name, count in before.items()}
-    assert sum(after.values()) == sum(len(each.prompt) for each in CROWD[:8])
-    asyncio.run(at_once(live, CROWD[:8]))
+    assert sum(after.values()) == sum(len(each.prompt) for each in first)
+    asyncio.run(at_once(live, second))
     assert all(live.metric(name, "baton_prefill_tokens") > before[name] + count for name, count in after.items())
 
 
