@@ -149,7 +149,7 @@ def test_every_byte_arrives_over_the_whole_matrix(heads):
             stop = rng.randint(start + 1, min(MOST, start + 90))
             source = layout(heads, source_tp, source_size, source_stages, head_dim=1)
             sink = layout(heads, sink_tp, sink_size, sink_stages, head_dim=1)
-            world = World(source, sink, start, stop, rng.random(), rng.choice([1, 3, 99]))
+            world = World(source, sink, start, stop, rng.randrange(2**32), rng.choice([1, 3, 99]))
             wanted = world.wanted()
             assert same(world.read(), wanted), case
             assert same(world.staged(rng.randint(1, 2000)), wanted), case
@@ -278,6 +278,7 @@ def test_32_thousand_tokens_of_a_large_model_are_a_handful_of_strides():
     sink = replace(source, tp=8)
     for ranges in reshard(source, sink, range(512), range(100, 612), 0, 32768):
         assert [(each.count, each.nbytes) for each in ranges] == [(81920, 16384)]
+        assert ranges[0].axes == (Axis(81920, 32768, 16384),)
     smaller = Layout(replace(source.kv, page_tokens=16), 4)
     for ranges in reshard(smaller, sink, range(2048), range(512), 0, 32768):
         assert [(each.count, each.nbytes) for each in ranges] == [(327680, 4096)]
