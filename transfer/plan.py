@@ -38,6 +38,8 @@ from numpy.typing import NDArray
 
 from core.errors import LocalError
 from core.kv import KvShape
+from core.quick import quick_init
+from transfer.transport import Span
 
 Offsets = NDArray[np.int64]
 Bytes = memoryview | NDArray[Any]
@@ -95,6 +97,7 @@ class Axis(NamedTuple):
     sink: int
 
 
+@quick_init
 @dataclass(frozen=True, slots=True)
 class Ranges:
     """Byte ranges of equal length at regular distances, from one memory into another.
@@ -214,6 +217,16 @@ def misfit(source: Layout, sink: Layout) -> str | None:
         if got != want:
             return f"{field}: got {got} at the source, want {want} as the sink has"
     return None
+
+
+def spans(ranges: Iterable[Ranges]) -> list[Span]:
+    """All ranges one by one, as `Transport.read_spans` takes them; those of one source rank, that is."""
+    found: list[Span] = []
+    for each in ranges:
+        nbytes = each.nbytes
+        source, sink = (side.tolist() for side in each.offsets())
+        found += [Span(a, b, nbytes) for a, b in zip(source, sink, strict=True)]
+    return found
 
 
 def copy(ranges: Iterable[Ranges], source: Bytes, sink: Bytes) -> None:
