@@ -196,6 +196,7 @@ def reshard(
     stop = min(-(-stop // size) * size for size in sides)
     tables = np.asarray(source_pages, dtype=np.int64), np.asarray(sink_pages, dtype=np.int64)
     strips: dict[tuple[int, int], list[_Strip]] = {}
+    known: dict[_Pattern, list[Ranges]] = {}
     plans: list[tuple[Ranges, ...]] = []
     givers = source.shards()
     for taker in sink.shards():
@@ -205,7 +206,7 @@ def reshard(
             if part is not None:
                 if part not in strips:
                     strips[part] = _strips(sides, tables, start, part)
-                found += _between(giver, taker, strips[part])
+                found += _between(giver, taker, part, strips[part], known)
         plans.append(tuple(found))
     return tuple(plans)
 
@@ -330,6 +331,8 @@ class _Strip(NamedTuple):
 
 
 _NEXT_PAGE = _Place(1, 0, 1, 0)
+_Pattern = tuple[KvShape, KvShape, int, int, tuple[int, int]]
+"""Both shapes, layers, heads, and which tokens."""
 
 
 def _part(giver: Shard, taker: Shard, start: int, stop: int, unit: int) -> tuple[int, int] | None:
@@ -386,30 +389,51 @@ def _fold(strips: list[_Strip], only: _Place | None = None) -> list[_Strip]:
     return folded
 
 
-def _between(giver: Shard, taker: Shard, strips: list[_Strip]) -> list[Ranges]:
-    """The strips' ranges between two ranks: of the layers and heads that both hold."""
+def _between(
+    giver: Shard,
+    taker: Shard,
+    part: tuple[int, int],
+    strips: list[_Strip],
+    known: dict[_Pattern, list[Ranges]],
+) -> list[Ranges]:
+    """The strips' ranges between two ranks: of the layers and heads that both hold.
+
+    Between other ranks of the same shapes they lie in the same pattern, which is `known` then.
+    """
     layers = _overlap(giver.first_layer, giver.shape.layers, taker.first_layer, taker.shape.layers)
     heads = _overlap(giver.first_head, giver.shape.kv_heads, taker.first_head, taker.shape.kv_heads)
-    row = giver.shape.row_nbytes
-    source_page, sink_page = giver.shape.page_nbytes, taker.shape.page_nbytes
-    source_head, sink_head = giver.shape.page_tokens * row, taker.shape.page_tokens * row
-    source_lane, sink_lane = giver.shape.kv_heads * source_head, taker.shape.kv_heads * sink_head
-    source_first = (layers.start - giver.first_layer) * 2 * source_lane + (heads.start - giver.first_head) * source_head
-    sink_first = (layers.start - taker.first_layer) * 2 * sink_lane + (heads.start - taker.first_head) * sink_head
-    lanes = (Axis(len(layers) * 2, source_lane, sink_lane), Axis(len(heads), source_head, sink_head))
+    key = giver.shape, taker.shape, len(layers), len(heads), part
+    if key not in known:
+        known[key] = _pattern(giver.shape, taker.shape, len(layers), len(heads), strips)
+    source, sink = (
+        ((layers.start - side.first_layer) * 2 * side.shape.kv_heads + heads.start - side.first_head)
+        * side.shape.page_tokens
+        * side.shape.row_nbytes
+        for side in (giver, taker)
+    )
+    rank = giver.rank
+    return [Ranges(rank, each.source + source, each.sink + sink, each.nbytes, each.axes) for each in known[key]]
+
+
+def _pattern(source: KvShape, sink: KvShape, layers: int, heads: int, strips: list[_Strip]) -> list[Ranges]:
+    """The strips' ranges of so many layers and heads, as if they were the first of both sides."""
+    row = source.row_nbytes
+    source_page, sink_page = source.page_nbytes, sink.page_nbytes
+    source_head, sink_head = source.page_tokens * row, sink.page_tokens * row
+    lanes = (
+        Axis(layers * 2, source.kv_heads * source_head, sink.kv_heads * sink_head),
+        Axis(heads, source_head, sink_head),
+    )
+
+    def axis(times: int, step: _Place) -> Axis:
+        a, b, c, d = step
+        return Axis(times, a * source_page + b * row, c * sink_page + d * row)
+
     found: list[Ranges] = []
-    for at, tokens, steps in strips:
-        axes = tuple(
-            Axis(
-                count,
-                step.source_page * source_page + step.source_token * row,
-                step.sink_page * sink_page + step.sink_token * row,
-            )
-            for count, step in steps
-        )
-        first = at.source_page * source_page + at.source_token * row + source_first
-        target = at.sink_page * sink_page + at.sink_token * row + sink_first
-        found.append(Ranges(giver.rank, first, target, tokens * row, axes + lanes).joined())
+    for (a, b, c, d), tokens, steps in strips:
+        axes = tuple([axis(*step) for step in steps])
+        first, target = a * source_page + b * row, c * sink_page + d * row
+        found.append(Ranges(0, first, target, tokens * row, axes + lanes).joined())
     return found
 
 
@@ -424,14 +448,14 @@ def _staged(ranges: list[Ranges]) -> list[Staged]:
         for each in ranges:
             if each.rank == rank:
                 pack, unpack = [], []
-                step = each.total_nbytes
-                for axis in each.axes:
-                    step //= axis.times
-                    pack.append(axis._replace(sink=step))
-                    unpack.append(axis._replace(source=step))
-                packs.append(replace(each, sink=nbytes, axes=tuple(pack)).joined())
-                unpacks.append(replace(each, source=at + nbytes, axes=tuple(unpack)).joined())
-                nbytes += each.total_nbytes
+                total = step = each.total_nbytes
+                for times, source, sink in each.axes:
+                    step //= times
+                    pack.append(Axis(times, source, step))
+                    unpack.append(Axis(times, step, sink))
+                packs.append(Ranges(rank, each.source, nbytes, each.nbytes, tuple(pack)).joined())
+                unpacks.append(Ranges(rank, at + nbytes, each.sink, each.nbytes, tuple(unpack)).joined())
+                nbytes += total
         found.append(Staged(rank, at, nbytes, tuple(packs), tuple(unpacks)))
         at += nbytes
     return found
