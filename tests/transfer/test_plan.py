@@ -255,6 +255,14 @@ def test_replicas_that_meet_replicas_read_whole_runs():
     assert [[(each.rank, each.count) for each in ranges] for ranges in plans] == [[(rank, 1)] for rank in range(8)]
 
 
+def test_a_share_is_of_whole_pages():
+    """7 pages of one head from 8 replicas: one page each, and one of them gives none."""
+    ((*ranges,),) = reshard(layout(1, 8, 16), layout(1, 1, 16), range(7), range(7), 0, 100)
+    page = layout(1, 1, 16).kv.page_nbytes
+    assert [(each.source, each.total_nbytes) for each in ranges] == [(n * page, page) for n in range(7)]
+    assert len({each.rank for each in ranges}) == 7
+
+
 def test_ranks_and_replicas_are_where_the_docstring_says():
     shards = Layout(KvShape(5, 2, 4, 16, "float32"), 4, (2, 3)).shards()
     assert [(s.rank, s.first_layer, s.shape.layers, s.first_head, s.shape.kv_heads, s.replica) for s in shards] == [
