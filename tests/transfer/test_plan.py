@@ -301,6 +301,7 @@ def test_32_thousand_tokens_of_a_large_model_are_a_handful_of_strides():
         pytest.param((4, 16), (8, 64), 4, Cost(ask_s=1e-2), False, id="too few to ask for"),
         pytest.param((4, 16), (8, 64), 2048, Cost(range_s=1e-7), False, id="a lane that minds no pieces"),
         pytest.param((4, 64), (8, 64), 512, Cost(range_s=1.2e-5), True, id="a lane that does"),
+        pytest.param((4, 16), (8, 64), 2048, Cost(range_s=1.8e-6), False, id="pieces that cost something to copy"),
     ],
 )
 def test_pieces_are_packed_where_that_is_cheaper(source, sink, pages, cost, staged):
