@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -46,7 +47,7 @@ def member_like(live, name):
 
 
 def test_a_worker_of_another_layout_ends_with_the_sentence(live):
-    wrong = {
+    wrong: dict[str, dict[str, Any]] = {
         "kv.page_tokens: got 32 from stranger, want 16 as": {"page_tokens": 32},
         "kv.dtype: got bfloat16 from stranger, want float32 as": {"dtype": "bfloat16"},
     }

@@ -47,16 +47,15 @@ class World:
         self.kv = np.random.default_rng(seed).integers(
             0, 256, (source.kv.layers, 2, source.kv.kv_heads, MOST + 64, source.kv.row_nbytes), dtype=np.uint8
         )
-        self.tables = []
-        for side in (source, sink):
-            size = side.kv.page_tokens
-            self.tables.append(table(rng, -(-stop // size) - start // size, fragments))
+        sizes = source.kv.page_tokens, sink.kv.page_tokens
+        ours, theirs = (table(rng, -(-stop // size) - start // size, fragments) for size in sizes)
+        self.tables = ours, theirs
         pages = max(max(self.tables[0]), max(self.tables[1])) + 2
         self.given = [self.arena(shard, pages, 0xAA) for shard in source.shards()]
         self.taken = [self.arena(shard, pages, 0x55) for shard in sink.shards()]
         for shard, arena in zip(source.shards(), self.given, strict=True):
             self.place(shard, arena, self.tables[0], 0, MOST + 64)
-        self.plans = reshard(source, sink, *self.tables, start, stop)
+        self.plans = reshard(source, sink, ours, theirs, start, stop)
 
     def arena(self, shard, pages, filling):
         shape = shard.shape
@@ -92,7 +91,7 @@ class World:
         arenas = [np.copy(arena) for arena in self.taken]
         for arena, ranges in zip(arenas, self.plans, strict=True):
             for each in ranges:
-                copy([each], memoryview(self.given[each.rank]).cast("B"), arena)
+                copy([each], self.given[each.rank].data.cast("B"), arena)
         return arenas
 
     def staged(self, room):
@@ -107,7 +106,7 @@ class World:
                     copy(each.pack, self.given[each.rank], packed)
                     buffer[each.at : each.at + each.nbytes] = packed
                 for each in reads:
-                    copy(each.unpack, memoryview(buffer), arena)
+                    copy(each.unpack, buffer.data, arena)
         return arenas
 
 
@@ -195,11 +194,11 @@ def test_no_neighbours_are_left_apart(world):
 @settings(STEADY, max_examples=40)
 def test_alike_layouts_give_the_page_runs_that_a_plain_read_has(tp, heads, stop, seed, fragments):
     world = World(layout(heads, tp, 16, (1, 2)), layout(heads, tp, 16, (1, 2)), 0, stop, seed, fragments)
-    runs = [page_runs(pages) for pages in world.tables]
+    ours, theirs = (page_runs(pages) for pages in world.tables)
     for shard, given_, taken, ranges in zip(world.sink.shards(), world.given, world.taken, world.plans, strict=True):
         size = shard.shape.page_nbytes
         card = Card("inprocess", "p#1", 0, size, given_.nbytes // size, 0, b"")
-        spans = plan(Arena(memoryview(taken).cast("B"), size), card, *runs)
+        spans = plan(Arena(memoryview(taken).cast("B"), size), card, ours, theirs)
         found = [(int(a), int(b), each.nbytes) for each in ranges for a, b in zip(*each.offsets(), strict=True)]
         assert found == [(span.source, span.target, span.nbytes) for span in spans]
         assert {each.rank for each in ranges} == {shard.rank}
@@ -306,9 +305,9 @@ def test_32_thousand_tokens_of_a_large_model_are_a_handful_of_strides():
 )
 def test_pieces_are_packed_where_that_is_cheaper(source, sink, pages, cost, staged):
     shape = KvShape(80, 8, 128, 64, "bfloat16")
-    layouts = [Layout(replace(shape, page_tokens=size), tp) for tp, size in (source, sink)]
+    ours, theirs = (Layout(replace(shape, page_tokens=size), tp) for tp, size in (source, sink))
     tokens = pages * source[1]
-    ranges = reshard(*layouts, range(pages), range(tokens // sink[1]), 0, tokens)[0]
+    ranges = reshard(ours, theirs, range(pages), range(tokens // sink[1]), 0, tokens)[0]
     rounds = choose(ranges, 2**30, cost)
     assert (rounds is not None) == staged
     if rounds is not None:
