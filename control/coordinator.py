@@ -77,7 +77,8 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         try:
             verdict = self._ask(Joining(wire.member_from(request.member)))
         except RemoteError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            log.warning("turned %r away: %s", request.member.identity[:99], error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         match verdict:
             case Turned(identity, reason):
                 log.warning("turned %s away: %s", identity, reason)

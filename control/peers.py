@@ -18,7 +18,7 @@ from runtime import rpc, streams, wire
 from runtime.driver import Driver
 from runtime.streams import SILENCE_S, Dials, Stream
 from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
-from scheduler.membership import mismatch
+from scheduler.membership import mismatch, stranger
 
 log = logging.getLogger("baton.peers")
 
@@ -28,11 +28,12 @@ class Gateways:
 
     def __init__(
         self,
-        me: Identity,
+        me: Member,
         driver: Driver,
         heard: Callable[[Identity, Message], None],
         lost: Callable[[Identity], None],
     ) -> None:
+        self._me = me
         self._driver = driver
         self._heard = heard
         self._lost = lost
@@ -64,6 +65,8 @@ class Gateways:
         member = stream.peer.member
         if member.role is not Role.GATEWAY:
             raise RemoteError(f"role: got {member.role} on a gateway's stream")
+        if (why := stranger(self._me, member)) is not None:
+            raise RemoteError(why)
         self._streams.pop(member.identity, None)
         self._driver.post("gateways", Connected(member.identity))
         self._streams[member.identity] = stream

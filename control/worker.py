@@ -147,7 +147,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _seat(self, engine: Engine, role: Role) -> None:
         config, driver = self._config, self._driver
-        self._gateways = Gateways(self._me, driver, self._gateway_heard, self._gateway_lost)
+        self._gateways = Gateways(self._base, driver, self._gateway_heard, self._gateway_lost)
         self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
         self._handoff = HandOffShell(
             self._me,

@@ -15,6 +15,7 @@ from runtime import rpc, streams, wire
 from runtime.driver import Driver
 from runtime.streams import SILENCE_S, Dials, Stream
 from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
+from scheduler.membership import stranger
 from scheduler.router_events import WorkerDown, WorkerUp
 
 log = logging.getLogger("baton.sessions")
@@ -63,11 +64,8 @@ class Sessions:
     def opened(self, stream: Stream) -> None:
         assert stream.peer is not None
         member = stream.peer.member
-        ours = self._greeting.member
-        for field in ("protocol", "model", "fingerprint"):
-            if getattr(member, field) != getattr(ours, field):
-                got, want = getattr(member, field), getattr(ours, field)
-                raise RemoteError(f"{field}: got {got} from {member.identity.name}, want {want}")
+        if (why := stranger(self._greeting.member, member)) is not None:
+            raise RemoteError(why)
         self._streams[member.identity] = stream
         self._driver.post("workers", Connected(member.identity))
         self._settle(member.identity)

@@ -9,7 +9,7 @@ from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import Logprobs, Sampling
-from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 
@@ -39,10 +39,11 @@ def hello(greeting: Greeting) -> Frame:
 
 
 def greeting(frame: Frame) -> Greeting:
-    """The inverse of `hello`; raises RemoteError on any other frame."""
+    """The inverse of `hello`; raises RemoteError on any other frame, and on one of another protocol version."""
     if frame.WhichOneof("body") != "hello":
         raise RemoteError(f"first frame: got {frame.WhichOneof('body')}, want hello")
     body = frame.hello
+    _speaks(body)
     member = Member(
         identity=identity(body.identity),
         role=_role(body.role),
@@ -107,7 +108,8 @@ def registry_member(member: Member) -> registry_pb2.Member:
 
 
 def member_from(body: registry_pb2.Member) -> Member:
-    """The inverse of `registry_member`."""
+    """The inverse of `registry_member`; raises RemoteError on one of another protocol version."""
+    _speaks(body)
     return Member(
         identity=identity(body.identity),
         role=_role(body.role),
@@ -125,6 +127,14 @@ def member_from(body: registry_pb2.Member) -> Member:
         ready=body.ready,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
     )
+
+
+def _speaks(body: worker_pb2.Hello | registry_pb2.Member) -> None:
+    """Of what another version says nothing else is read: it may mean anything."""
+    if body.protocol != PROTOCOL_VERSION:
+        raise RemoteError(
+            f"protocol: got {body.protocol} from {body.identity[:99]}, want {PROTOCOL_VERSION} as we have"
+        )
 
 
 def frames(message: m.Message) -> list[Frame]:

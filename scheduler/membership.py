@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
-from core.worker import PROTOCOL_VERSION, Identity, Lane, Member, Role
+from core.kv import KvShape
+from core.worker import PROTOCOL_VERSION, Identity, Lane, Member, Numerics, Role
+
+_NUMERICS = tuple(field.name for field in fields(Numerics))
+_SAME = ("protocol", "model", "fingerprint")
+"""What all processes of a deployment have in common."""
+_SAME_KV = (*(f"kv.{field.name}" for field in fields(KvShape)), "transport")
+"""And what all its workers have."""
+
+
+def stranger(ours: Member, theirs: Member) -> str | None:
+    """Why two processes cannot be of one deployment, naming the field, got and wanted; None if they can."""
+    return _unlike(ours, theirs, _SAME)
 
 
 def mismatch(ours: Member, theirs: Member) -> str | None:
     """Why two workers cannot exchange KV, naming the field, got and wanted; None if they can."""
-    for field in ("protocol", "model", "fingerprint", "kv", "transport"):
-        got, want = getattr(theirs, field), getattr(ours, field)
+    if (why := _unlike(ours, theirs, _SAME + _SAME_KV)) is not None:
+        return why
+    if any(each.numerics is not None and each.numerics.exact for each in (ours, theirs)):
+        why = _unlike(ours, theirs, tuple(f"numerics.{name}" for name in _NUMERICS))
+        return f"{why}, because exact mode needs the same bits everywhere" if why is not None else None
+    return None
+
+
+def _unlike(ours: Member, theirs: Member, names: Iterable[str]) -> str | None:
+    """The first of these fields (or fields of fields) in which two members differ, as a sentence."""
+    for name in names:
+        outer, _, inner = name.partition(".")
+        got, want = getattr(theirs, outer), getattr(ours, outer)
+        if got != want and inner and got is not None and want is not None:
+            got, want = getattr(got, inner), getattr(want, inner)
         if got != want:
-            return f"{field}: got {got} from {theirs.identity.name}, want {want} as {ours.identity.name} has"
-    mine, others = ours.numerics, theirs.numerics
-    if mine and others and (mine.exact or others.exact) and mine != others:
-        return (
-            f"numerics: got {others} from {theirs.identity.name}, want {mine} as {ours.identity.name} has, "
-            "because exact mode needs the same bits everywhere"
-        )
+            name = outer if got is None or want is None else name
+            got, want = ("none" if value is None else value for value in (got, want))
+            return f"{name}: got {got} from {theirs.identity.name}, want {want} as {ours.identity.name} has"
     return None
 
 
@@ -134,16 +155,12 @@ class Membership:
     def _objection(self, member: Member) -> str | None:
         if member.protocol != PROTOCOL_VERSION:
             return f"protocol: got {member.protocol} from {member.identity.name}, want {PROTOCOL_VERSION}"
-        others: Iterable[Member] = (m for name, m in self._members.items() if name != member.identity.name)
-        if member.role is Role.GATEWAY:
-            wrong = (
-                f"{field}: got {getattr(member, field)} from {member.identity.name}, want {getattr(other, field)}"
-                for other in others
-                for field in ("model", "fingerprint")
-                if getattr(other, field) != getattr(member, field)
-            )
-            return next(wrong, None)
-        return next((why for other in others if other.kv and (why := mismatch(other, member))), None)
+        for name, other in self._members.items():
+            if name != member.identity.name:
+                why = stranger if Role.GATEWAY in (member.role, other.role) else mismatch
+                if (reason := why(other, member)) is not None:
+                    return reason
+        return None
 
     def _drop(self, names: list[str]) -> list[MembershipCommand]:
         for name in names:

@@ -10,14 +10,14 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from core.errors import LocalError, RemoteError
 from core.kv import PageRun
-from transfer.transport import PIECE_NBYTES, Arena, Card, Completion, ReadDone, ReadFailed, Span, pieces, plan
+from transfer.transport import PIECE_NBYTES, Arena, Card, Completion, ReadDone, ReadFailed, Span, pieces, plan, within
 
 
 class Exchange:
@@ -80,11 +80,11 @@ class InProcess:
         return Card(self.name, self._owner, 0, arena.unit_nbytes, arena.units, self._token, b"").encode()
 
     def connect(self, peer: str, metadata: bytes) -> None:
-        arena = self._mine()
+        self._mine()
         if peer in self._peers:
             raise LocalError(f"connect: {peer} is connected already")
         card = Card.decode(metadata)
-        card.expect(self.name, peer, arena.unit_nbytes)
+        card.expect(self.name, peer)
         if self._exchange.arena(card.token) is None:
             raise RemoteError(f"lane to {peer}: its arena is not in this process")
         self._peers[peer] = card
@@ -103,13 +103,10 @@ class InProcess:
         target: Sequence[PageRun],
         nbytes: int | None = None,
     ) -> None:
-        card = self._peers.get(peer)
-        if card is None:
-            raise LocalError(f"read: {peer} is not connected")
-        if read_id in self._reads:
-            raise LocalError(f"read: id {read_id} is in flight already")
-        spans = plan(self._mine(), card, source, target, nbytes)
-        self._reads[read_id] = _Read(peer, sum(span.nbytes for span in spans), pieces(spans))
+        self._begin(read_id, peer, lambda arena, card: plan(arena, card, source, target, nbytes))
+
+    def read_spans(self, read_id: int, peer: str, spans: Sequence[Span]) -> None:
+        self._begin(read_id, peer, lambda arena, card: within(arena, card, spans))
 
     def poll(self) -> list[Completion]:
         budget = PIECE_NBYTES
@@ -155,6 +152,15 @@ class InProcess:
         if self._arena is None:
             raise LocalError("transport: no arena is registered")
         return self._arena
+
+    def _begin(self, read_id: int, peer: str, make: Callable[[Arena, Card], list[Span]]) -> None:
+        card = self._peers.get(peer)
+        if card is None:
+            raise LocalError(f"read: {peer} is not connected")
+        if read_id in self._reads:
+            raise LocalError(f"read: id {read_id} is in flight already")
+        spans = make(self._mine(), card)
+        self._reads[read_id] = _Read(peer, sum(span.nbytes for span in spans), pieces(spans))
 
     def _fail(self, read_id: int, reason: str) -> None:
         del self._reads[read_id]

@@ -21,7 +21,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ from transfer.transport import (
     Span,
     pieces,
     plan,
+    within,
 )
 
 AGENTS = 16
@@ -227,11 +228,11 @@ class Nixl:
         return Card(self.name, self._owner, arena.address, arena.unit_nbytes, arena.units, self._token, body).encode()
 
     def connect(self, peer: str, metadata: bytes) -> None:
-        arena, _ = self._mine()
+        self._mine()
         if peer in self._peers:
             raise LocalError(f"connect: {peer} is connected already")
         card = Card.decode(metadata)
-        card.expect(self.name, peer, arena.unit_nbytes)
+        card.expect(self.name, peer)
         if len(self._readers) < self._most:
             reader = self._create()
             self._readers.append(reader)
@@ -271,15 +272,10 @@ class Nixl:
         target: Sequence[PageRun],
         nbytes: int | None = None,
     ) -> None:
-        arena, _ = self._mine()
-        known = self._peers.get(peer)
-        if known is None:
-            raise LocalError(f"read: {peer} is not connected")
-        if read_id in self._reads or read_id in self._doubtful:
-            raise LocalError(f"read: id {read_id} is in flight or in doubt")
-        spans = plan(arena, known.card, source, target, nbytes)
-        whole = sum(span.nbytes for span in spans)
-        self._reads[read_id] = _Read(read_id, peer, known.reader, spans, whole, pieces(spans), time.perf_counter())
+        self._begin(read_id, peer, lambda arena, card: plan(arena, card, source, target, nbytes))
+
+    def read_spans(self, read_id: int, peer: str, spans: Sequence[Span]) -> None:
+        self._begin(read_id, peer, lambda arena, card: within(arena, card, spans))
 
     def poll(self) -> list[Completion]:
         if self._home is not None:
@@ -373,6 +369,17 @@ class Nixl:
         if self._arena is None or self._home is None:
             raise LocalError("transport: no arena is registered")
         return self._arena, self._home
+
+    def _begin(self, read_id: int, peer: str, make: Callable[[Arena, Card], list[Span]]) -> None:
+        arena, _ = self._mine()
+        known = self._peers.get(peer)
+        if known is None:
+            raise LocalError(f"read: {peer} is not connected")
+        if read_id in self._reads or read_id in self._doubtful:
+            raise LocalError(f"read: id {read_id} is in flight or in doubt")
+        spans = make(arena, known.card)
+        whole = sum(span.nbytes for span in spans)
+        self._reads[read_id] = _Read(read_id, peer, known.reader, spans, whole, pieces(spans), time.perf_counter())
 
     def _create(self) -> _Agent:
         arena = self._arena

@@ -1,7 +1,7 @@
 """What moves bytes: one contract for every lane, and the values that cross it.
 
-A transport registers one arena of equal pages, tells peers how to reach it (`metadata`), and *reads* pages of a peer
-into pages of its own arena. Whoever needs bytes pulls them; nobody writes into another's memory. Everything is
+A transport registers one arena of equal pages, tells peers how to reach it (`metadata`), and *reads* pages of a peer,
+or any bytes, into its own arena. Whoever needs bytes pulls them; nobody writes into another's memory. Everything is
 driven by completion: `read` returns at once, `poll` says how each read ended.
 
 The one danger is at the reader: a read that was given up can still land, and then overwrites whoever owns the target
@@ -80,8 +80,9 @@ class Transport(Protocol):
     def connect(self, peer: str, metadata: bytes) -> None:
         """Make a peer ("name#incarnation") readable. Does not wait for the lane.
 
-        Raises `RemoteError` if the metadata is damaged, of another transport, version, owner or page size, or if the
-        lane shows at once that the peer is gone, and `LocalError` if the peer is connected already.
+        Raises `RemoteError` if the metadata is damaged, of another transport, version or owner, or if the lane shows at
+        once that the peer is gone, and `LocalError` if the peer is connected already. Of a peer whose pages are not as
+        large as ours, only spans can be read.
         """
         ...
 
@@ -99,8 +100,17 @@ class Transport(Protocol):
     ) -> None:
         """Start to copy the peer's pages into ours, in order; only the first `nbytes` bytes if given.
 
-        Raises `LocalError` for a bad id, peer, target or count, `RemoteError` for pages that the peer does not have.
+        Raises `LocalError` for a bad id, peer, target or count, `RemoteError` for pages that the peer does not have,
+        and if its pages are not as large as ours.
         Target pages of reads in flight or in doubt must not overlap: the caller's ledger sees to that.
+        """
+        ...
+
+    def read_spans(self, read_id: int, peer: str, spans: Sequence[Span]) -> None:
+        """Start to copy byte ranges, in order: for a peer that cuts its pages in another way (`transfer/plan.py`).
+
+        Ends, and raises, as `read` does: `LocalError` for none, an empty one, or one outside our arena, `RemoteError`
+        for one outside the peer's.
         """
         ...
 
@@ -206,14 +216,12 @@ class Card:
             raise RemoteError(f"lane metadata: got a name that is not text ({error})") from None
         return cls(transport, owner, base, unit, units, token, metadata[want - n_body :])
 
-    def expect(self, transport: str, peer: str, unit_nbytes: int) -> None:
-        """Raise `RemoteError` unless this is `peer`'s card for our transport and page size."""
+    def expect(self, transport: str, peer: str) -> None:
+        """Raise `RemoteError` unless this is `peer`'s card for our transport."""
         if self.transport != transport:
             raise RemoteError(f"lane to {peer}: got transport {self.transport!r}, want {transport!r}")
         if self.owner != peer:
             raise RemoteError(f"lane to {peer}: got metadata of {self.owner}")
-        if self.unit_nbytes != unit_nbytes:
-            raise RemoteError(f"lane to {peer}: got pages of {self.unit_nbytes} bytes, want {unit_nbytes}")
 
 
 class Arena:
@@ -239,6 +247,8 @@ def plan(
 
     Runs are joined and split so that every span is contiguous on both sides. Raises as `Transport.read` does.
     """
+    if peer.unit_nbytes != arena.unit_nbytes:
+        raise RemoteError(f"lane to {peer.owner}: got pages of {peer.unit_nbytes} bytes, want {arena.unit_nbytes}")
     _inside(source, peer.units, f"source pages at {peer.owner}", RemoteError)
     _inside(target, arena.units, "target pages", LocalError)
     count = sum(run.count for run in target)
@@ -265,6 +275,20 @@ def plan(
             )
             taken, used, left = taken + step, used + step, left - size
     return spans
+
+
+def within(arena: Arena, peer: Card, spans: Sequence[Span]) -> list[Span]:
+    """`spans` themselves, if all lie inside `peer`'s arena and ours. Raises as `Transport.read_spans` does."""
+    if not spans or min(span.nbytes for span in spans) < 1:
+        raise LocalError(f"spans: got {len(spans)}, want at least one, of at least a byte each")
+    ours = min(span.target for span in spans), max(span.target + span.nbytes for span in spans)
+    theirs = min(span.source for span in spans), max(span.source + span.nbytes for span in spans)
+    if ours[0] < 0 or ours[1] > arena.bytes.nbytes:
+        raise LocalError(f"target bytes: got [{ours[0]}, {ours[1]}), want some inside [0, {arena.bytes.nbytes})")
+    if theirs[0] < 0 or theirs[1] > peer.units * peer.unit_nbytes:
+        end = peer.units * peer.unit_nbytes
+        raise RemoteError(f"source bytes at {peer.owner}: got [{theirs[0]}, {theirs[1]}), want some inside [0, {end})")
+    return list(spans)
 
 
 def pieces(spans: Sequence[Span], most_nbytes: int = PIECE_NBYTES, most_spans: int = 256) -> Iterator[list[Span]]:

@@ -18,7 +18,7 @@ import secrets
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from core.errors import LocalError, RemoteError
 from core.kv import PageRun
-from transfer.transport import Arena, Card, Completion, ReadDone, ReadFailed, Span, pieces, plan
+from transfer.transport import Arena, Card, Completion, ReadDone, ReadFailed, Span, pieces, plan, within
 
 ASK_NBYTES = 2 << 20
 ASK_SPANS = 128
@@ -118,11 +118,11 @@ class ZeroMq:
         return Card(self.name, self._owner, 0, arena.unit_nbytes, arena.units, self._token, body).encode()
 
     def connect(self, peer: str, metadata: bytes) -> None:
-        arena = self._mine()
+        self._mine()
         if peer in self._peers:
             raise LocalError(f"connect: {peer} is connected already")
         card = Card.decode(metadata)
-        card.expect(self.name, peer, arena.unit_nbytes)
+        card.expect(self.name, peer)
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL, -1)  # a peer that comes back has a new incarnation and a new card
@@ -152,18 +152,10 @@ class ZeroMq:
         target: Sequence[PageRun],
         nbytes: int | None = None,
     ) -> None:
-        known = self._peers.get(peer)
-        if known is None:
-            raise LocalError(f"read: {peer} is not connected")
-        if any(read_id in other.reads for other in self._peers.values()):
-            raise LocalError(f"read: id {read_id} is in flight already")
-        spans = plan(self._mine(), known.card, source, target, nbytes)
-        whole = sum(span.nbytes for span in spans)
-        known.reads[read_id] = _Read(read_id, whole, pieces(spans, ASK_NBYTES, ASK_SPANS))
-        if known.lost:
-            self._lose(known, known.lost)
-        else:
-            self._ask(known)
+        self._begin(read_id, peer, lambda arena, card: plan(arena, card, source, target, nbytes))
+
+    def read_spans(self, read_id: int, peer: str, spans: Sequence[Span]) -> None:
+        self._begin(read_id, peer, lambda arena, card: within(arena, card, spans))
 
     def poll(self) -> list[Completion]:
         if self._arena is not None:
@@ -272,6 +264,20 @@ class ZeroMq:
             log.warning("zeromq: refused %s (%d so far)", what, self._refused)
 
     # ---- the reader's side ----
+
+    def _begin(self, read_id: int, peer: str, make: Callable[[Arena, Card], list[Span]]) -> None:
+        known = self._peers.get(peer)
+        if known is None:
+            raise LocalError(f"read: {peer} is not connected")
+        if any(read_id in other.reads for other in self._peers.values()):
+            raise LocalError(f"read: id {read_id} is in flight already")
+        spans = make(self._mine(), known.card)
+        whole = sum(span.nbytes for span in spans)
+        known.reads[read_id] = _Read(read_id, whole, pieces(spans, ASK_NBYTES, ASK_SPANS))
+        if known.lost:
+            self._lose(known, known.lost)
+        else:
+            self._ask(known)
 
     def _ask(self, peer: _Peer) -> None:
         """Send as many asks as the credit allows, oldest read first."""

@@ -14,7 +14,7 @@ from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
-from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import wire
@@ -75,7 +75,7 @@ members = st.builds(
     address=text,
     metrics_address=text,
     build=text,
-    protocol=counts,
+    protocol=st.just(PROTOCOL_VERSION),
     model=text,
     fingerprint=text,
     kv=st.none() | shapes,
@@ -236,14 +236,24 @@ def test_a_frame_that_makes_no_sense_is_the_peers_fault(frame):
     [
         Frame(),
         Frame(grant=worker_pb2.Grant(ticket=GOOD)),
-        Frame(hello=worker_pb2.Hello(identity="", role="decode")),
-        Frame(hello=worker_pb2.Hello(identity="d#1", role="chef")),
-        Frame(hello=worker_pb2.Hello(identity="d#1", role="decode", kv={"layers": 1})),
+        Frame(hello=worker_pb2.Hello(identity="", role="decode", protocol=PROTOCOL_VERSION)),
+        Frame(hello=worker_pb2.Hello(identity="d#1", role="chef", protocol=PROTOCOL_VERSION)),
+        Frame(hello=worker_pb2.Hello(identity="d#1", role="decode", protocol=PROTOCOL_VERSION, kv={"layers": 1})),
     ],
 )
 def test_a_greeting_that_makes_no_sense_is_the_peers_fault(frame):
-    with pytest.raises(RemoteError):
+    with pytest.raises(RemoteError, match=r"^(?!protocol)"):
         wire.greeting(frame)
+
+
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])
+def test_of_another_protocol_version_nothing_else_is_read(version):
+    """It may call roles and pages what it likes: what is said is that the version differs."""
+    want = f"protocol: got {version} from d#1, want {PROTOCOL_VERSION} as we have"
+    with pytest.raises(RemoteError, match=want):
+        wire.greeting(Frame(hello=worker_pb2.Hello(identity="d#1", role="chef", kv={"layers": 0}, protocol=version)))
+    with pytest.raises(RemoteError, match=want):
+        wire.member_from(registry_pb2.Member(identity="d#1", role="chef", kv={"layers": 0}, protocol=version))
 
 
 @QUICK

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import strategies as st
@@ -10,7 +10,18 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from core.kv import KvShape
 from core.worker import PROTOCOL_VERSION, Identity, Lane, Numerics, Role
-from scheduler.membership import Admitted, Joining, Left, Membership, Publish, Renewed, Turned, Unknown, mismatch
+from scheduler.membership import (
+    Admitted,
+    Joining,
+    Left,
+    Membership,
+    Publish,
+    Renewed,
+    Turned,
+    Unknown,
+    mismatch,
+    stranger,
+)
 from tests.cast import D1, GATEWAY, P1, P2, efforts, worker
 
 EXACT = Numerics(True, "float32", 1, "AVX2")
@@ -77,43 +88,78 @@ def test_a_new_incarnation_may_differ_from_its_own_former_life():
     assert machine.on(Joining(other), 1.0) == [Admitted(other.identity), Publish((other,), 2)]
 
 
-@pytest.mark.parametrize(
-    ("other", "reason"),
-    [
-        (replace(D, protocol=PROTOCOL_VERSION + 1), f"protocol: got {PROTOCOL_VERSION + 1} from decode-1, want "),
-        (replace(D, model="other"), "model: got other from decode-1, want m as prefill-1 has"),
-        (replace(D, fingerprint="0"), "fingerprint: got 0 from decode-1, want f as prefill-1 has"),
-        (replace(D, kv=KvShape(2, 1, 2, 4, "float32")), "kv: got "),
-        (replace(D, transport="nixl"), "transport: got nixl from decode-1"),
-    ],
-)
-def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field(other, reason):
+SLOW = replace(EXACT, exact=False)
+CANNOT = [
+    (replace(D, protocol=PROTOCOL_VERSION + 1), f"protocol: got {PROTOCOL_VERSION + 1}", f"want {PROTOCOL_VERSION}"),
+    (replace(D, model="other"), "model: got other", "want m as prefill-1 has"),
+    (replace(D, fingerprint="0"), "fingerprint: got 0", "want f as prefill-1 has"),
+    (replace(D, kv=KvShape(2, 1, 2, 4, "float32")), "kv.layers: got 2", "want 1 as prefill-1 has"),
+    (replace(D, kv=KvShape(1, 3, 2, 4, "float32")), "kv.kv_heads: got 3", "want 1 as prefill-1 has"),
+    (replace(D, kv=KvShape(1, 1, 8, 4, "float32")), "kv.head_dim: got 8", "want 2 as prefill-1 has"),
+    (replace(D, kv=KvShape(1, 1, 2, 16, "float32")), "kv.page_tokens: got 16", "want 4 as prefill-1 has"),
+    (replace(D, kv=KvShape(1, 1, 2, 4, "float16")), "kv.dtype: got float16", "want float32 as prefill-1 has"),
+    (replace(D, kv=None), "kv: got none", "want KvShape(layers=1, "),
+    (replace(D, transport="zeromq"), "transport: got zeromq", "want nixl as prefill-1 has"),
+    (replace(D, numerics=SLOW), "numerics.exact: got False", "want True as prefill-1 has, because exact mode"),
+    (replace(D, numerics=replace(EXACT, dtype="bfloat16")), "numerics.dtype: got bfloat16", "want float32"),
+    (replace(D, numerics=replace(EXACT, threads=2)), "numerics.threads: got 2", "want 1 as prefill-1 has, because"),
+    (replace(D, numerics=replace(EXACT, cpu="AVX512")), "numerics.cpu: got AVX512", "want AVX2 as prefill-1 has"),
+    (replace(D, numerics=None), "numerics: got none", "want Numerics(exact=True, "),
+]
+
+
+@pytest.mark.parametrize(("other", "got", "want"), CANNOT, ids=[got.partition(":")[0] for _, got, _ in CANNOT])
+def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field_and_both_values(other, got, want):
+    ours = replace(P, transport="nixl", numerics=EXACT)
+    if other.transport == D.transport:
+        other = replace(other, transport="nixl")
+    if other.numerics == D.numerics and not got.startswith("numerics"):
+        other = replace(other, numerics=EXACT)
     machine = Membership(3.5)
-    machine.on(Joining(P), 0.0)
+    machine.on(Joining(ours), 0.0)
     (turned,) = machine.on(Joining(other), 1.0)
     assert isinstance(turned, Turned)
     assert turned.identity == D1
-    assert turned.reason.startswith(reason)
-    assert machine.members == (P,)
+    assert turned.reason.startswith(f"{got} from decode-1, {want}"), turned.reason
+    assert machine.members == (ours,)
+    assert (mismatch(ours, other) or "").startswith(f"{got} from decode-1, {want}")
+
+
+def test_every_field_that_must_agree_has_its_line():
+    named = {got.partition(":")[0] for _, got, _ in CANNOT}
+    layout = {f"kv.{field.name}" for field in fields(KvShape)}
+    assert named == {"protocol", "model", "fingerprint", "kv", "transport", "numerics"} | layout | {
+        f"numerics.{field.name}" for field in fields(Numerics)
+    }
 
 
 @pytest.mark.parametrize(
     ("field", "other"), [("model", replace(G, model="x")), ("fingerprint", replace(G, fingerprint="x"))]
 )
-def test_a_gateway_must_serve_the_same_model(field, other):
+def test_a_gateway_must_serve_the_same_model_whoever_was_first(field, other):
     machine = Membership(3.5)
     machine.on(Joining(P), 0.0)
     (turned,) = machine.on(Joining(other), 1.0)
-    assert isinstance(turned, Turned)
-    assert turned.reason == f"{field}: got x from gateway-1, want {getattr(P, field)}"
+    assert turned == Turned(GATEWAY, f"{field}: got x from gateway-1, want {getattr(P, field)} as prefill-1 has")
     assert machine.on(Joining(G), 1.0)[0] == Admitted(GATEWAY)
+    machine = Membership(3.5)
+    machine.on(Joining(other), 0.0)
+    (turned,) = machine.on(Joining(P), 1.0)
+    assert turned == Turned(P1, f"{field}: got {getattr(P, field)} from prefill-1, want x as gateway-1 has")
+
+
+def test_gateways_have_no_kv_of_their_own():
+    assert stranger(G, P) is stranger(P, G) is None
+    machine = Membership(3.5)
+    for member in (G, replace(P, numerics=EXACT), replace(G, identity=Identity("gateway-2", 1))):
+        assert machine.on(Joining(member), 0.0)[0] == Admitted(member.identity)
 
 
 def test_numerics_matter_only_when_one_side_is_exact():
-    fast, other = replace(EXACT, exact=False), replace(EXACT, exact=False, threads=9)
-    assert mismatch(replace(P, numerics=fast), replace(D, numerics=other)) is None
+    assert mismatch(replace(P, numerics=SLOW), replace(D, numerics=replace(SLOW, threads=9))) is None
+    assert mismatch(P, replace(D, numerics=SLOW)) is None
     assert mismatch(replace(P, numerics=EXACT), replace(D, numerics=EXACT)) is None
-    for mine, theirs in [(EXACT, fast), (fast, EXACT), (EXACT, replace(EXACT, threads=2))]:
+    for mine, theirs in [(EXACT, SLOW), (SLOW, EXACT), (None, EXACT), (EXACT, replace(EXACT, threads=2))]:
         reason = mismatch(replace(P, numerics=mine), replace(D, numerics=theirs))
         assert reason is not None
         assert "exact mode needs the same bits everywhere" in reason
