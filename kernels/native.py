@@ -71,10 +71,8 @@ def library() -> ctypes.CDLL:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
-    loaded.page_weights.argtypes, loaded.page_weights.restype = (
-        (POINTER, *[COUNT] * 3, *[POINTER] * 4, COUNT, POINTER),
-        None,
-    )
+    loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 4, COUNT, POINTER)
+    loaded.page_weights.restype = None
     return loaded
 
 
