@@ -56,7 +56,6 @@ from engine.sequences import Sequence, Sequences
 from kernels import native, noise
 
 U64 = NDArray[np.uint64]
-Span = tuple[Sequence, int, int]
 
 VERSION = 1
 """Of the definition above: workers of different versions must not exchange KV."""
@@ -152,6 +151,7 @@ class PacedEngine:
         positions = max(self.config.context, page_tokens)
         self._strides = _powers(STRIDE, positions)
         self._strides_back = _powers(pow(STRIDE, -1, 2**64), positions)
+        self._page_strides = np.ascontiguousarray(self._strides[::page_tokens])
         slots = self._strides[:page_tokens, None]
         self._page_weights = np.ascontiguousarray(self._weights.reshape(lanes, 1, words) * slots)
         self._weigh = _weigher(native)
@@ -214,14 +214,12 @@ class PacedEngine:
         called = self._pacer.clock()
         sequences = self._sequences.of(rows)
         seconds = self._seconds(rows, sequences)
-        before = self._read([(known, 0, row.start) for row, known in zip(rows, sequences, strict=True)])
-        bases = [(START + read) & MASK for read in before]
-        self._write(rows, sequences, bases)
-        newest = [at for at, row in enumerate(rows) if row.stop == len(sequences[at].tokens)]
-        after = self._read([(sequences[at], rows[at].start, rows[at].stop) for at in newest])
+        bases = [(START + read) & MASK for read in self._read(rows, sequences)]
+        added = self._write(rows, sequences, bases)
         sampled: list[Sampled] = []
-        for at, read in zip(newest, after, strict=True):
-            sampled += self._sample(rows[at], sequences[at], (bases[at] + read) & MASK)
+        for row, known, base, more in zip(rows, sequences, bases, added, strict=True):
+            if row.stop == len(known.tokens):
+                sampled += self._sample(row, known, (base + more) & MASK)
         self._pacer.wait(called, seconds)
         return sampled
 
@@ -237,68 +235,68 @@ class PacedEngine:
                 prefill.append((row.stop - row.start, row.start))
         return self._cost.step_s(prefill, batch, context) * self._pace
 
-    def _read(self, spans: list[Span]) -> list[int]:
-        """What the bytes of positions [start, stop) of each sequence add up to."""
-        found = [0] * len(spans)
-        filled = [at for at, (_, start, stop) in enumerate(spans) if start < stop]
-        if not filled:
+    def _read(self, rows: Seq[Row], sequences: list[Sequence]) -> list[int]:
+        """What the bytes of all positions before each row add up to."""
+        found = [0] * len(rows)
+        later = [at for at, row in enumerate(rows) if row.start]
+        if not later:
             return found
         page_tokens = self._kv.page_tokens
-        bounds = np.array([spans[at][1:] for at in filled])
-        first, last = bounds[:, 0] // page_tokens, -(-bounds[:, 1] // page_tokens)
-        ends = np.cumsum(last - first)
-        begins = ends - (last - first)
-        pages = np.concatenate([spans[at][0].pages[i:j] for at, i, j in zip(filled, first, last, strict=True)])
-        places = np.arange(len(pages)) - np.repeat(begins - first, last - first)
-        low = np.zeros(len(pages), np.int64)
-        high = np.full(len(pages), page_tokens)
-        low[begins] = bounds[:, 0] - first * page_tokens
-        high[ends - 1] = bounds[:, 1] - (last - 1) * page_tokens
-        sums = self._weigh(self._arena, self._page_weights, pages, low, high)
-        sums *= self._strides[places * page_tokens]
-        for at, total in zip(filled, np.add.reduceat(sums, begins).tolist(), strict=True):
+        starts = np.array([rows[at].start for at in later])
+        counts = -(-starts // page_tokens)
+        ends = np.cumsum(counts)
+        begins = ends - counts
+        pages = np.concatenate([sequences[at].pages[:count] for at, count in zip(later, counts.tolist(), strict=True)])
+        slots = np.full(len(pages), page_tokens)
+        slots[ends - 1] = starts - (counts - 1) * page_tokens
+        sums = self._weigh(self._arena, self._page_weights, pages, slots)
+        sums *= self._page_strides[np.arange(len(pages)) - np.repeat(begins, counts)]
+        for at, total in zip(later, np.add.reduceat(sums, begins).tolist(), strict=True):
             found[at] = total
         return found
 
-    def _write(self, rows: Seq[Row], sequences: list[Sequence], bases: list[int]) -> None:
-        """Write the words of all positions of `rows`, each from the link before it; notes prompt logprobs."""
+    def _write(self, rows: Seq[Row], sequences: list[Sequence], bases: list[int]) -> list[int]:
+        """Write all positions of `rows`, each from the link before it, and tell what their bytes then add up to.
+
+        Notes prompt logprobs on the way.
+        """
         page_tokens = self._kv.page_tokens
         tokens: list[int] = []
         positions: list[int] = []
+        begins: list[int] = []
         tables = []
         for row, known in zip(rows, sequences, strict=True):
+            begins.append(len(tokens))
             tokens += known.tokens[row.start : row.stop]
             positions += range(row.start, row.stop)
-            tables.append(known.pages[row.start // page_tokens : -(-row.stop // page_tokens)])
+            tables.append(known.pages[np.arange(row.start, row.stop) // page_tokens])
         place = np.array(positions)
+        pages, slots = np.concatenate(tables), place % page_tokens
         news = _mixed((place.astype(np.uint64) << np.uint64(32)) | np.array(tokens, np.uint64)).tolist()
         links: list[int] = []
         steps: list[int] = []
-        page_at: list[int] = []
-        offset = 0
-        for row, known, table, base in zip(rows, sequences, tables, bases, strict=True):
-            first = len(links)
-            link = base
+        for row, known, first, link in zip(rows, sequences, begins, bases, strict=True):
             for new in news[first : first + row.stop - row.start]:
                 x = (link + new) & MASK
                 x = ((x ^ (x >> 32)) * STIR) & MASK
                 steps.append((x - link) & MASK)
                 links.append(x)
                 link = x
-            page_at.append(offset - row.start // page_tokens)
-            offset += len(table)
             if known.prompt_logprobs:
                 self._note(row, known, links[first:])
-        lengths = [row.stop - row.start for row in rows]
-        pages = np.concatenate(tables)[place // page_tokens + np.repeat(page_at, lengths)]
         chain, step = np.array(links, np.uint64), np.array(steps, np.uint64) * self._strides_back[place]
-        shape = self._arena.shape[1], self._arena.shape[3]
+        lanes, _, words = self._page_weights.shape
         block = max(1, _BLOCK_WORDS // len(self._keys))
-        for at in range(0, len(place), block):
-            part = slice(at, at + block)
-            words = _mixed(chain[part, None] + self._keys)
-            words[:, -1] = (step[part] - words[:, :-1].dot(self._weights[:-1])) * self._last_inverse
-            self._arena[pages[part], :, place[part] % page_tokens] = words.reshape(-1, *shape)
+        parts = [slice(at, at + block) for at in range(0, len(place), block)]
+        for part in parts:
+            held = _mixed(chain[part, None] + self._keys)
+            held[:, -1] = (step[part] - held[:, :-1].dot(self._weights[:-1])) * self._last_inverse
+            self._arena[pages[part], :, slots[part]] = held.reshape(-1, lanes, words)
+        sums = [
+            self._arena[pages[part], :, slots[part]].reshape(-1, lanes * words).dot(self._weights) for part in parts
+        ]
+        found: list[int] = np.add.reduceat(np.concatenate(sums) * self._strides[place], begins).tolist()
+        return found
 
     def _sample(self, row: Row, known: Sequence, link: int) -> list[Sampled]:
         """The next token of each continuation, drawn from the chain's last link."""
@@ -411,13 +409,10 @@ def _weigher(allowed: bool) -> native.Weights:
     return _weigh
 
 
-def _weigh(
-    arena: NDArray[Any], weights: NDArray[Any], pages: NDArray[Any], low: NDArray[Any], high: NDArray[Any]
-) -> NDArray[Any]:
+def _weigh(arena: NDArray[Any], weights: NDArray[Any], pages: NDArray[Any], slots: NDArray[Any]) -> NDArray[Any]:
     """`native.page_weights` in numpy."""
     held = arena[pages]
-    for at in np.flatnonzero((low > 0) | (high < weights.shape[1])):
-        held[at, :, : low[at]] = 0
-        held[at, :, high[at] :] = 0
+    for at in np.flatnonzero(slots < weights.shape[1]):
+        held[at, :, slots[at] :] = 0
     sums: NDArray[Any] = held.reshape(len(pages), -1).dot(weights.reshape(-1))
     return sums

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Sums = Callable[[Array, Array, Array, int, int], Array]
-Weights = Callable[[Array, Array, Array, Array, Array], Array]
+Weights = Callable[[Array, Array, Array, Array], Array]
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = (
@@ -71,7 +71,7 @@ def library() -> ctypes.CDLL:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
-    loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 4, COUNT, POINTER)
+    loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)
     loaded.page_weights.restype = None
     return loaded
 
@@ -98,13 +98,13 @@ def page_weights() -> Weights:
     """The inner loop of the paced engine's reading (`engine/paced.py`), in place; or `NativeMissing`.
 
     Takes an arena ``[page, lane, slot, word]``, weights ``[lane, slot, word]``, and of each page to be read its number
-    and its first slot and the one behind its last; gives ``[page]`` sums mod 2**64.
+    and how many of its slots count; gives ``[page]`` sums mod 2**64.
     """
     call = library().page_weights
 
-    def weigh(arena: Array, weights: Array, pages: Array, low: Array, high: Array) -> Array:
+    def weigh(arena: Array, weights: Array, pages: Array, slots: Array) -> Array:
         found = np.empty(len(pages), dtype=np.uint64)
-        places = (pages.ctypes.data, low.ctypes.data, high.ctypes.data, len(pages))
+        places = (pages.ctypes.data, slots.ctypes.data, len(pages))
         call(arena.ctypes.data, *weights.shape, weights.ctypes.data, *places, found.ctypes.data)
         return found
 
