@@ -327,15 +327,28 @@ def test_prompts_and_rows_of_one_step_are_told_apart(engine):
     assert cost.asked[1] == ([(64, 0), (1, 0)], 2, 34 + 8)
 
 
-def test_a_device_that_was_late_is_late_once():
-    device = Device(5.0)
+def test_what_a_thread_wakes_too_late_is_made_up_for_at_once():
+    device = Device(0.04)
     pacer = Pacer(device.clock, device.sleep)
     pacer.wait(device.now, 1.0)
-    assert device.now == 106.0
     device.late_s = 0.0
-    pacer.wait(device.now, 2.0)  # it is taken off one step, and no more than that
-    pacer.wait(device.now, 2.0)
-    assert device.now == 108.0
+    ends = []
+    for _ in range(4):
+        pacer.wait(device.now, 0.03)
+        ends.append(round(device.now - 100, 6))
+    assert ends == [1.04, 1.06, 1.09, 1.12]
+
+
+@pytest.mark.parametrize(("late_s", "idle_s", "took_s"), [(0.04, 0.02, 1.0), (0.04, 0.005, 0.96), (7.0, 0.0, 0.95)])
+def test_what_is_made_up_for_is_bounded_and_forgotten_by_a_pause(late_s, idle_s, took_s):
+    device = Device(late_s)
+    pacer = Pacer(device.clock, device.sleep)
+    pacer.wait(device.now, 1.0)
+    device.late_s = 0.0
+    device.now += idle_s
+    called = device.now
+    pacer.wait(called, 1.0)
+    assert device.now - called == pytest.approx(took_s)
 
 
 def test_without_a_pace_nobody_sleeps(engine):
