@@ -5,13 +5,20 @@ from __future__ import annotations
 from core.config import WorkerConfig
 from core.worker import Numerics
 from engine.api import Engine
+from engine.config import fingerprint
+
+Loaded = tuple[Engine, Numerics, str, int]
+"""The engine, its numerics, the model's fingerprint and its context length."""
 
 
-def load(config: WorkerConfig) -> tuple[Engine, Numerics, str, int]:
-    """The engine, its numerics, the model's fingerprint and its context length; raises SetupError."""
+def load(config: WorkerConfig) -> Loaded:
+    """The engine that the settings name; raises SetupError."""
+    return _paced(config) if config.engine == "paced" else _torch(config)
+
+
+def _torch(config: WorkerConfig) -> Loaded:
     import torch
 
-    from engine.config import fingerprint
     from engine.engine import TorchEngine
 
     engine = TorchEngine(
@@ -28,3 +35,23 @@ def load(config: WorkerConfig) -> tuple[Engine, Numerics, str, int]:
         cpu += " AMX"
     numerics = Numerics(config.exact, engine.kv.dtype, config.threads, f"{cpu}, {engine.backend}")
     return engine, numerics, fingerprint(config.model), engine.context
+
+
+def _paced(config: WorkerConfig) -> Loaded:
+    """Its numerics say that it is exact, whatever the settings: no worker with another engine can join it."""
+    from engine.paced import VERSION, PacedEngine
+    from sim.fleet import resolve
+
+    cost, _, _ = resolve(config.cost, None, "tcp")
+    engine = PacedEngine(
+        config.model,
+        kv_memory=config.kv_memory,
+        page_tokens=config.page_tokens,
+        dtype=config.dtype or None,
+        cost=cost,
+        pace=config.pace,
+        stop_rate=config.stop_rate,
+        hash_logits=config.hash_logits,
+    )
+    kind = f"the paced engine, version {VERSION}, stop rate {config.stop_rate:g}"
+    return engine, Numerics(True, engine.kv.dtype, 1, kind), fingerprint(config.model), engine.context

@@ -288,6 +288,10 @@ class Deployment:
                     max_rows=c.max_rows,
                     max_steps=c.max_steps,
                     hash_logits=c.hash_logits,
+                    engine=c.engine,
+                    cost=c.cost,
+                    pace=c.pace,
+                    stop_rate=c.stop_rate,
                     check=c.check,
                 )
             )

@@ -15,6 +15,8 @@ from core.worker import Role
 
 T = TypeVar("T")
 
+DEFAULT_COST = "h200-llama-3.1-8b"
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -52,6 +54,14 @@ class WorkerConfig:
     """Most decode steps in one order to the engine."""
     hash_logits: bool = False
     """Hash the logits of every token, for comparisons."""
+    engine: str = "torch"
+    """torch runs the model; paced runs none: exact tokens of its own at the pace of a cost model."""
+    cost: str = DEFAULT_COST
+    """Cost model of the paced engine, DEVICE-MODEL[-tpN]."""
+    pace: float = 1.0
+    """How many times the cost model's seconds a step of the paced engine takes; 0: as long as it takes."""
+    stop_rate: float = 0.0
+    """Chance that the paced engine's next token is an end or stop token; 0: texts end by their length."""
     check: bool = False
     """Check every machine's invariants at every step; for tests."""
 
@@ -182,6 +192,14 @@ class DeploymentConfig:
     """Longest life of a request whose call has no deadline."""
     prefix_cache: bool = True
     """Keep the KV of prompts for others that begin alike, within a tenant."""
+    engine: str = "torch"
+    """torch runs the model; paced runs none: exact tokens of its own at the pace of a cost model."""
+    cost: str = DEFAULT_COST
+    """Cost model of the paced engine, DEVICE-MODEL[-tpN]."""
+    pace: float = 1.0
+    """How many times the cost model's seconds a step of the paced engine takes; 0: as long as it takes."""
+    stop_rate: float = 0.0
+    """Chance that the paced engine's next token is an end or stop token; 0: texts end by their length."""
     hash_logits: bool = False
     """Hash the logits of every token, for comparisons."""
     check: bool = False
@@ -215,6 +233,12 @@ class DeploymentConfig:
             raise bad("timeout_s", "a finite time above 0")
         if self.transport not in ("auto", "nixl", "zeromq"):
             raise bad("transport", "auto, nixl or zeromq")
+        if self.engine not in ("torch", "paced"):
+            raise bad("engine", "torch or paced")
+        if not 0 <= self.pace < math.inf:
+            raise bad("pace", "a finite factor of at least 0")
+        if not 0 <= self.stop_rate <= 1:
+            raise bad("stop_rate", "a share, 0 to 1")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise bad("dtype", "float32, bfloat16, float16 or nothing")
         if 256 % self.page_tokens:

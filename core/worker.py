@@ -65,7 +65,7 @@ class Numerics:
     dtype: str
     threads: int
     cpu: str
-    """Instruction set of the linear algebra and the engine's operations, such as "AVX512_BF16 AMX, native"."""
+    """Instruction set and the engine's operations, such as "AVX512_BF16 AMX, native"; or another engine's name."""
 
 
 @dataclass(frozen=True, slots=True)

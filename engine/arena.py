@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 
 from core.errors import SetupError
 from core.kv import KvShape
+from engine.memory import host_memory, page_count
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,9 +21,7 @@ class Arena:
 
     def __init__(self, kv: KvShape, kv_memory: int, device: torch.device | None = None) -> None:
         self.kv = kv
-        self.count = kv_memory // kv.page_nbytes
-        if self.count < 1:
-            raise SetupError(f"kv_memory: got {kv_memory} bytes, want at least one page of {kv.page_nbytes} bytes")
+        self.count = page_count(kv, kv_memory)
         self.memory: memoryview | None = None
         shape = self.count, kv.layers, 2, kv.kv_heads, kv.page_tokens, kv.head_dim
         if device is not None and device.type == "cuda":
@@ -33,15 +30,7 @@ class Arena:
             except torch.OutOfMemoryError as error:
                 raise SetupError(f"kv_memory: {self.count * kv.page_nbytes} bytes cannot be had: {error}") from None
             return
-        try:
-            self._map = mmap.mmap(-1, self.count * kv.page_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise SetupError(f"kv_memory: {self.count * kv.page_nbytes} bytes cannot be had: {error}") from None
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:
-                pass  # a kernel without huge pages: slower, not wrong
+        self._map = host_memory(self.count * kv.page_nbytes)
         self.memory = memoryview(self._map)
         self.pages = torch.frombuffer(self._map, dtype=TORCH_DTYPES[kv.dtype]).view(shape)
 

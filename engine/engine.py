@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from core.errors import LocalError, ModelError
 from core.kv import KvShape
-from core.sampling import Logprobs, Sampling
+from core.sampling import Sampling
 from engine import backend
 from engine.api import Row, Sampled
 from engine.arena import Arena
@@ -23,6 +23,7 @@ from engine.config import ModelConfig
 from engine.model import Decoder
 from engine.penalties import Penalties
 from engine.sampler import Sampler, logprobs
+from engine.sequences import Sequence, Sequences
 from engine.weights import Progress, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
@@ -32,29 +33,13 @@ PROMPT_LOGITS_NBYTES = 128 * 2**20
 
 
 @dataclass(slots=True)
-class _Sequence:
-    """One running sequence: all tokens known so far and where their KV lies."""
+class _Sequence(Sequence):
+    """One running sequence, and what else this engine keeps of it."""
 
-    tokens: list[int]
-    pages: NDArray[np.int64]
-    sampling: Sampling
-    stops: frozenset[int]
-    prompt: int
-    cleared: int = field(default=-1)
+    cleared: int = -1
     """The last page (by its place in the table) whose slots behind the newest token were cleared."""
-    penalties: Penalties | None = field(default=None)
+    penalties: Penalties | None = None
     """None if its logits are taken as they are."""
-    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
-    """One for each prompt token, if asked for; None for the first, and for those not computed here so far."""
-
-    @property
-    def made(self) -> int:
-        """Tokens generated since the prompt."""
-        return len(self.tokens) - self.prompt
-
-    def told(self, row: Row) -> int:
-        """Positions from `row.start` on whose logits say how likely the prompt's next token was."""
-        return max(0, min(row.stop, len(self.prompt_logprobs) - 1) - row.start)
 
 
 class TorchEngine:
@@ -109,7 +94,7 @@ class TorchEngine:
             longest = min(self._kv.pages_for(self.config.context), self._arena.count)
             self._forward = backend.forward(self._model, device, longest)
         self._sampler = Sampler(self.config.vocab)
-        self._sequences: dict[str, _Sequence] = {}
+        self._sequences = Sequences(_Sequence, self._kv, self.pages, self.config.context, self.config.vocab)
 
     @property
     def kv(self) -> KvShape:
@@ -143,29 +128,14 @@ class TorchEngine:
         generated: int = 0,
     ) -> None:
         """See `engine.api`. KV of positions that are not stepped here is taken to be in the pages already."""
-        if sequence in self._sequences:
-            raise LocalError(f"sequence {sequence!r} is open already")
-        if not 1 <= prompt <= len(tokens):
-            raise LocalError(f"sequence {sequence!r}: prompt: got {prompt}, want 1 to {len(tokens)} tokens")
-        if not 0 <= generated <= prompt:
-            raise LocalError(f"sequence {sequence!r}: generated: got {generated}, want 0 to {prompt} tokens")
-        if len(tokens) > self.config.context:
-            raise LocalError(f"sequence {sequence!r}: got {len(tokens)} tokens, the context is {self.config.context}")
-        if min(tokens) < 0 or max(tokens) >= self.config.vocab:
-            raise LocalError(f"sequence {sequence!r}: got a token outside [0, {self.config.vocab})")
-        table = self._table(sequence, pages)
-        known = _Sequence(list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt)
+        known = self._sequences.open(sequence, tokens, pages, sampling, prompt, generated)
         if sampling.bends:
             asked = prompt - generated
             known.penalties = Penalties(sampling, tokens[:asked], tokens[asked:], self.config.vocab)
-        if sampling.prompt_logprobs is not None:
-            known.prompt_logprobs = [None] * prompt
-        self._sequences[sequence] = known
 
     def extend(self, sequence: str, pages: Seq[int]) -> None:
         """Append pages to a sequence's page table."""
-        known = self._known(sequence)
-        known.pages = np.concatenate([known.pages, self._table(sequence, pages)])
+        self._sequences.extend(sequence, pages)
 
     def copy(self, source: int, target: int) -> None:
         """See `engine.api`."""
@@ -173,18 +143,18 @@ class TorchEngine:
 
     def close(self, sequence: str) -> None:
         """Forget a sequence; unknown names are ignored."""
-        self._sequences.pop(sequence, None)
+        self._sequences.close(sequence)
 
     def tokens(self, sequence: str) -> tuple[int, ...]:
         """All tokens of a sequence so far, prompt first."""
-        return tuple(self._known(sequence).tokens)
+        return tuple(self._sequences[sequence].tokens)
 
     @torch.inference_mode()
     def step(self, rows: Seq[Row]) -> list[Sampled]:
         """See `engine.api`. A `LocalError` is raised before anything is changed."""
         if not rows:
             return []
-        sequences = self._check(rows)
+        sequences = self._sequences.of(rows)
         if any(known.prompt_logprobs for known in sequences):
             rows = [self._tell(row, known) for row, known in zip(rows, sequences, strict=True)]
         logits = self._forward(self._batch(rows, sequences))
@@ -201,7 +171,7 @@ class TorchEngine:
                     chosen.append((row, known, line, branch, self._choose(row, known, line, branch)))
         sampled = []
         for row, known, line, branch, token in chosen:
-            finish = self._finish(known, token)
+            finish = self._sequences.finish(known, token)
             if known.sampling.n == 1:  # else each goes on as a sequence of its own
                 known.tokens.append(token)
                 if known.penalties is not None:
@@ -249,46 +219,6 @@ class TorchEngine:
             if math.isnan(found.logprob):
                 raise LocalError(f"sequence {row.sequence!r}: the logits at position {place} are not finite")
             known.prompt_logprobs[place] = found
-
-    def _finish(self, known: _Sequence, token: int) -> str | None:
-        """Why the sequence ends with its next token, if it does."""
-        if token in known.stops:
-            return "stop"
-        ends = known.made + 1 >= known.sampling.max_tokens or len(known.tokens) + 1 >= self.config.context
-        return "length" if ends else None
-
-    def _known(self, sequence: str) -> _Sequence:
-        try:
-            return self._sequences[sequence]
-        except KeyError:
-            raise LocalError(f"sequence {sequence!r} is not open") from None
-
-    def _table(self, sequence: str, pages: Seq[int]) -> NDArray[np.int64]:
-        table = np.asarray(pages, dtype=np.int64).reshape(-1)
-        if len(table) and not (table.min() >= 0 and table.max() < self.pages):
-            raise LocalError(f"sequence {sequence!r}: got a page outside [0, {self.pages})")
-        return table
-
-    def _check(self, rows: Seq[Row]) -> list[_Sequence]:
-        seen: set[str] = set()
-        sequences = []
-        for row in rows:
-            known = self._known(row.sequence)
-            if row.sequence in seen:
-                raise LocalError(f"sequence {row.sequence!r} is twice in one step")
-            seen.add(row.sequence)
-            if not 0 <= row.start < row.stop <= len(known.tokens):
-                raise LocalError(
-                    f"sequence {row.sequence!r}: got rows [{row.start}, {row.stop}), want some of "
-                    f"[0, {len(known.tokens)})"
-                )
-            if row.stop > min(len(known.pages) * self._kv.page_tokens, self.config.context):
-                raise LocalError(
-                    f"sequence {row.sequence!r}: got rows up to {row.stop}, its {len(known.pages)} pages hold "
-                    f"{len(known.pages) * self._kv.page_tokens} tokens and the context is {self.config.context}"
-                )
-            sequences.append(known)
-        return sequences
 
     def _batch(self, rows: Seq[Row], sequences: list[_Sequence]) -> Batch:
         page_tokens, tile = self._kv.page_tokens, self._model.ops.row_tile

@@ -8,6 +8,7 @@
 //   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
 //   soft_cap      y = cap * tanh(y / cap)
 //   page_sums     sum over a page's rows of mix64(sum of the row's words + key of its lane + key of its token)
+//   page_weights  sum over a page's first slots of word * weight of its place
 
 #include <cstdint>
 #include <cstring>
@@ -290,6 +291,24 @@ extern "C" void page_sums(const uint64_t* pages, int64_t count, int64_t lanes, i
       }
     }
     out[page] = total;
+  }
+}
+
+// arena: [page, lanes, page_tokens, words], weights: of one page; of each of `count` pages the first `slots` tokens.
+extern "C" void page_weights(const uint64_t* arena, int64_t lanes, int64_t page_tokens, int64_t words,
+                             const uint64_t* weights, const int64_t* pages, const int64_t* slots, int64_t count,
+                             uint64_t* out) {
+  const int64_t lane_words = page_tokens * words, page_words = lanes * lane_words;
+  for (int64_t n = 0; n < count; n++) {
+    const uint64_t* page = arena + pages[n] * page_words;
+    uint64_t total = 0;
+    if (slots[n] == page_tokens) {
+      for (int64_t at = 0; at < page_words; at++) total += page[at] * weights[at];
+    } else {
+      for (int64_t lane = 0; lane < page_words; lane += lane_words)
+        for (int64_t at = lane; at < lane + slots[n] * words; at++) total += page[at] * weights[at];
+    }
+    out[n] = total;
   }
 }
 

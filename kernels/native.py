@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Sums = Callable[[Array, Array, Array, int, int], Array]
+Weights = Callable[[Array, Array, Array, Array], Array]
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = (
@@ -70,6 +71,8 @@ def library() -> ctypes.CDLL:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
+    loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)
+    loaded.page_weights.restype = None
     return loaded
 
 
@@ -89,6 +92,23 @@ def page_sums() -> Sums:
         return found
 
     return sums
+
+
+def page_weights() -> Weights:
+    """The inner loop of the paced engine's reading (`engine/paced.py`), in place; or `NativeMissing`.
+
+    Takes an arena ``[page, lane, slot, word]``, weights ``[lane, slot, word]``, and of each page to be read its number
+    and how many of its slots count; gives ``[page]`` sums mod 2**64.
+    """
+    call = library().page_weights
+
+    def weigh(arena: Array, weights: Array, pages: Array, slots: Array) -> Array:
+        found = np.empty(len(pages), dtype=np.uint64)
+        places = (pages.ctypes.data, slots.ctypes.data, len(pages))
+        call(arena.ctypes.data, *weights.shape, weights.ctypes.data, *places, found.ctypes.data)
+        return found
+
+    return weigh
 
 
 def _build(compiler: str, path: Path) -> None:

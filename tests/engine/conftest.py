@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from engine.engine import TorchEngine
+from engine.paced import PacedEngine
 from tests.checkpoints import LLAMA3_ROPE, MODELS, make_llama, make_model
 
 MIB = 2**20
+ENGINES: dict[str, Any] = {"torch": TorchEngine, "paced": PacedEngine}
+"""All that keep the contract of `engine.api`."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,11 +75,11 @@ def oracle(checkpoint: Callable[[str], Path]) -> Callable[[str], Any]:
 
 
 @pytest.fixture(scope="session")
-def engine(checkpoint: Callable[[str], Path]) -> Callable[..., TorchEngine]:
-    """A new engine on a named checkpoint; hashes logits, small pages and arena unless told."""
+def engine(checkpoint: Callable[[str], Path]) -> Callable[..., Any]:
+    """A new engine on a named checkpoint; hashes logits, small pages and arena unless told; `kind` of `ENGINES`."""
 
-    def make(name: str = "gqa", **options) -> TorchEngine:
+    def make(name: str = "gqa", kind: str = "torch", **options) -> Any:
         options = {"kv_memory": 2 * MIB, "page_tokens": 16, "hash_logits": True, **options}
-        return TorchEngine(checkpoint(name), **options)
+        return ENGINES[kind](checkpoint(name), **options)
 
     return make

@@ -8,14 +8,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from core.sampling import Sampling
-from engine.api import Row, Sampled
-from engine.engine import TorchEngine
+from engine.api import Engine, Row, Sampled
 
 
 class Dealer:
     """Hands out an arena's pages in a shuffled or ascending order."""
 
-    def __init__(self, engine: TorchEngine, shuffle: random.Random | None = None) -> None:
+    def __init__(self, engine: Engine, shuffle: random.Random | None = None) -> None:
         self.engine = engine
         self.free = list(range(engine.pages))
         if shuffle is not None:
@@ -32,7 +31,7 @@ class Dealer:
         self.free.extend(pages)
 
 
-def poison(engine: TorchEngine) -> None:
+def poison(engine: Engine) -> None:
     """Fill the arena with NaN (all bits set is NaN in fp32 and in bf16)."""
     np.frombuffer(engine.arena, dtype=np.uint8)[:] = 0xFF
 
@@ -49,7 +48,7 @@ def chunks(start: int, stop: int, sizes: Iterable[int]) -> list[tuple[int, int]]
 
 
 def alone(
-    engine: TorchEngine, prompt: Sequence[int], sampling: Sampling, sizes: Sequence[int] = (10**9,), name: str = "alone"
+    engine: Engine, prompt: Sequence[int], sampling: Sampling, sizes: Sequence[int] = (10**9,), name: str = "alone"
 ) -> list[Sampled]:
     """Everything that one sequence gives when it runs by itself, pages ascending."""
     pages = list(range(engine.kv.pages_for(len(prompt) + sampling.max_tokens)))
@@ -63,7 +62,7 @@ def alone(
     return out
 
 
-def move(sequence: str, source: TorchEngine, pages: Sequence[int], sink: TorchEngine, into: Sequence[int]) -> None:
+def move(sequence: str, source: Engine, pages: Sequence[int], sink: Engine, into: Sequence[int]) -> None:
     """Copy a sequence's pages into another engine's arena, byte for byte."""
     size = source.kv.page_nbytes
     for page, target in zip(pages, into, strict=False):

@@ -1,4 +1,7 @@
-"""The engine's contract: what it refuses without changing anything, when text ends, what it reads and writes."""
+"""The engines' contract: what they refuse without changing anything, when text ends, what they read and write.
+
+Tests with the fixture `one`, or with `KINDS` or `MODES`, are what the model's engine and the paced one must agree on.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,23 @@ import pytest
 from core.errors import LocalError
 from core.sampling import Sampling
 from engine.api import Engine, Row
+from engine.engine import TorchEngine
 from kernels.native import NativeMissing
 from tests.checkpoints import make_llama
+from tests.engine.conftest import ENGINES
 from tests.engine.play import alone, poison
 
 PROMPT = list(range(2, 42))
-MODES = [{"native": native, "exact": exact} for native in (True, False) for exact in (True, False)]
+KINDS = [*ENGINES]
+MODES = [
+    *({"native": native, "exact": exact} for native in (True, False) for exact in (True, False)),
+    *({"kind": "paced", "native": native} for native in (True, False)),
+]
 
 
-@pytest.fixture(scope="module")
-def one(engine):
-    return engine("gqa")
+@pytest.fixture(scope="module", params=KINDS)
+def one(engine, request):
+    return engine("gqa", request.param)
 
 
 @pytest.fixture
@@ -36,7 +45,7 @@ def test_it_is_an_engine(one):
     assert protocol.pages == len(protocol.arena) // protocol.kv.page_nbytes
     assert not protocol.arena.readonly
     address = ctypes.addressof(ctypes.c_char.from_buffer(protocol.arena))
-    assert address == one._arena.pages.data_ptr()
+    assert address == (one._arena.pages.data_ptr() if isinstance(one, TorchEngine) else one._arena.ctypes.data)
 
 
 ROWS = [
@@ -118,10 +127,9 @@ def test_text_ends_at_a_stop_token_or_at_its_length(one):
     assert got[-1].finish == "stop"
 
 
-def test_text_ends_where_the_context_ends(engine, tmp_path):
-    from engine.engine import TorchEngine
-
-    one = TorchEngine(make_llama(tmp_path, context=44), kv_memory=2**20, page_tokens=16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_ends_where_the_context_ends(kind, tmp_path):
+    one = ENGINES[kind](make_llama(tmp_path, context=44), kv_memory=2**20, page_tokens=16)
     got = alone(one, PROMPT, Sampling(100))
     assert (got[-1].position, got[-1].finish, len(got)) == (43, "length", 4)
 
@@ -186,16 +194,86 @@ def test_without_a_compiler_torch_serves(engine, monkeypatch):
     assert engine("gqa", exact=True).backend == "exact-torch: no C++ compiler"
 
 
-def test_hashes_are_of_logits_only_if_asked(engine, one):
-    assert all(sample.logits_hash for sample in alone(one, PROMPT, Sampling(3)))
-    assert not any(sample.logits_hash for sample in alone(engine("gqa", hash_logits=False), PROMPT, Sampling(3)))
+@pytest.mark.parametrize("kind", KINDS)
+def test_hashes_are_of_logits_only_if_asked(engine, kind):
+    hashes = [sample.logits_hash for sample in alone(engine("gqa", kind), PROMPT, Sampling(3))]
+    assert len({*hashes, 0}) == 4
+    silent = engine("gqa", kind, hash_logits=False)
+    assert not any(sample.logits_hash for sample in alone(silent, PROMPT, Sampling(3)))
+
+
+def test_each_continuation_goes_on_as_a_sequence_of_its_own(one):
+    sampling = Sampling(9, temperature=1.0, seed=3, n=3)
+    one.open("s", PROMPT, [0, 1, 2], sampling, len(PROMPT))
+    firsts = one.step([Row("s", 0, 40)])
+    assert one.tokens("s") == tuple(PROMPT)
+    one.close("s")
+    assert [(first.position, first.branch, first.finish) for first in firsts] == [
+        (40, 0, None),
+        (40, 1, None),
+        (40, 2, None),
+    ]
+    for branch, first in enumerate(firsts):
+        want = alone(one, PROMPT, sampling.branch(branch))
+        one.copy(2, 9)
+        one.open("b", [*PROMPT, first.token], [0, 1, 9], sampling.branch(branch), len(PROMPT))
+        got = [first]
+        while got[-1].finish is None:
+            got += one.step([Row("b", got[-1].position, got[-1].position + 1)])
+        one.close("b")
+        assert [(each.token, each.finish) for each in got] == [(each.token, each.finish) for each in want]
+    assert len({first.token for first in firsts}) > 1
+
+
+def test_one_token_ends_at_its_length_in_every_continuation(one):
+    one.open("s", PROMPT, [0, 1, 2], Sampling(1, n=2), len(PROMPT))
+    assert [each.finish for each in one.step([Row("s", 0, 40)])] == ["length", "length"]
+    one.close("s")
+
+
+def test_no_stop_token_is_chosen_before_its_time(one):
+    stops = tuple(range(2, 120))
+    got = alone(one, PROMPT, Sampling(30, min_tokens=7, stop_token_ids=stops))
+    assert [each.token in stops for each in got[:7]] == [False] * 7
+    assert len(got) < 30
+    assert got[-1].finish == "stop"
+
+
+def test_logprobs_come_if_asked_and_those_of_the_prompt_once(one):
+    plain = alone(one, PROMPT, Sampling(3))
+    assert not any(each.logprobs or each.prompt_logprobs for each in plain)
+    got = alone(one, PROMPT, Sampling(3, logprobs=2, prompt_logprobs=1), (7, 20, 1))
+    assert [each.token for each in got] == [each.token for each in plain]
+    for each in got:
+        assert each.logprobs.token == each.token == each.logprobs.top_ids[0]
+        assert 0 > each.logprobs.logprob == each.logprobs.top_logprobs[0] >= each.logprobs.top_logprobs[1]
+        assert len(each.logprobs.top_ids) == 2
+    first, *later = got
+    assert not any(each.prompt_logprobs for each in later)
+    assert first.prompt_logprobs[0] is None
+    assert [told.token for told in first.prompt_logprobs[1:]] == PROMPT[1:]
+    assert all(told.logprob < 0 and len(told.top_ids) == 1 for told in first.prompt_logprobs[1:])
+
+
+def test_output_of_earlier_attempts_is_prompt(one):
+    """Another sequence with the tokens so far goes on as the first would have, counts from there, and ends as it."""
+    want = alone(one, PROMPT, Sampling(12))
+    known = PROMPT + [each.token for each in want[:5]]
+    one.open("s", known, [0, 1, 2, 3], Sampling(7), len(known), 5)
+    got = one.step([Row("s", 0, len(known))])
+    while got[-1].finish is None:
+        got += one.step([Row("s", got[-1].position, got[-1].position + 1)])
+    one.close("s")
+    assert [(each.position, each.token, each.finish) for each in got] == [
+        (each.position, each.token, each.finish) for each in want[5:]
+    ]
+    with pytest.raises(LocalError, match="generated: got 3, want 0 to 2 tokens"):
+        one.open("s", [5, 6], [0], Sampling(2), 2, 3)
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_long_prompt_prefills_in_chunks_and_does_not_slow_its_neighbours(tmp_path, native):
     """32,000 tokens on 2 layers; then one long row beside 31 short ones costs about what its keys cost."""
-    from engine.engine import TorchEngine
-
     folder = make_llama(tmp_path, hidden=64, heads=2, kv_heads=1, context=40000)
     one = TorchEngine(folder, kv_memory=64 * 2**20, page_tokens=64, native=native)
     long = [2 + place * 7919 % 120 for place in range(32000)]

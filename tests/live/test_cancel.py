@@ -1,4 +1,7 @@
-"""Clients that leave at any time: what they held is free, and nobody else notices."""
+"""Clients that leave at any time: what they held is free, and nobody else notices.
+
+On the paced engine: a page that is used again while its former owner still reads or writes it would be a wrong token.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,25 @@ import grpc
 import pytest
 
 from protos.baton.v1 import inference_pb2
-from tests.live.asks import case
+from tests.engine.chain import Chain
+from tests.live.asks import ENDS, case
 from tests.live.cluster import Client, Reply
 
 CASES = [case(1 + 41 * n, 200, n, forever=True) for n in range(12)]
+
+
+@pytest.fixture(scope="module")
+def live(launch, model):
+    """Two gateways, two prefill workers and one decode worker."""
+    started = launch("cancel", model, prefill=2, gateways=2, engine="paced", pace=0.5)
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """What `live` must generate."""
+    return Chain.of(model, 320, 8192, (0, *ENDS))
 
 
 async def leaves(client: Client, number: int, how: str, after_s: float, after_tokens: int | None) -> Reply:

@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from tests.live.asks import case
+from tests.engine.chain import Chain
+from tests.live.asks import ENDS, case
 from tests.live.cluster import Client, together, until
 
 STREAMS = [case(30 + 50 * n, 700, n, forever=True) for n in range(4)]
@@ -19,9 +20,15 @@ NEW = [case(20 + 40 * n, 30, n, forever=True) for n in range(6)]
 @pytest.fixture(scope="module")
 def apart(launch, model):
     """Two gateways, one prefill and one decode worker: who loses one of these has nobody else."""
-    live = launch("coordinator", model, gateways=2, dtype="float32", kv_memory="8M")
+    live = launch("coordinator", model, gateways=2, kv_memory="8M", engine="paced", pace=0.5)
     yield live
     live.stop()
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """What `apart` must generate."""
+    return Chain.of(model, 320, 8192, (0, *ENDS))
 
 
 @asynccontextmanager
@@ -52,7 +59,7 @@ async def ask_all(clients, reference):
 
 
 def check(cases, replies, reference):
-    """Each is what one engine says, at the first attempt."""
+    """Each is what its tokens imply, at the first attempt."""
     for each, reply in zip(cases, replies, strict=True):
         each.check(reply, reference)
         assert reply.last.attempts == 1

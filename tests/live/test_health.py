@@ -1,4 +1,8 @@
-"""What the processes say of themselves, and what clients see when one of them dies."""
+"""What the processes say of themselves, and what clients see when one of them dies.
+
+On the paced engine, whose tokens say of every page that it was right; `test_sampling.py` and `test_continuations.py`
+have a decode worker killed under the model.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.live.asks import case
-from tests.live.cluster import SECRET, Client, Reference, Reply, ask, session, together, until
+from tests.engine.chain import Chain
+from tests.live.asks import ENDS, case
+from tests.live.cluster import SECRET, Client, Reply, ask, session, together, until
 
 SERVICE = "baton.v1.InferenceService"
 PREFILLS, DECODES = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
@@ -25,7 +30,7 @@ STREAM = case(90, 1200, 3, forever=True, temperature=0.9, seed=4)
 @pytest.fixture(scope="module")
 def reference(model):
     """What `pairs` must generate, to the bit."""
-    return Reference(model, dtype="float32", exact=True)
+    return Chain.of(model, 320, 8192, (0, *ENDS))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def seen():
 
 @pytest.fixture(scope="module")
 def started(launch, model, seen):
-    """Two prefill and two decode workers in exact mode: whoever dies, another can take it."""
+    """Two prefill and two decode workers: whoever dies, another can take it."""
 
     def say(line):
         name, _, address = line.partition(" on ")
@@ -44,9 +49,7 @@ def started(launch, model, seen):
             with grpc.insecure_channel(address) as channel:
                 seen.update({service: check(channel, service) for service in ("", SERVICE, "readiness", "liveness")})
 
-    live = launch(
-        "pairs", model, say, prefill=2, decode=2, dtype="float32", exact=True, hash_logits=True, chunk_tokens=32
-    )
+    live = launch("pairs", model, say, prefill=2, decode=2, engine="paced", pace=0.5, hash_logits=True, chunk_tokens=32)
     live.torn = True
     yield live
     live.stop()
@@ -265,7 +268,7 @@ def test_logs_are_json_lines_that_name_who_and_what_but_no_prompt(pairs):
 
 def test_processes_end_with_their_launcher(launch, model):
     """A launcher that was killed closes their standard input; nothing else tells them."""
-    live = launch("orphans", model, mixed=1, prefill=0, decode=0)
+    live = launch("orphans", model, mixed=1, prefill=0, decode=0, engine="paced")
     lives = list(live.deployment.running.values())
     for each in lives:
         assert each.process.stdin is not None
