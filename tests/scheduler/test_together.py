@@ -20,7 +20,7 @@ import pytest
 
 from core.kv import pages_of
 from core.messages import (
-    AnyMessage,
+    Message,
     Cancel,
     First,
     Grant,
@@ -604,7 +604,7 @@ class World:
                 process.up(other.me)
                 other.up(process.me)
 
-    def send(self, sender: Identity, to: Identity, message: AnyMessage) -> bool:
+    def send(self, sender: Identity, to: Identity, message: Message) -> bool:
         link = self.link(sender, to)
         if not link.up or not self.processes[to].alive:
             return False
