@@ -104,6 +104,10 @@ class MigratingPolicy(DecodePolicy):
         moved = {guest.ticket.key: key for key, guest in self._guests.items() if guest.moving is not None}
         assert self._aliases == moved
 
+    def giving(self) -> bool:
+        """Whether a worker that drains still has something, and somebody who might take it."""
+        return bool(self._guests) and (self.moves.row is not None or self.moves.takers())
+
     # Rows of ours that go.
     def _would_gain(self) -> bool:
         return super()._would_gain() or self._may_move()
@@ -253,7 +257,7 @@ class MigratingPolicy(DecodePolicy):
             self._coming -= guest.pages
         (first,) = event.firsts
         row = guest.rows[first.branch] = Row(guest.key, guest, guest.request, first, len(guest.request.prompt), 0)
-        row.generated_then, row.said = len(carried.tokens), carried.tokens
+        row.generated_then, row.carried = len(carried.tokens), carried
         row.bound = self._ledger.count(guest.key)
         self._ledger.unpromise(guest.key)
         self._memory.own -= guest.pages - row.bound

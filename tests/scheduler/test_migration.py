@@ -168,7 +168,7 @@ def test_a_row_whose_last_pages_were_not_taken_goes_on_here():
     (run,) = [each for each in commands if isinstance(each, Run)]
     (join,) = run.joining
     assert (join.key, join.generated, join.pages[:4], join.recompute) == (ticket().key, 6, over.pages[:4], None)
-    assert join.said == ()
+    assert join.carried is None
     end = give(machine, Ran(run.run_id, 44, (Ended(ticket().key, "length", 50),)), 3.5)
     assert told(end)[0].message.completion_tokens == 50
 
@@ -283,7 +283,7 @@ def test_a_row_comes_and_its_gateway_hears_before_any_token():
     (run,) = [each for each in commands if isinstance(each, Run)]
     (join,) = run.joining
     assert (join.key, join.ticket, join.generated, join.first) == (offer.ticket.key, here, 9, First(18))
-    assert (join.said, join.recompute) == (tuple(range(10, 19)), None)
+    assert (join.carried, join.recompute) == (Carried(tuple(range(10, 19))), None)
     (tell, leave) = told(give(machine, Ran(run.run_id, 4, (Ended(join.key, "stop", 12, 2),)), 3.0))
     assert (tell.message.ticket, tell.message.completion_tokens, leave) == (here, 12, Leave(join.key))
     assert machine._ledger.holders() == ()

@@ -374,7 +374,7 @@ class Worker(Process):
 
     def start(self, command: decode.Run) -> None:
         for join in command.joining:
-            said = join.said or (join.first.token,)
+            said = join.carried.tokens if join.carried is not None else (join.first.token,)
             tokens = (*join.request.prompt, *said)
             if join.copied is not None:
                 source, target = join.copied
