@@ -168,6 +168,8 @@ class MigratingPolicy(DecodePolicy):
             if not moves.stops(pages):
                 moves.sealed(pages)
                 return [SealRow(ticket.key, self._ledger.pages(row.key)[:pages], pages * page_tokens)]
+        if not row.known:
+            return []  # no order has named it yet: whoever runs the engine has nothing of it to give
         self._memory.trim(row, self._batch.step)
         row.generated_then = row.generated(self._batch.step)
         stages = self._stages(row, now)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core.messages import (
-    Message,
     Cancel,
     CaughtUp,
     Freeness,
     Grant,
+    Message,
     Offer,
     OfferMigration,
     Prompt,
