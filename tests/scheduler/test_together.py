@@ -20,10 +20,10 @@ import pytest
 
 from core.kv import pages_of
 from core.messages import (
-    Message,
     Cancel,
     First,
     Grant,
+    Message,
     Offer,
     Prompt,
     Ready,
