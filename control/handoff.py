@@ -83,14 +83,12 @@ class HandOffShell:
 
     def _heard(self, peer: Identity, message: HandOff) -> None:
         ticket = message.ticket
-        if isinstance(message, Reserve | Ready | OfferMigration) and (ticket.source, ticket.sink) == (peer, self._me):
+        ends = ticket.source, ticket.sink
+        if isinstance(message, Reserve | Ready | OfferMigration) and ends == (peer, self._me):
             self._driver.post(SINK, message)
-        elif isinstance(message, Grant | Refuse | CaughtUp | Taken) and (ticket.source, ticket.sink) == (
-            self._me,
-            peer,
-        ):
+        elif isinstance(message, Grant | Refuse | CaughtUp | Taken) and ends == (self._me, peer):
             self._driver.post(SOURCE, message)
-        elif isinstance(message, Release) and peer in (ticket.source, ticket.sink):
+        elif isinstance(message, Release) and peer in ends:
             self._driver.post(SOURCE if ticket.source == self._me else SINK, message)
 
     def met(self, peer: Identity) -> None:
