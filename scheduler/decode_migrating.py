@@ -171,8 +171,8 @@ class MigratingPolicy(DecodePolicy):
         if not row.known:
             return []  # no order has named it yet: whoever runs the engine has nothing of it to give
         self._memory.trim(row, self._batch.step)
-        row.generated_then = row.generated(self._batch.step)
         stages = self._stages(row, now)
+        row.generated_then = row.generated(self._batch.step)
         self._leave_batch(row)
         row.place = Place.MOVING
         self._admission.remove(row.key)

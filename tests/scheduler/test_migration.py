@@ -109,6 +109,7 @@ def test_a_row_moves_in_stages():
     # 21 tokens: one more full page, and one that is not.
     assert over == HandOver(key, MOVE.key, machine._ledger.pages(key), 21, over.stages)
     assert [stage.name for stage in over.stages] == ["join_wait", "decode"]
+    assert over.stages[1].detail == {"steps": "11"}
     assert len(over.pages) == 6
     assert not any(isinstance(each, Run) for each in stopped)
     assert told(give(machine, MoveEnded(MOVE.key, True, True), 4.0)) == [
