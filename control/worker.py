@@ -431,6 +431,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if self._decode is not None:
             for state_, count in self._decode.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "decode", "state": state_}, float(count)
+            if isinstance(self._decode.policy, MigratingPolicy):
+                moves = self._decode.policy.moves
+                yield "rows_offered", "Running rows offered to others.", {"outcome": "moved"}, float(moves.given)
+                yield "rows_offered", "Running rows offered to others.", {"outcome": "stayed"}, float(moves.stayed)
+                yield "freeness_steps", "Steps until memory is used up.", {}, self._decode.policy.freeness()
         for peer, lane in self._lanes.items():
             labels = {"source": peer.name, "transport": lane.transport}
             yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s
