@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 
 import pytest
 
@@ -165,3 +166,18 @@ def test_losses_at_any_time_of_a_move_change_no_token(pair, reference, seed):
         assert number is signal.SIGKILL or reply.last.attempts == 1
     until(lambda: name in pair.deployment.ended(), "it has ended")
     pair.wait_empty()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DECODES)
+def test_an_end_of_a_move_that_stood_still_changes_no_token(pair, reference, name):
+    def stop() -> None:
+        pair.kill(name, signal.SIGSTOP)
+        time.sleep(4.5)
+        pair.kill(name, signal.SIGCONT)
+
+    replies = disturbed(pair, 100, stop)
+    for each, reply in zip(STREAMS, replies, strict=True):
+        exact(each, reply, reference)
+    pair.wait_empty()
+    pair.restart()
