@@ -14,8 +14,10 @@ import time
 import pytest
 
 from core.kv import KvShape
-from tests.live.asks import case
-from tests.live.cluster import Client, Reference, Reply, together, until
+from core.sampling import Sampling
+from tests.live.asks import case, prompt
+from tests.live.cluster import Client, Reference, Reply, ask, together, until
+from tests.live.test_sampling import Case, told
 
 PAGES = KvShape(layers=2, kv_heads=2, head_dim=16, page_tokens=16, dtype="float32")
 ARENA = 4 * 2**20
@@ -23,6 +25,8 @@ EDGE = int(ARENA / PAGES.page_nbytes * 0.95) * PAGES.page_tokens - 200
 """Steps: what an empty worker is free for, but 200."""
 DECODES = ("decode-0", "decode-1")
 ALONE = case(150, 250, 99, forever=True, temperature=0.8, seed=9)
+LIKELY = {"logprobs": 3, "prompt_logprobs": 2, "presence_penalty": 0.5, "temperature": 0.7, "top_k": 40, "seed": 5}
+"""Options of which a row that moves must take something along."""
 STREAMS = [
     case(40 + 60 * n, 220 + 20 * n, 100 + n, forever=True, temperature=0.8, seed=n, repetition_penalty=1.1)
     for n in range(4)
@@ -121,6 +125,21 @@ def test_a_row_goes_to_and_fro_and_says_the_same(pair, reference):
     decoded = [stage for stage in reply.last.stages if stage.name == "decode"]
     assert len(decoded) == len(moved) + 1
     assert sum(int(stage.detail["steps"]) for stage in decoded) == len(reply.tokens) - 1
+    pair.wait_empty()
+
+
+def test_a_row_takes_its_logprobs_and_penalties_along(pair, reference):
+    tokens, most = prompt(170, 98), 120
+    sampling = Sampling(most, ignore_eos=True, **LIKELY)
+    each = Case(tokens, sampling, ask(tokens, most, ignore_eos=True, **LIKELY))
+
+    async def run():
+        async with Client(pair.gateway) as client:
+            return await told(client, each.request)
+
+    reply = asyncio.run(run())
+    each.check(reply, reference)
+    assert moves(reply)
     pair.wait_empty()
 
 

@@ -119,6 +119,21 @@ def test_a_row_moves_in_stages():
     assert (machine._ledger.holders(), machine.moves.given, machine.moves.stayed) == ((), 1, 0)
 
 
+def test_a_worker_that_drains_is_waited_for_as_long_as_somebody_may_take_what_it_has():
+    machine = policy()
+    assert not machine.giving()
+    offered(machine)
+    assert machine.giving()
+    give(machine, Freeness(D2, -math.inf), 2.0)
+    assert machine.giving(), "it is on its way"
+    give(machine, MoveEnded(MOVE.key, False, True, "draining"), 2.0)
+    assert not machine.giving(), "nobody takes it"
+    give(machine, Freeness(D2, 0.0), 2.0)
+    assert machine.giving(), "who is full now may have room soon"
+    give(machine, Ran(2, 44, (Ended(ticket().key, "length", 50),)), 3.0)
+    assert not machine.giving()
+
+
 def test_it_stops_with_the_last_stage_however_much_is_left():
     machine = policy(last_pages=0)
     offered(machine)
