@@ -303,7 +303,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._registry.renew()
         if self._ready() != self._healthy:
             self._healthy = self._ready()
-            log.info("ready" if self._healthy else "not ready: no measured lane")
+            log.info("ready" if self._healthy else f"not ready: {'leaving' if self._leaving else 'no measured lane'}")
             self._health_task = asyncio.create_task(self._server.healthy(self._healthy))
 
     # Gateways.
