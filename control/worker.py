@@ -48,6 +48,8 @@ ENGINE_NICE = 10
 """On a core that it shares with the loop and the transfer thread, the engine waits: they are never busy long."""
 DRAIN_S = 5.0
 """A decode worker that is to end gives its rows away for so long at most: its launcher waits a little longer."""
+LAST_TOKENS = 256
+"""Of KV that a row which moves may leave for its last stage, while which it stands still: 16 of Llumnix's blocks."""
 LOOK_S = 0.02
 """Between two looks at what it still has."""
 SCRATCH_NBYTES = 4 * 2**20
@@ -193,7 +195,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         config = self._config
         if not self._base.migrates:
             return DecodePolicy(self._me, engine.kv, self._ledger, settings)
-        bounds = MigrationConfig(config.migrate_below_steps, config.migrate_above_steps)
+        bounds = MigrationConfig(
+            config.migrate_below_steps,
+            config.migrate_above_steps,
+            last_pages=max(1, LAST_TOKENS // engine.kv.page_tokens),
+        )
         return MigratingPolicy(self._me, engine.kv, self._ledger, settings, bounds)
 
     async def drain(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import random
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,14 @@ EDGE = int(ARENA / PAGES.page_nbytes * 0.95) * PAGES.page_tokens - 200
 """Steps: what an empty worker is free for, but 200."""
 DECODES = ("decode-0", "decode-1")
 ALONE = case(150, 250, 99, forever=True, temperature=0.8, seed=9)
-LIKELY = {"logprobs": 3, "prompt_logprobs": 2, "presence_penalty": 0.5, "temperature": 0.7, "top_k": 40, "seed": 5}
+LIKELY: dict[str, Any] = {
+    "logprobs": 3,
+    "prompt_logprobs": 2,
+    "presence_penalty": 0.5,
+    "temperature": 0.7,
+    "top_k": 40,
+    "seed": 5,
+}
 """Options of which a row that moves must take something along."""
 STREAMS = [
     case(40 + 60 * n, 220 + 20 * n, 100 + n, forever=True, temperature=0.8, seed=n, repetition_penalty=1.1)
