@@ -4,7 +4,7 @@ One prefill and two decode workers; five requests of one length decode, so that 
 other two. The bounds of freeness lie between the two, so that rows go to and fro all the while. Requests begin one
 after the other, each with as many more tokens as the prompts behind it take. The pause is taken at the client: the gap
 between the last token of the worker before and the first of the next, which the stages of the last message tell apart.
-It is held against three decode steps, a step being the median gap of all streams.
+It is held against three decode steps, a step being the median gap of all streams, once all of them run.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ MOST_TOKENS = 2500
 class Sample:
     """What was measured at one context length, in seconds and bytes."""
 
+    since: float = math.inf
+    """When the last of the streams had begun: what was before is not counted, as prompts were computed beside it."""
     gaps: list[float] = field(default_factory=list)
     """Between tokens that the same worker made."""
     pauses: list[float] = field(default_factory=list)
@@ -70,6 +72,8 @@ def stream(gateway: str, prompt: list[int], tokens: int, sample: Sample, begun: 
     if not parts or made + parts[-1] != len(times):
         raise RpcFailure(f"stages tell of {made} tokens and more, {len(times)} came")
     for at in range(2, len(times)):
+        if times[at - 1] < sample.since:
+            continue
         (sample.pauses if at in edges else sample.gaps).append(times[at] - times[at - 1])
     moves = [stage for stage in end.stages if stage.name == "move"]
     sample.told += [stage.seconds for stage in moves]
@@ -102,6 +106,7 @@ def measure(cluster: Deployment, context: int, tokens: int, draw: random.Random)
         threads.append(threading.Thread(target=one, args=(prompt(), most, begun), daemon=True))
         threads[-1].start()
         begun.wait()
+    sample.since = time.perf_counter()
     decodes = [member for member in members(cluster.coordinator) if member.role == "decode"]
     while any(thread.is_alive() for thread in threads):
         time.sleep(0.5)
@@ -155,7 +160,7 @@ def main() -> None:
         with Deployment(config, model, "bench", log_path=Path(scratch) / "log") as cluster:
             wait_ready(cluster)
             pin(cluster)
-            measure(cluster, contexts[0], 40, draw)
+            measure(cluster, 64, 10, draw)
             for context in contexts:
                 sample = measure(cluster, context, tokens, draw)
                 progress(f"  context {context}: {len(sample.pauses)} moves, load {os.getloadavg()[0]:.1f}")
