@@ -76,6 +76,10 @@ def waterfall(end: inference_pb2.End) -> Sequence[str]:
             extra = f"{int(d['nbytes']) / 1e3:,.0f} kB in {d['runs']} runs from {d['from']}, {lane}"
             if int(d["cached"]):
                 extra = f"{d['cached']} tokens were here" + (f", {extra}" if int(d["nbytes"]) else "")
+        elif stage.name == "move":
+            d = stage.detail
+            copied = f"{int(d['nbytes']) / 1e3:,.0f} kB from {d['from']} in {float(d['copy_s']) * 1e3:.1f} ms"
+            extra = f"{copied} while it ran on, {d['transport']}"
         elif stage.name == "prefill":
             extra = f"{stage.detail['tokens']} tokens in {stage.detail['chunks']} chunks"
             if "cached" in stage.detail:

@@ -6,13 +6,24 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
-from core.errors import LocalError
 from core.kv import page_runs
-from core.messages import Grant, Ready, Refuse, Release, Reserve, Taken, ToPeer
+from core.messages import (
+    CaughtUp,
+    Freeness,
+    Grant,
+    HandOff,
+    OfferMigration,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+    ToPeer,
+)
 from core.request import Stage
 from core.worker import Identity, Lane
 from runtime.driver import Driver
-from scheduler.decode_policy import Asked, KvArrived, Withdrawn
+from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone, Withdrawn
 from scheduler.prefill_policy import Granted, HandOffOver
 from transfer import sink as taking
 from transfer import source as giving
@@ -21,11 +32,14 @@ from transfer.transport import ReadFailed, ReadFenced
 
 log = logging.getLogger("baton.handoff")
 
-SOURCE, SINK = "source", "sink"
+SOURCE, SINK, DECODE = "source", "sink", "decode"
 
 
 class HandOffShell:
-    """Seats `source` and `sink` in `driver`. The seats "prefill" and "decode" exist as far as the role needs them."""
+    """Seats `source` and `sink` in `driver`. The seats "prefill" and "decode" exist as far as the role needs them.
+
+    `moves`: the policy in the seat "decode" gives and takes running rows.
+    """
 
     def __init__(
         self,
@@ -37,6 +51,8 @@ class HandOffShell:
         send: Callable[[Identity, ToPeer], bool],
         lane: Callable[[Identity], Lane | None],
         emulated: Callable[[], bool],
+        *,
+        moves: bool = False,
     ) -> None:
         self.source = source
         self.sink = sink
@@ -46,6 +62,7 @@ class HandOffShell:
         self._send = send
         self._lane = lane
         self._emulated = emulated
+        self._moves = moves
         self._lively = False
         self._jobs: dict[int, tuple[str, int]] = {}
         """Digests under way: ticket and first page."""
@@ -56,16 +73,33 @@ class HandOffShell:
 
     def heard(self, peer: Identity, message: ToPeer) -> None:
         """A peer's message; one about a ticket that is not between us and it is ignored."""
+        if isinstance(message, Freeness):
+            if self._moves and message.worker == peer:
+                self._driver.post(DECODE, message)
+        elif isinstance(message, OfferMigration) and not self._moves:
+            self._send(peer, Refuse(message.ticket, "rows do not move here"))
+        else:
+            self._heard(peer, message)
+
+    def _heard(self, peer: Identity, message: HandOff) -> None:
         ticket = message.ticket
-        if isinstance(message, Reserve | Ready) and (ticket.source, ticket.sink) == (peer, self._me):
+        ends = ticket.source, ticket.sink
+        if isinstance(message, Reserve | Ready | OfferMigration) and ends == (peer, self._me):
             self._driver.post(SINK, message)
-        elif isinstance(message, Grant | Refuse | Taken) and (ticket.source, ticket.sink) == (self._me, peer):
+        elif isinstance(message, Grant | Refuse | CaughtUp | Taken) and ends == (self._me, peer):
             self._driver.post(SOURCE, message)
-        elif isinstance(message, Release) and peer in (ticket.source, ticket.sink):
+        elif isinstance(message, Release) and peer in ends:
             self._driver.post(SOURCE if ticket.source == self._me else SINK, message)
+
+    def met(self, peer: Identity) -> None:
+        """Rows can move to a peer, and from it: its lane and ours are up."""
+        if self._moves:
+            self._driver.post(DECODE, PeerCame(peer))
 
     def lost(self, peer: Identity) -> None:
         """A peer's life is over."""
+        if self._moves:
+            self._driver.post(DECODE, PeerGone(peer))
         self._driver.post(SOURCE, giving.SinkLost(peer))
         self._driver.post(SINK, taking.SourceLost(peer))
 
@@ -101,8 +135,16 @@ class HandOffShell:
                 self._next_job += 1
                 self._jobs[self._next_job] = (key, first_page)
                 self._transfer.digest(self._next_job, pages, first_page, tokens)
-            case giving.SendOffer() | giving.MoveAsked() | giving.MoveEnded():
-                raise LocalError(f"got {type(command).__name__}, but rows do not move between processes: no migration")
+            case giving.SendOffer(offer):
+                self._progress()
+                if not self._send(offer.ticket.sink, offer):
+                    self._driver.post(SOURCE, Refuse(offer.ticket, f"no lane to {offer.ticket.sink.name}"))
+            case giving.MoveAsked(key):
+                self._driver.post(DECODE, MoveAsked(key))
+            case giving.MoveEnded(key, taken, sure, reason):
+                self._progress()
+                log.info("row of %s %s", key, "moved" if taken else f"did not move: {reason}")
+                self._driver.post(DECODE, MoveEnded(key, taken, sure, reason))
             case giving.GrantCame(key):
                 self._driver.post("prefill", Granted(key))
             case giving.HandOffEnded(key, taken, reason, taken_s):
@@ -118,19 +160,19 @@ class HandOffShell:
                     self._driver.post(SOURCE, message)
                 else:
                     self._send(message.ticket.source, message)
-            case taking.AskForMore():
-                raise LocalError("got AskForMore, but rows do not move between processes: no migration")
-            case taking.AskPolicy(ticket, request):
-                self._driver.post("decode", Asked(ticket, request))
+            case taking.AskForMore(message):
+                self._send(message.ticket.source, message)
+            case taking.AskPolicy(ticket, request, offer):
+                self._driver.post(DECODE, Asked(ticket, request, offer))
             case taking.Read(read_id, source, runs, pages, first_page, tokens):
                 self._transfer.pull(read_id, str(source), runs, page_runs(pages), first_page, tokens)
             case taking.Fence(read_ids):
                 self._transfer.fence(read_ids)
-            case taking.Arrived(ticket, request, firsts, pull):
-                arrived = KvArrived(ticket, request, firsts, self._stages(ticket.source, pull))
-                self._driver.post("decode", arrived)
+            case taking.Arrived(ticket, request, firsts, pull, carried):
+                stages = self._stages(ticket.source, pull, moved=carried is not None)
+                self._driver.post(DECODE, KvArrived(ticket, request, firsts, stages, carried))
             case taking.Gone(ticket, reason, recompute):
-                self._driver.post("decode", Withdrawn(ticket, reason, recompute))
+                self._driver.post(DECODE, Withdrawn(ticket, reason, recompute))
             case _:
                 assert_never(command)
 
@@ -141,7 +183,8 @@ class HandOffShell:
             self._lively = lively
             self._transfer.lively(lively)
 
-    def _stages(self, source: Identity, pull: taking.Pull) -> tuple[Stage, ...]:
+    def _stages(self, source: Identity, pull: taking.Pull, *, moved: bool) -> tuple[Stage, ...]:
+        """What it took to come here. A row that moves is copied while it runs: only its pause is time of its own."""
         lane = self._lane(source)
         detail = {
             "from": source.name,
@@ -153,4 +196,7 @@ class HandOffShell:
             "read_s": f"{pull.read_s:.6f}",
         }
         me = self._me.name
+        if moved:
+            copied = {"copy_s": f"{pull.total_s:.6f}", "pause_s": f"{pull.paused_s:.6f}"}
+            return (Stage("move", me, pull.paused_s, {**detail, **copied}),)
         return (Stage("reserve_wait", me, pull.granted_s), Stage("pull", me, pull.total_s, detail))

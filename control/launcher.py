@@ -33,6 +33,7 @@ from runtime import log as logs
 START_S = 120.0
 """A process that does not listen within this time has failed."""
 STOP_S = 8.0
+"""A process that has not ended by then is killed; a worker needs some of it to give its rows away."""
 LOOPBACK = "127.0.0.1"
 """Workers trust each other with their whole arenas, and nothing authenticates them yet: they stay on this machine."""
 
@@ -287,6 +288,9 @@ class Deployment:
                     chunk_tokens=c.chunk_tokens,
                     max_rows=c.max_rows,
                     max_steps=c.max_steps,
+                    migrate=c.migrate,
+                    migrate_below_steps=c.migrate_below_steps,
+                    migrate_above_steps=c.migrate_above_steps,
                     hash_logits=c.hash_logits,
                     engine=c.engine,
                     cost=c.cost,

@@ -10,7 +10,7 @@ from typing import cast
 import grpc
 
 from core.errors import RemoteError
-from core.messages import Grant, Message, Ready, Refuse, Release, Reserve, Taken, ToPeer
+from core.messages import Message, ToPeer
 from core.worker import Greeting, Identity, Lane, Member, Role
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
@@ -97,7 +97,10 @@ class Gateways:
 
 
 class Peers:
-    """One stream to every worker of the other phase; of two, the one whose name sorts first dials."""
+    """One stream to every worker of the other phase, and to every decode worker that rows may move to or come from.
+
+    Of two, the one whose name sorts first dials.
+    """
 
     def __init__(
         self,
@@ -182,7 +185,7 @@ class Peers:
                 self._heard(peer, wire.lane_from(frame.lane))
             case _:
                 message = stream.reader.message(frame)
-                if not isinstance(message, Reserve | Grant | Refuse | Ready | Taken | Release):
+                if not isinstance(message, ToPeer):
                     raise RemoteError(f"{peer} sent {type(message).__name__}")
                 self._heard(peer, message)
 
@@ -197,6 +200,8 @@ class Peers:
         if other.identity == self._me.identity:
             return False
         mine, its = self._me.role, other.role
+        if self._me.migrates and other.migrates:
+            return True
         return (mine.prefills and its.decodes) or (mine.decodes and its.prefills)
 
     async def _dial(self, member: Member) -> None:

@@ -28,7 +28,9 @@ from runtime.jobs import JobThread
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
 from scheduler import decode_policy, prefill_policy
+from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.migration import MigrationConfig
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from transfer import thread as lanes
 from transfer.digest import Sums
@@ -44,6 +46,12 @@ RETRY_S = 2.0
 """A lane that could not be measured is tried again after this time."""
 ENGINE_NICE = 10
 """On a core that it shares with the loop and the transfer thread, the engine waits: they are never busy long."""
+DRAIN_S = 5.0
+"""A decode worker that is to end gives its rows away for so long at most: its launcher waits a little longer."""
+LAST_TOKENS = 256
+"""Of KV that a row which moves may leave for its last stage, while which it stands still: 16 of Llumnix's blocks."""
+LOOK_S = 0.02
+"""Between two looks at what it still has."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
@@ -83,11 +91,14 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._me = me
         self._build = build
         self._load = load
-        self._bug = bug
+        self._bug = self._fault
+        self._report = bug
+        self._sound = True
+        self._leaving = False
         self._loop = asyncio.get_running_loop()
         self._tasks: list[asyncio.Task[None]] = []
-        self._engine_thread = JobThread("engine", bug, ENGINE_NICE)
-        self._driver = Driver(bug, check=config.check)
+        self._engine_thread = JobThread("engine", self._fault, ENGINE_NICE)
+        self._driver = Driver(self._fault, check=config.check)
         self._server = rpc.Server(config.listen, [SERVICE])
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server.grpc)
         self._metrics = Metrics(self._gauges)
@@ -135,6 +146,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             context=context,
             numerics=numerics,
             transport=config.transport,
+            migrates=config.migrate and role is Role.DECODE,
         )
         self._greeting = Greeting(self._base, metadata, scratch)
         self._seat(engine, role)
@@ -158,6 +170,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._send_peer,
             self._lanes.get,
             lambda: any("tcp" in lane.transport for lane in self._readers.values()),
+            moves=self._base.migrates,
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
@@ -168,13 +181,47 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if role.decodes:
             # A mixed worker's prompts wait for the running order, so it gives short ones.
             steps = 1 if role is Role.MIXED else config.max_steps
-            batch = DecodePolicy(self._me, engine.kv, self._ledger, DecodeConfig(config.max_rows, steps))
             self._decode = DecodeShell(
-                batch, driver, engine, self._engine_thread, self._gateways.tell, lambda _, s: self._step_s.observe(s)
+                self._batch(engine, DecodeConfig(config.max_rows, steps)),
+                driver,
+                engine,
+                self._engine_thread,
+                self._gateways.tell,
+                lambda _, s: self._step_s.observe(s),
+                self._send_peer,
             )
 
+    def _batch(self, engine: Engine, settings: DecodeConfig) -> DecodePolicy:
+        config = self._config
+        if not self._base.migrates:
+            return DecodePolicy(self._me, engine.kv, self._ledger, settings)
+        bounds = MigrationConfig(
+            config.migrate_below_steps,
+            config.migrate_above_steps,
+            last_pages=max(1, LAST_TOKENS // engine.kv.page_tokens),
+        )
+        return MigratingPolicy(self._me, engine.kv, self._ledger, settings, bounds)
+
+    async def drain(self) -> None:
+        """Take nothing more and give running rows away, as long as somebody may take them and it does not take long."""
+        policy = self._decode.policy if self._decode is not None else None
+        if not isinstance(policy, MigratingPolicy) or not self._sound:
+            return
+        self._leaving = True
+        self._changed()
+        self._driver.post("decode", decode_policy.Drain())
+        given = policy.moves.given
+        for _ in range(round(DRAIN_S / LOOK_S)):
+            if not (self._sound and policy.giving()):
+                break
+            await asyncio.sleep(LOOK_S)
+        left = sum(policy.queue().values())
+        log.info("drained: %d rows moved, %d requests are left", policy.moves.given - given, left)
+
     async def stop(self, reason: str) -> None:
-        """Say goodbye to everybody and end."""
+        """Give running rows away if there is somebody to take them, say goodbye to everybody and end."""
+        if hasattr(self, "_registry"):
+            await self.drain()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -233,19 +280,36 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             await asyncio.sleep(0.1)
             self._lag_s = self._loop.time() - due
 
+    def _fault(self, error: BaseException) -> None:
+        """A fault of our own: nobody should wait for what our policies still do."""
+        self._sound = False
+        self._report(error)
+
     def _ready(self) -> bool:
         """Weights are loaded by now; a worker alone cannot hand over, so its lane must have been measured, too."""
         role = self._config.role
+        if self._leaving:
+            return False
         if role is Role.MIXED:
             return self._me in self._lanes
-        return bool(self._readers) if role is Role.PREFILL else bool(self._lanes)
+        return bool(self._readers) if role is Role.PREFILL else any(not self._moves_to(peer) for peer in self._lanes)
+
+    def _moves_to(self, peer: Identity) -> bool:
+        """Whether rows may move between us and a peer: it is not one that prompts come from."""
+        greeting = self._peers.greeting(peer)
+        return self._base.migrates and greeting is not None and greeting.member.migrates
+
+    def _met(self, peer: Identity) -> None:
+        """Rows can move once either has measured its way to read the other's pages."""
+        if peer in self._lanes and peer in self._readers and self._moves_to(peer):
+            self._handoff.met(peer)
 
     def _changed(self) -> None:
         """Readiness or lanes changed: tell those who route."""
         self._registry.renew()
         if self._ready() != self._healthy:
             self._healthy = self._ready()
-            log.info("ready" if self._healthy else "not ready: no measured lane")
+            log.info("ready" if self._healthy else f"not ready: {'leaving' if self._leaving else 'no measured lane'}")
             self._health_task = asyncio.create_task(self._server.healthy(self._healthy))
 
     # Gateways.
@@ -277,7 +341,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _peer_opened(self, greeting: Greeting) -> None:
         self._transfer.boost(1.0)
-        if self._config.role.decodes and greeting.member.role.prefills:
+        member = greeting.member
+        if (self._config.role.decodes and member.role.prefills) or self._moves_to(member.identity):
             self._connect(greeting)
 
     def _connect(self, greeting: Greeting) -> None:
@@ -304,6 +369,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _peer_heard(self, peer: Identity, message: ToPeer | Lane) -> None:
         if isinstance(message, Lane):
             self._readers[peer] = message
+            self._met(peer)
             self._changed()
         else:
             self._handoff.heard(peer, message)
@@ -354,6 +420,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._lanes[peer] = replace(lane, source=peer)
         log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, lane.transport, lane.gbytes_per_s, lane.latency_us)
         self._peers.tell_lane(peer, self._lanes[peer])
+        self._met(peer)
         self._changed()
 
     def _gauges(self) -> Gauges:
@@ -374,6 +441,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if self._decode is not None:
             for state_, count in self._decode.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "decode", "state": state_}, float(count)
+            if isinstance(self._decode.policy, MigratingPolicy):
+                moves = self._decode.policy.moves
+                yield "rows_offered", "Running rows offered to others.", {"outcome": "moved"}, float(moves.given)
+                yield "rows_offered", "Running rows offered to others.", {"outcome": "stayed"}, float(moves.stayed)
+                yield "freeness_steps", "Steps until memory is used up.", {}, self._decode.policy.freeness()
         for peer, lane in self._lanes.items():
             labels = {"source": peer.name, "transport": lane.transport}
             yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s

@@ -52,6 +52,12 @@ class WorkerConfig:
     """Most sequences in one engine step."""
     max_steps: int = 16
     """Most decode steps in one order to the engine."""
+    migrate: bool = False
+    """A decode worker that is short of memory, or is to end, gives its running rows to others."""
+    migrate_below_steps: int = 48
+    """It is short when its rows have memory for fewer steps than these."""
+    migrate_above_steps: int = 192
+    """Another takes rows while its own have memory for more steps than these."""
     hash_logits: bool = False
     """Hash the logits of every token, for comparisons."""
     engine: str = "torch"
@@ -182,6 +188,12 @@ class DeploymentConfig:
     """Most sequences in one engine step."""
     max_steps: int = 16
     """Most decode steps in one order to the engine."""
+    migrate: bool = False
+    """A decode worker that is short of memory, or is to end, gives its running rows to others."""
+    migrate_below_steps: int = 48
+    """It is short when its rows have memory for fewer steps than these."""
+    migrate_above_steps: int = 192
+    """Another takes rows while its own have memory for more steps than these."""
     max_queue_s: float = 30.0
     """A request without a TTFT goal is accepted while its wait stays under this."""
     ttft_s: float = 0.0
@@ -231,6 +243,8 @@ class DeploymentConfig:
                 raise bad(field, "a finite time of at least 0")
         if not 0 < self.timeout_s < math.inf:
             raise bad("timeout_s", "a finite time above 0")
+        if not 0 <= self.migrate_below_steps <= self.migrate_above_steps:
+            raise bad("migrate_below_steps", f"in 0..{self.migrate_above_steps}, which is migrate_above_steps")
         if self.transport not in ("auto", "nixl", "zeromq"):
             raise bad("transport", "auto, nixl or zeromq")
         if self.engine not in ("torch", "paced"):

@@ -4,7 +4,7 @@ Gateway to worker: Offer, Prompt, Cancel. Worker to gateway: Accept, Reject, Tok
 SlotFree, which alone is about no request.
 Prefill to decode worker: Reserve, Ready. Decode to prefill worker: Grant, Refuse, Taken. Either way: Release.
 Between decode workers, when a running row moves: OfferMigration and CaughtUp beside these; then Moved to the gateway;
-Freeness to all. The simulator moves rows, processes do not yet: these four have no wire form.
+Freeness to all.
 """
 
 from __future__ import annotations
@@ -191,6 +191,12 @@ class Carried:
     tokens: tuple[int, ...]
     """All that it generated in this attempt; the newest has no KV yet."""
     stages: tuple[Stage, ...] = ()
+    logits_hashes: tuple[int, ...] = ()
+    """One for each of `tokens`, if the engine hashes them."""
+    logprobs: tuple[Logprobs, ...] = ()
+    """One for each of `tokens`, if they were asked for."""
+    stopped_s: float = 0.0
+    """How long ago it stopped when this was said."""
 
 
 @quick_init
@@ -276,9 +282,8 @@ class Freeness:
 
 ToWorker = Offer | Prompt | Cancel
 Answer = Accept | Reject | Tokens | Handed | Finished | Failed
-ToGateway = Answer | SlotFree
-ToPeer = Reserve | Grant | Refuse | Ready | Taken | Release
+ToGateway = Answer | SlotFree | Moved
+HandOff = Reserve | Grant | Refuse | Ready | Taken | Release | OfferMigration | CaughtUp
+"""Of one ticket, between its source and its sink."""
+ToPeer = HandOff | Freeness
 Message = ToWorker | ToGateway | ToPeer
-Migrating = OfferMigration | CaughtUp | Freeness
-"""To a peer, beside `ToPeer`, where rows move."""
-AnyMessage = Message | Migrating | Moved

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from core.errors import LocalError
 from core.kv import KvShape
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when a message between our own processes changes its meaning; unequal versions are refused at join."""
 
 
@@ -103,6 +103,8 @@ class Member:
     numerics: Numerics | None = None
     transport: str = ""
     ready: bool = False
+    migrates: bool = False
+    """Rows that run here may move to others that do so too, and theirs to it."""
     lanes: tuple[Lane, ...] = field(default=())
 
     @property

@@ -1,6 +1,7 @@
 """The decode shell: a standing order becomes engine steps, whose tokens go straight to the gateways.
 
-The tokens of a sequence are kept here as well as at the engine, so that one whose KV was given up can be opened again.
+The tokens of a sequence are kept here as well as at the engine, so that one whose KV was given up can be opened again,
+and one that moves to another worker takes them along.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import assert_never
 
 from core.errors import LocalError
-from core.messages import First, Message, Tokens
+from core.messages import Carried, First, Freeness, Message, Tokens
 from core.request import Request, Ticket
+from core.sampling import Logprobs
 from core.worker import Identity
 from engine.api import Engine, Row, Sampled
 from runtime.driver import Driver
@@ -44,6 +46,7 @@ from scheduler.decode_events import (
 )
 from scheduler.decode_policy import DecodePolicy
 from transfer.sink import Decided, Drop
+from transfer.source import AskToMove, Sealed, Withdraw
 
 log = logging.getLogger("baton.decode")
 
@@ -59,6 +62,11 @@ class _Sequence:
     request: Request
     tokens: list[int]
     """All of them; the KV of the newest is not computed yet."""
+    branch: int
+    hashes: list[int]
+    """Of the logits that gave what was generated; zeros where the engine does not hash them."""
+    logprobs: list[Logprobs]
+    """Of what was generated, if they were asked for."""
     table: tuple[int, ...] = ()
 
 
@@ -66,12 +74,25 @@ class _Sequence:
 class _Row:
     ticket: Ticket
     prompt_tokens: int
-    first: First
-    first_sent: bool = False
+    branch: int
+    before: Carried | None
+    """What was generated elsewhere, until it is said again with the first step."""
+
+
+def _before(join: Join) -> Carried:
+    """What a sequence that is new here has generated elsewhere: the first token, or all of one that has moved."""
+    if join.carried is not None:
+        return join.carried
+    first = join.first
+    told = () if first.logprobs is None else (first.logprobs,)
+    return Carried((first.token,), (), (first.logits_hash,), told)
 
 
 class DecodeShell:
-    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "sink" must exist."""
+    """Seats `policy` in `driver`; sends to gateways through `tell`, and to other decode workers through `tell_peer`.
+
+    The seat "sink" must exist, and "source" where rows move.
+    """
 
     def __init__(
         self,
@@ -81,6 +102,7 @@ class DecodeShell:
         thread: JobThread,
         tell: Callable[[Identity, Message], None],
         stepped: Callable[[int, float], None] = lambda rows, seconds: None,
+        tell_peer: Callable[[Identity, Freeness], object] = lambda peer, message: None,
     ) -> None:
         self.policy = policy
         self._driver = driver
@@ -88,6 +110,7 @@ class DecodeShell:
         self._thread = thread
         self._tell = tell
         self._stepped = stepped
+        self._tell_peer = tell_peer
         self._loop = asyncio.get_running_loop()
         self._cut = threading.Event()
         self._rows: dict[str, _Row] = {}
@@ -101,7 +124,8 @@ class DecodeShell:
             case Run():
                 for join in command.joining:
                     if join.key not in self._rows:
-                        self._rows[join.key] = _Row(join.ticket, len(join.request.prompt), join.first)
+                        prompt = len(join.request.prompt)
+                        self._rows[join.key] = _Row(join.ticket, prompt, join.first.branch, _before(join))
                 self._cut.clear()
                 self._thread.do(lambda: self._run(command))
             case Cut():
@@ -113,11 +137,20 @@ class DecodeShell:
                 self._thread.do(lambda: self._engine.close(key))
             case SwapOut(key) | SwapIn(key):
                 raise LocalError(f"{key}: got a swap, but this worker has no host memory for KV: want host_pages = 0")
-            case OfferRow() | SealRow() | HandOver() | WithdrawRow() | TellMoved() | TellPeer():
-                raise LocalError(f"got {type(command).__name__}, but rows do not move between processes: no migration")
+            case OfferRow(offer, deadline):
+                self._driver.post("source", AskToMove(offer, deadline))
+            case SealRow(key, pages, tokens):
+                self._driver.post("source", Sealed(key, pages, tokens))
+            case HandOver():
+                stopped_at = self._driver.now()
+                self._thread.do(lambda: self._hand_over(command, stopped_at))
+            case WithdrawRow(key, reason):
+                self._driver.post("source", Withdraw(key, reason))
+            case TellPeer(peer, news):
+                self._tell_peer(peer, news)
             case DropHandOff(key, reason):
                 self._driver.post("sink", Drop(key, reason))
-            case Tell(message):
+            case Tell(message) | TellMoved(message):
                 self._tell(message.ticket.minter, message)
             case _:
                 assert_never(command)
@@ -145,7 +178,7 @@ class DecodeShell:
             ends = [(key, len(self._sequences[key].tokens)) for key in command.rows]
             sampled = self._engine.step([Row(key, end - 1, end) for key, end in ends])
             for each in sampled:
-                self._sequences[each.sequence].tokens.append(each.token)
+                self._note(self._sequences[each.sequence], each)
                 ended = ended or each.finish is not None
             steps += 1
             self._loop.call_soon_threadsafe(self._emit, sampled, self._driver.now() - started)
@@ -156,8 +189,11 @@ class DecodeShell:
             self._engine.copy(*join.copied)
         sequence = self._sequences.get(join.key)
         if sequence is None:
-            tokens = [*join.request.prompt, join.first.token]
-            sequence = self._sequences[join.key] = _Sequence(join.request, tokens)
+            before = _before(join)
+            tokens = [*join.request.prompt, *before.tokens]
+            hashes = list(before.logits_hashes or (0,) * len(before.tokens))
+            sequence = _Sequence(join.request, tokens, join.first.branch, hashes, list(before.logprobs))
+            self._sequences[join.key] = sequence
         known, want = len(sequence.tokens), len(join.request.prompt) + join.generated
         if known != want:
             raise LocalError(f"{join.key} joins: got {want} tokens, want the {known} it has")
@@ -186,26 +222,52 @@ class DecodeShell:
         else:
             self._engine.extend(grow.key, grow.pages)
 
+    @staticmethod
+    def _note(sequence: _Sequence, sampled: Sampled) -> None:
+        sequence.tokens.append(sampled.token)
+        sequence.hashes.append(sampled.logits_hash)
+        if sampled.logprobs is not None:
+            sequence.logprobs.append(sampled.logprobs)
+
+    def _hand_over(self, command: HandOver, stopped_at: float) -> None:
+        """Stop a sequence, and announce all of it; its tokens stay, should it come back."""
+        sequence = self._sequences[command.row]
+        if len(sequence.tokens) != command.tokens + 1:
+            got, want = command.tokens, len(sequence.tokens) - 1
+            raise LocalError(f"{command.row} is handed over: got {got} tokens with KV, want the {want} it has")
+        self._engine.close(command.row)
+        said = tuple(sequence.tokens[len(sequence.request.prompt) :])
+        hashes = tuple(sequence.hashes) if any(sequence.hashes) else ()
+        first = First(said[-1], sequence.hashes[-1], sequence.branch)
+        stopped_s = self._driver.now() - stopped_at
+        carried = Carried(said, command.stages, hashes, tuple(sequence.logprobs), stopped_s)
+        sealed = Sealed(command.key, command.pages, command.tokens, (first,), carried)
+        self._driver.post_threadsafe("source", sealed)
+
     def _leave(self, key: str) -> None:
         self._sequences.pop(key, None)
         self._engine.close(key)
 
     def _emit(self, sampled: list[Sampled], seconds: float) -> None:
-        """The first step of a sequence repeats its first token, should the prefill worker's message be lost."""
+        """The first step of a sequence repeats what another worker said, whose message may be late or lost."""
         self._stepped(len(sampled), seconds)
         for each in sampled:
             row = self._rows.get(each.sequence)
             if row is None:
                 continue
             index = each.position - row.prompt_tokens
-            said: list[First | Sampled] = [] if each.finish == "stop" else [each]
-            if not row.first_sent:
-                row.first_sent = True
-                index, said = index - 1, [row.first, *said]
-            if said:
-                tokens, hashes = tuple(one.token for one in said), tuple(one.logits_hash for one in said)
-                logprobs = tuple(one.logprobs for one in said if one.logprobs is not None)
-                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.first.branch, logprobs))
+            tokens: tuple[int, ...] = ()
+            hashes: tuple[int, ...] = ()
+            logprobs: tuple[Logprobs, ...] = ()
+            if each.finish != "stop":
+                tokens, hashes = (each.token,), (each.logits_hash,)
+                logprobs = () if each.logprobs is None else (each.logprobs,)
+            if (before := row.before) is not None:
+                row.before, index = None, index - len(before.tokens)
+                hashes = (before.logits_hashes or (0,) * len(before.tokens)) + hashes
+                tokens, logprobs = before.tokens + tokens, before.logprobs + logprobs
+            if tokens:
+                self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.branch, logprobs))
 
     def _ran(self, command: Run, steps: int, sampled: list[Sampled]) -> None:
         ended = []

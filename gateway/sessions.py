@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from core.errors import RemoteError
-from core.messages import Accept, Failed, Finished, Handed, Reject, SlotFree, Tokens, ToWorker
+from core.messages import Accept, Failed, Finished, Handed, Moved, Reject, SlotFree, Tokens, ToWorker
 from core.worker import Greeting, Identity, Member, Role
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
@@ -77,7 +77,7 @@ class Sessions:
         if frame.WhichOneof("body") == "heartbeat":
             return
         message = stream.reader.message(frame)
-        if not isinstance(message, Accept | Reject | Tokens | Handed | Finished | Failed | SlotFree):
+        if not isinstance(message, Accept | Reject | Tokens | Handed | Finished | Failed | SlotFree | Moved):
             raise RemoteError(f"{worker} sent {type(message).__name__}")
         if isinstance(message, SlotFree) and message.worker != worker:
             raise RemoteError(f"{worker} says that {message.worker} has room")

@@ -166,8 +166,8 @@ class Stream:
             log.warning("%s: %s", self._name(), error)
             self.close(str(error))
             await asyncio.sleep(0.2)
-        except (grpc.RpcError, asyncio.InvalidStateError):
-            pass
+        except (grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):
+            pass  # broken, or our own server has ended while the peer still spoke
         except Exception:
             # A fault of ours in what a frame led to: this stream ends, which its peer takes as a loss; no other does.
             log.exception("ending the stream of %s", self._name())

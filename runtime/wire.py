@@ -34,6 +34,7 @@ def hello(greeting: Greeting) -> Frame:
         transport=member.transport,
         transport_metadata=greeting.transport_metadata,
         scratch_pages=greeting.scratch_pages,
+        migrates=member.migrates,
     )
     return Frame(hello=body)
 
@@ -58,6 +59,7 @@ def greeting(frame: Frame) -> Greeting:
         context=body.context,
         numerics=_numerics_from(body.numerics) if body.HasField("numerics") else None,
         transport=body.transport,
+        migrates=body.migrates,
     )
     return Greeting(member, body.transport_metadata, body.scratch_pages)
 
@@ -103,6 +105,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
         numerics=_numerics(member.numerics),
         transport=member.transport,
         ready=member.ready,
+        migrates=member.migrates,
         lanes=[registry_lane(lane) for lane in member.lanes],
     )
 
@@ -125,6 +128,7 @@ def member_from(body: registry_pb2.Member) -> Member:
         numerics=_numerics_from(body.numerics) if body.HasField("numerics") else None,
         transport=body.transport,
         ready=body.ready,
+        migrates=body.migrates,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
     )
 
@@ -141,6 +145,8 @@ def frames(message: m.Message) -> list[Frame]:
     """A message as frames: one, but for a prompt, which travels in pieces of `PIECE_TOKENS`."""
     if isinstance(message, m.SlotFree):
         return [Frame(slot_free=worker_pb2.SlotFree(worker=str(message.worker), tokens=message.tokens))]
+    if isinstance(message, m.Freeness):
+        return [Frame(freeness=worker_pb2.Freeness(worker=str(message.worker), steps=message.steps))]
     ticket = _ticket(message.ticket)
     match message:
         case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix):
@@ -201,19 +207,35 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(grant=worker_pb2.Grant(ticket=ticket, cached_pages=cached_pages))]
         case m.Refuse(_, reason):
             return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
-        case m.Ready(_, first_page, runs, digests, firsts):
+        case m.Ready(_, first_page, runs, digests, firsts, carried):
             ready = worker_pb2.Ready(
                 ticket=ticket,
                 first_page=first_page,
                 runs=[worker_pb2.PageRun(start=run.start, count=run.count) for run in runs],
                 digests=digests,
                 firsts=[_first(first) for first in firsts],
+                carried=_carried(carried) if carried is not None else None,
             )
             return [Frame(ready=ready)]
         case m.Taken():
             return [Frame(taken=worker_pb2.Taken(ticket=ticket))]
         case m.Release(_, reason):
             return [Frame(release=worker_pb2.Release(ticket=ticket, reason=reason))]
+        case m.OfferMigration(_, request, placed, generated, most, moves):
+            offered = worker_pb2.OfferMigration(
+                ticket=ticket,
+                request=_meta(request),
+                prompt=request.prompt,
+                placed=_ticket(placed),
+                generated=generated,
+                most=most,
+                moves=moves,
+            )
+            return [Frame(offer_migration=offered)]
+        case m.CaughtUp():
+            return [Frame(caught_up=worker_pb2.CaughtUp(ticket=ticket))]
+        case m.Moved(_, moves):
+            return [Frame(moved=worker_pb2.Moved(ticket=ticket, moves=moves))]
 
 
 class Reader:
@@ -298,11 +320,28 @@ class Reader:
                     tuple(PageRun(run.start, run.count) for run in ready.runs),
                     tuple(ready.digests),
                     tuple(map(_first_from, ready.firsts)),
+                    _carried_from(ready.carried) if ready.HasField("carried") else None,
                 )
             case "taken":
                 return m.Taken(_ticket_from(frame.taken.ticket))
             case "release":
                 return m.Release(_ticket_from(frame.release.ticket), frame.release.reason)
+            case "offer_migration":
+                offered = frame.offer_migration
+                return m.OfferMigration(
+                    _ticket_from(offered.ticket),
+                    _request(offered.request, tuple(offered.prompt)),
+                    _ticket_from(offered.placed),
+                    offered.generated,
+                    offered.most,
+                    offered.moves,
+                )
+            case "caught_up":
+                return m.CaughtUp(_ticket_from(frame.caught_up.ticket))
+            case "moved":
+                return m.Moved(_ticket_from(frame.moved.ticket), frame.moved.moves)
+            case "freeness":
+                return m.Freeness(identity(frame.freeness.worker), frame.freeness.steps)
             case other:
                 raise RemoteError(f"frame: got {other}, want a message")
 
@@ -327,6 +366,26 @@ def _first(first: m.First) -> worker_pb2.First:
 def _first_from(body: worker_pb2.First) -> m.First:
     logprobs = _logprobs_from(body.logprobs) if body.HasField("logprobs") else None
     return m.First(body.token, body.logits_hash, body.branch, logprobs)
+
+
+def _carried(carried: m.Carried) -> worker_pb2.Carried:
+    return worker_pb2.Carried(
+        tokens=carried.tokens,
+        stages=[stage_proto(stage) for stage in carried.stages],
+        logits_hashes=carried.logits_hashes,
+        logprobs=[_logprobs(each) for each in carried.logprobs],
+        stopped_s=carried.stopped_s,
+    )
+
+
+def _carried_from(body: worker_pb2.Carried) -> m.Carried:
+    return m.Carried(
+        tuple(body.tokens),
+        _stages_from(body.stages),
+        tuple(body.logits_hashes),
+        tuple(_logprobs_from(each) for each in body.logprobs),
+        body.stopped_s,
+    )
 
 
 def _logprobs(known: Logprobs | None) -> worker_pb2.Logprobs:

@@ -173,8 +173,8 @@ class Join:
     """Tokens it has, the first one included."""
     recompute: tuple[int, int] | None = None
     """Positions [start, stop) whose KV is to be computed again before the first step; None: all of it is there."""
-    said: tuple[int, ...] = ()
-    """All tokens of one that has moved here: the gateway gets them again with its first step."""
+    carried: Carried | None = None
+    """Of one that has moved here: the gateway gets all of its tokens again with its first step."""
 
 
 @quick_init

@@ -104,6 +104,10 @@ class MigratingPolicy(DecodePolicy):
         moved = {guest.ticket.key: key for key, guest in self._guests.items() if guest.moving is not None}
         assert self._aliases == moved
 
+    def giving(self) -> bool:
+        """Whether a worker that drains still has something, and somebody who might take it."""
+        return bool(self._guests) and (self.moves.row is not None or self.moves.takers())
+
     # Rows of ours that go.
     def _would_gain(self) -> bool:
         return super()._would_gain() or self._may_move()
@@ -164,9 +168,11 @@ class MigratingPolicy(DecodePolicy):
             if not moves.stops(pages):
                 moves.sealed(pages)
                 return [SealRow(ticket.key, self._ledger.pages(row.key)[:pages], pages * page_tokens)]
+        if not row.known:
+            return []  # no order has named it yet: whoever runs the engine has nothing of it to give
         self._memory.trim(row, self._batch.step)
-        row.generated_then = row.generated(self._batch.step)
         stages = self._stages(row, now)
+        row.generated_then = row.generated(self._batch.step)
         self._leave_batch(row)
         row.place = Place.MOVING
         self._admission.remove(row.key)
@@ -253,7 +259,7 @@ class MigratingPolicy(DecodePolicy):
             self._coming -= guest.pages
         (first,) = event.firsts
         row = guest.rows[first.branch] = Row(guest.key, guest, guest.request, first, len(guest.request.prompt), 0)
-        row.generated_then, row.said = len(carried.tokens), carried.tokens
+        row.generated_then, row.carried = len(carried.tokens), carried
         row.bound = self._ledger.count(guest.key)
         self._ledger.unpromise(guest.key)
         self._memory.own -= guest.pages - row.bound

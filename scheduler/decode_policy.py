@@ -565,9 +565,9 @@ class DecodePolicy:
             again = start, len(row.request.prompt) + row.generated_then - 1
             row.lost = guest.lost = False
             self.recomputed_tokens += again[1] - again[0]
-        said = () if row.known else row.said
+        carried = None if row.known else row.carried
         row.known = True
-        return Join(row.key, guest.ticket, row.request, row.first, table, copied, row.generated_then, again, said)
+        return Join(row.key, guest.ticket, row.request, row.first, table, copied, row.generated_then, again, carried)
 
     # When memory runs out.
     def _make_room(self) -> list[DecodeCommand]:
@@ -897,7 +897,7 @@ class DecodePolicy:
         guest = row.guest
         if not row.known:
             return guest.stages
-        steps = row.generated(self._batch.step) - max(1, len(row.said))
+        steps = row.generated(self._batch.step) - (1 if row.carried is None else len(row.carried.tokens))
         return (
             *guest.stages,
             Stage("join_wait", self._me.name, row.joined_at - guest.arrived_at),

@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from core.messages import First, OfferMigration
+from core.messages import Carried, First, OfferMigration
 from core.request import Request, Stage, Ticket
 
 
@@ -56,6 +56,7 @@ class Row:
         "away",
         "bound",
         "cancelled",
+        "carried",
         "end",
         "first",
         "generated_then",
@@ -70,7 +71,6 @@ class Row:
         "own",
         "place",
         "request",
-        "said",
         "shared",
         "tie",
     )
@@ -96,8 +96,8 @@ class Row:
         """Pages it has or will have in host memory."""
         self.lost = False
         """Its KV is to be computed again when it joins."""
-        self.said: tuple[int, ...] = ()
-        """What it generated at the worker that it came from."""
+        self.carried: Carried | None = None
+        """What it brought from the worker that it came from."""
         self.joined_at = 0.0
         """The first time."""
         self.joined_step = 0

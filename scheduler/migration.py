@@ -132,6 +132,10 @@ class Migration:
         fit = [(-steps, peer) for peer, steps in self.peers.items() if steps > bound and peer not in self._refused]
         return min(fit)[1] if fit else None
 
+    def takers(self) -> bool:
+        """Whether there is a peer that does not drain itself."""
+        return any(steps > -math.inf for steps in self.peers.values())
+
     def deadline(self) -> float | None:
         """When somebody who refused may be asked again."""
         return min(self._refused.values()) if self._refused and self.row is None else None

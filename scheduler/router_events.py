@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.messages import Moved, ToGateway, ToWorker
+from core.messages import ToGateway, ToWorker
 from core.quick import quick_init
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
@@ -111,5 +111,5 @@ class End:
     """The last continuation."""
 
 
-RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway | Moved
+RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
 RouterCommand = ToOne | Deliver | Complete | End

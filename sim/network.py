@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from core.messages import AnyMessage
+from core.messages import Message
 from core.worker import Identity
 from scheduler.cost import CostModel
 from sim.loop import Kind, Loop
@@ -22,7 +22,7 @@ class Peer(Protocol):
     alive: bool
     order: int
 
-    def heard(self, message: AnyMessage) -> None:
+    def heard(self, message: Message) -> None:
         """Somebody's message."""
         ...
 
@@ -45,7 +45,7 @@ class Network:
         peer = self.peers.get(identity)
         return peer is not None and peer.alive
 
-    def send(self, to: Identity, message: AnyMessage) -> bool:
+    def send(self, to: Identity, message: Message) -> bool:
         """It arrives a hop later; False if nobody is there any more."""
         peer = self.peers.get(to)
         if peer is None or not peer.alive:

@@ -195,7 +195,8 @@ class DecodeShell:
         batch = self.batch
         extra_s = 0.0
         for join in command.joining:
-            batch.join(join.key, join.ticket, join.request, join.generated, len(join.said))
+            said = 0 if join.carried is None else len(join.carried.tokens)
+            batch.join(join.key, join.ticket, join.request, join.generated, said)
             if join.recompute is not None:
                 start, stop = join.recompute
                 extra_s += self._cost.prefill_s([(stop - start, start)]) * self._worker.slowness

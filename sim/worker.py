@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core.messages import (
-    AnyMessage,
     Cancel,
     CaughtUp,
     Freeness,
     Grant,
+    Message,
     Offer,
     OfferMigration,
     Prompt,
@@ -130,7 +130,7 @@ class Worker(Process):
         build = self.build
         return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=not self.draining)
 
-    def heard(self, message: AnyMessage) -> None:
+    def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""
         seat = self._takers.get(type(message))
         if isinstance(message, Release):
@@ -205,7 +205,7 @@ class Gateway(Process):
         request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
 
-    def heard(self, message: AnyMessage) -> None:
+    def heard(self, message: Message) -> None:
         """A worker's message."""
         self.post(self._seat, message)
 

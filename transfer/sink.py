@@ -173,6 +173,8 @@ class Pull:
     """First announcement to last verification."""
     granted_s: float
     """Reserve to Grant."""
+    paused_s: float = 0.0
+    """Of a row that moves: how long it ran nowhere, but for the way of its last announcement."""
 
 
 SinkEvent = Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | Reserve | OfferMigration | Ready | Release
@@ -208,6 +210,7 @@ class _Taking:
     ready_at: float | None = None
     cached_pages: int = 0
     """Leading pages that were here already."""
+    last_ready_at: float = 0.0
     announced_pages: int = 0
     """These and all announced since."""
     verified_pages: int = 0
@@ -353,6 +356,7 @@ class Sink:
             return self._forget(taking, reason, tell=True, recompute=True)
         if taking.ready_at is None:
             taking.ready_at = now
+        taking.last_ready_at = now
         taking.announced_pages = after
         taking.firsts, taking.carried = ready.firsts, ready.carried
         if not count:
@@ -420,6 +424,7 @@ class Sink:
         if prefix := self._prefix(taking):
             self._ledger.name(key, prefix)
         assert taking.ready_at is not None
+        carried = taking.carried
         pull = Pull(
             (taking.verified_pages - taking.cached_pages) * self._page_nbytes,
             taking.cached_pages * self._shape.page_tokens,
@@ -427,8 +432,9 @@ class Sink:
             taking.read_s,
             now - taking.ready_at,
             taking.granted_at - taking.asked_at,
+            0.0 if carried is None else carried.stopped_s + now - taking.last_ready_at,
         )
-        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull, taking.carried)
+        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull, carried)
         return [SendToSource(Taken(taking.ticket)), arrived]
 
     def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:

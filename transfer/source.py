@@ -8,7 +8,7 @@ the ticket, and a sink accepts bytes only if every page's digest equals the one 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from core.errors import LocalError
@@ -190,6 +190,7 @@ class _Giving:
     """The sink has them."""
     announced_pages: int = 0
     announced_at: float = 0.0
+    sealed_at: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -298,7 +299,7 @@ class Source:
         if event.tokens < giving.sealed_tokens or giving.complete:
             raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
         giving.pages, giving.sealed_tokens = event.pages, event.tokens
-        giving.firsts, giving.carried = event.firsts, event.carried
+        giving.firsts, giving.carried, giving.sealed_at = event.firsts, event.carried, now
         whole = event.tokens // self._shape.page_tokens
         upto = self._shape.pages_for(event.tokens) if giving.complete else whole
         if upto <= giving.asked_pages:
@@ -318,13 +319,16 @@ class Source:
         giving.announced_pages, giving.announced_at = upto, now
         if last:
             giving.state = State.ANNOUNCED
+        carried = giving.carried if last else None
+        if carried is not None:
+            carried = replace(carried, stopped_s=carried.stopped_s + now - giving.sealed_at)
         ready = Ready(
             giving.ticket,
             first,
             page_runs(giving.pages[first:upto]),
             tuple(giving.digests[first:upto]),
             giving.firsts if last else (),
-            giving.carried if last else None,
+            carried,
         )
         return [SendToSink(ready)]
 

@@ -17,6 +17,8 @@ from core.config import CoordinatorConfig, WorkerConfig
 from core.errors import RemoteError
 from core.kv import PageRun
 from core.worker import Identity, Numerics, Role
+from scheduler.decode_migrating import MigratingPolicy
+from scheduler.decode_policy import DecodePolicy
 from tests.cast import SHAPE
 from tests.live.cluster import until
 from transfer import thread as lanes
@@ -124,4 +126,55 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
     assert reader.faults == []
     assert reader.connected == [f"{roles[0]}#000000000001"] * 5
     assert not reader.silent, "nothing is in doubt"
+    assert not bugs
+
+
+def test_decode_workers_between_which_rows_move_have_lanes_but_serve_only_with_a_prefill_worker(monkeypatch):
+    bugs: list[BaseException] = []
+    monkeypatch.setattr(working, "make_transport", lambda kind, me: InProcess(str(me)))
+
+    async def run() -> None:
+        coordinator = Coordinator(CoordinatorConfig())
+        await coordinator.start()
+        where = coordinator.address
+
+        def worker(name: str, role: Role, number: int, migrate: bool) -> Worker:
+            config = WorkerConfig(name, role, where, "", "m", transport="inprocess", check=True, migrate=migrate)
+            return Worker(config, Identity(name, number), "b", load, bugs.append)
+
+        def known() -> dict[str, set[str]]:
+            return {
+                m.identity.partition("#")[0]: {lane.source.partition("#")[0] for lane in m.lanes}
+                for m in members(where)
+            }
+
+        asked = [("a", True), ("b", True), ("c", False)]
+        workers = [worker(name, Role.DECODE, at, migrate) for at, (name, migrate) in enumerate(asked, 1)]
+        workers.append(worker("p", Role.PREFILL, 9, True))
+        try:
+            for each in workers[:3]:
+                await each.start()
+            lanes = {"a": {"b"}, "b": {"a"}, "c": set()}
+            await asyncio.to_thread(until, lambda: known() == lanes, "rows can move between a and b", 20.0, known)
+            assert not await asyncio.to_thread(ready, where)
+            await workers[3].start()
+            lanes = {"a": {"b", "p"}, "b": {"a", "p"}, "c": {"p"}, "p": set()}
+            await asyncio.to_thread(until, lambda: known() == lanes, "all are there", 20.0, known)
+            await asyncio.to_thread(until, lambda: ready(where) == {Role.PREFILL, Role.DECODE}, "they serve")
+            policies = [each._decode.policy for each in workers[:3] if each._decode is not None]
+            assert [type(policy) for policy in policies] == [MigratingPolicy, MigratingPolicy, DecodePolicy]
+            a, b = policies[:2]
+            assert isinstance(a, MigratingPolicy)
+            await asyncio.to_thread(
+                until, lambda: a.moves.peers == {workers[1]._me: b.freeness()}, "a knows how free b is"
+            )
+            drained = asyncio.create_task(workers[1].stop("the test is over"))
+            await asyncio.to_thread(until, lambda: not a.moves.peers, "a knows that b is gone")
+            await drained
+        finally:
+            for each in (workers[0], *workers[2:]):
+                await each.stop("the test is over")
+            await coordinator.stop("the test is over")
+
+    asyncio.run(run())
     assert not bugs

@@ -75,6 +75,8 @@ def test_a_role_is_taken_by_its_name():
         ({"decode": 0}, "workers: got 1 prefill, 0 decode, 0 mixed"),
         ({"gateways": 0}, "gateways: got 0"),
         ({"max_steps": 0}, "max_steps: got 0"),
+        ({"migrate_below_steps": 193}, "migrate_below_steps: got 193, want in 0..192"),
+        ({"migrate_below_steps": -1}, "migrate_below_steps: got -1"),
         ({"port": 65536}, "port: got 65536"),
         ({"transport": "tcp"}, "transport: got 'tcp'"),
         ({"dtype": "int8"}, "dtype: got 'int8'"),

@@ -10,20 +10,35 @@ from dataclasses import dataclass, replace
 import pytest
 
 from core.errors import LocalError
-from core.messages import Failed, Finished, First, Message, Tokens
+from core.messages import Carried, Failed, Finished, First, Freeness, Message, Moved, OfferMigration, Tokens
 from core.pages import Owner, Pages
-from core.sampling import Sampling
+from core.request import Stage as Part
+from core.sampling import Logprobs, Sampling
 from core.worker import Identity
 from decode import shell
 from decode.shell import DecodeShell
 from engine.api import Row, Sampled
 from runtime.driver import Driver
 from runtime.jobs import JobThread
-from scheduler.decode_events import Cut, Grow, Join, Leave, Run, SwapOut
+from scheduler.decode_events import (
+    Cut,
+    Grow,
+    HandOver,
+    Join,
+    Leave,
+    OfferRow,
+    Run,
+    SealRow,
+    SwapOut,
+    TellMoved,
+    TellPeer,
+    WithdrawRow,
+)
 from scheduler.decode_policy import Asked, DecodeConfig, DecodePolicy, KvArrived
 from scheduler.forecast import Forecast, ForecastConfig
-from tests.cast import D1, SHAPE, ask, ticket
+from tests.cast import D1, D2, SHAPE, ask, ticket
 from tests.runtime.test_shells import Silent
+from transfer.source import AskToMove, Sealed, Withdraw
 
 PAGE = SHAPE.page_tokens
 
@@ -108,8 +123,18 @@ class Stage:
         self.bugs: list[BaseException] = []
         self.driver = Driver(self.bugs.append, check=True)
         self.driver.seat("sink", Silent(), lambda command: None)
+        self.source = Scripted()
+        self.driver.seat("source", self.source, lambda command: None)
+        self.to_peers: list[tuple[Identity, Freeness]] = []
         self.thread = JobThread("engine", self.bugs.append)
-        self.shell = DecodeShell(machine, self.driver, engine, self.thread, self.tell)  # type: ignore[arg-type]
+        self.shell = DecodeShell(
+            machine,
+            self.driver,
+            engine,  # type: ignore[arg-type]
+            self.thread,
+            self.tell,
+            tell_peer=lambda peer, message: self.to_peers.append((peer, message)),
+        )
 
     def tell(self, gateway: Identity, message: Message) -> None:
         self.heard.append(message)
@@ -260,3 +285,152 @@ def test_a_row_that_is_not_what_it_was_is_a_bug():
     asyncio.run(asyncio.wait_for(scene(), 20))
     assert "want the 7 it has" in machine.events[1].reason
     assert not isinstance(machine.events[1], Failed)
+
+
+# Rows that move.
+class Telling(Reader):
+    """Says how likely each token was, and a hash, by its position."""
+
+    def step(self, rows: Sequence[Row]) -> list[Sampled]:
+        return [replace(s, logits_hash=1000 + s.position, logprobs=known(s.position)) for s in super().step(rows)]
+
+
+def known(position: int) -> Logprobs:
+    return Logprobs(position, -1.0)
+
+
+def filled(engine: Reader, request, pages: tuple[int, ...]) -> None:
+    """The KV of a prompt, as a prefill worker would have left it."""
+    before = Known(list(request.prompt), list(pages), len(request.prompt), request.sampling)
+    for at, token in enumerate(request.prompt):
+        engine.arena[pages[at // PAGE]][at % PAGE] = slot(engine.rows(before, at)[-1] if at else 0, token)
+
+
+MOVE = ticket(7, minter=D1, source=D1, sink=D2)
+PARTS = (Part("decode", "decode-1", 0.5),)
+
+
+def test_a_row_that_moves_goes_on_elsewhere_and_says_all_of_it_again():
+    request, key = ask(6, 8), ticket().key
+    here, there = Telling(4), Telling(9)
+    filled(here, request, (0, 1))
+    joins = Join(key, ticket(), request, First(5, 99, 0, known(6)), (0, 1, 2, 3))
+    giver = Scripted([Run(1, (key,), (joins,), (), 3)], [HandOver(key, MOVE.key, (0, 1, 2), 9, PARTS)], [Leave(key)])
+    said = text(request.prompt, 5, 8)
+
+    async def give() -> Sealed:
+        stage = Stage(giver, here)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: stage.source.events)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: not stage.shell._sequences)
+        stage.close()
+        assert not stage.bugs
+        assert not here.known
+        assert stage.said(1) == said[:4]
+        (sealed,) = stage.source.events
+        return sealed
+
+    sealed = asyncio.run(asyncio.wait_for(give(), 20))
+    carried = sealed.carried
+    assert 0 <= carried.stopped_s < 20
+    hashes, logprobs = (99, 1007, 1008, 1009), (known(6), known(7), known(8), known(9))
+    assert carried == Carried(tuple(said[:4]), PARTS, hashes, logprobs, carried.stopped_s)
+    assert sealed == Sealed(MOVE.key, (0, 1, 2), 9, (First(said[3], 1009),), carried)
+
+    pages = (8, 2, 5)
+    for source, target in zip((0, 1, 2), pages, strict=True):
+        there.arena[target] = list(here.arena[source])
+    moved = replace(ticket(), sink=D2)
+    comes = Join(MOVE.key, moved, request, sealed.firsts[0], (*pages, 1), None, 4, None, carried)
+    taker = Scripted([TellMoved(Moved(moved, 1)), Run(1, (MOVE.key,), (comes,), (), 9)], [Leave(MOVE.key)])
+
+    async def take() -> list[Message]:
+        stage = Stage(taker, there)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(taker.events) == 2)
+        stage.close()
+        assert not stage.bugs
+        return stage.heard
+
+    (first, again, *rest) = asyncio.run(asyncio.wait_for(take(), 20))
+    assert first == Moved(moved, 1)
+    assert again == Tokens(moved, 0, tuple(said[:5]), (*hashes, 1010), 0, (*logprobs, known(10))), (
+        "whoever was faster, nothing is missing"
+    )
+    assert [(each.index, each.tokens) for each in rest] == [(at, (said[at],)) for at in range(5, 8)]
+    (ended,) = taker.events[1].ended
+    assert (ended.key, ended.reason, ended.generated) == (MOVE.key, "length", 8)
+
+
+def test_a_row_that_was_not_taken_goes_on_here_and_says_nothing_twice():
+    request, key = ask(6, 8), ticket().key
+    engine = Reader(4)
+    filled(engine, request, (0, 1))
+    joins = Join(key, ticket(), request, First(5), (0, 1, 2, 3))
+    back = Join(key, ticket(), request, First(5), (0, 1, 2, 3), None, 4)
+    machine = Scripted(
+        [Run(1, (key,), (joins,), (), 3)],
+        [HandOver(key, MOVE.key, (0, 1, 2), 9, ())],
+        [Run(2, (key,), (back,), (), 9)],
+        [Leave(key)],
+    )
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: stage.source.events)
+        assert not engine.known
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 4)
+        stage.close()
+        assert not stage.bugs
+        assert stage.said(1) == text(request.prompt, 5, 8)
+        assert stage.source.events[0].carried.logits_hashes == ()
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+
+
+def test_a_row_that_is_not_what_is_handed_over_is_a_bug():
+    request, key = ask(6, 8), ticket().key
+    engine = Reader(4)
+    joins = Join(key, ticket(), request, First(5), (0, 1, 2, 3))
+    machine = Scripted([Run(1, (key,), (joins,), (), 3)], [HandOver(key, MOVE.key, (0, 1), 8, ())])
+
+    async def scene() -> list[BaseException]:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: stage.bugs)
+        stage.close()
+        assert not stage.source.events
+        return stage.bugs
+
+    (bug,) = asyncio.run(asyncio.wait_for(scene(), 20))
+    assert "got 8 tokens with KV, want the 9 it has" in str(bug)
+
+
+OFFER = OfferMigration(MOVE, ask(), ticket(), 3, 20)
+
+
+@pytest.mark.parametrize(
+    ("command", "event"),
+    [
+        (OfferRow(OFFER, 9.0), AskToMove(OFFER, 9.0)),
+        (SealRow(MOVE.key, (1, 2), 8), Sealed(MOVE.key, (1, 2), 8)),
+        (WithdrawRow(MOVE.key, "ended"), Withdraw(MOVE.key, "ended")),
+        (TellPeer(D2, Freeness(D1, 3.0)), None),
+        (TellMoved(Moved(ticket(), 2)), None),
+    ],
+)
+def test_what_is_said_of_a_move_reaches_who_is_to_hear_it(command, event):
+    async def scene() -> Stage:
+        stage = Stage(Scripted([command]), Reader(1))
+        stage.driver.post("decode", Cut(0))
+        stage.close()
+        return stage
+
+    stage = asyncio.run(asyncio.wait_for(scene(), 20))
+    assert not stage.bugs
+    assert stage.source.events == ([] if event is None else [event])
+    assert stage.to_peers == ([(D2, command.message)] if isinstance(command, TellPeer) else [])
+    assert stage.heard == ([command.message] if isinstance(command, TellMoved) else [])

@@ -151,6 +151,8 @@ class Live:
         self.deployment = Deployment(config, model, MODEL, log_path=log, say=say)
         self._lives: list[Running] = []
         self._killed: set[int] = set()
+        self._told: set[int] = set()
+        """Who was told to end, and is to do so orderly."""
 
     def start(self) -> None:
         """Start all processes and wait until requests are served by every worker."""
@@ -241,6 +243,8 @@ class Live:
     def kill(self, name: str, number: int) -> None:
         """Send a signal; SIGKILL is waited for."""
         process = self.deployment.running[name].process
+        if number == signal.SIGTERM:
+            self._told.add(process.pid)
         self.deployment.kill(name, signal.Signals(number))
         if number == signal.SIGKILL:
             self._killed.add(process.pid)
@@ -314,7 +318,9 @@ class Live:
 
     def _ended(self) -> list[str]:
         processes = self.deployment.running
-        return [name for name in self.deployment.ended() if processes[name].process.pid not in self._killed]
+        return [
+            name for name in self.deployment.ended() if processes[name].process.pid not in self._killed | self._told
+        ]
 
     def _note(self) -> None:
         self._lives += [each for each in self.deployment.running.values() if each not in self._lives]

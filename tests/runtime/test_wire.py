@@ -84,10 +84,14 @@ members = st.builds(
     numerics=st.none() | numerics,
     transport=text,
     ready=st.booleans(),
+    migrates=st.booleans(),
     lanes=st.lists(lanes, max_size=2).map(tuple),
 )
 
 firsts = st.lists(st.builds(m.First, counts, words, counts, st.none() | known), max_size=3).map(tuple)
+carried = st.builds(
+    m.Carried, tokens, stages, st.lists(words, max_size=3).map(tuple), st.lists(known, max_size=3).map(tuple), seconds
+)
 MESSAGES: dict[type, st.SearchStrategy] = {
     m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple)),
     m.SlotFree: st.builds(m.SlotFree, identities, counts),
@@ -111,9 +115,15 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Reserve: st.builds(m.Reserve, tickets, requests),
     m.Grant: st.builds(m.Grant, tickets, st.integers(0, 2**31 - 1)),
     m.Refuse: st.builds(m.Refuse, tickets, text),
-    m.Ready: st.builds(m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), firsts),
+    m.Ready: st.builds(
+        m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), firsts, st.none() | carried
+    ),
     m.Taken: st.builds(m.Taken, tickets),
     m.Release: st.builds(m.Release, tickets, text),
+    m.OfferMigration: st.builds(m.OfferMigration, tickets, requests, tickets, counts, counts, counts),
+    m.CaughtUp: st.builds(m.CaughtUp, tickets),
+    m.Moved: st.builds(m.Moved, tickets, counts),
+    m.Freeness: st.builds(m.Freeness, identities, st.floats(allow_nan=False)),
 }
 any_message = st.one_of(*MESSAGES.values())
 
@@ -224,6 +234,9 @@ GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink=
         Frame(grant=worker_pb2.Grant(ticket=worker_pb2.Ticket(minter="nobody", source="p#1", sink="d#1"))),
         Frame(prompt=worker_pb2.PromptPiece(ticket=GOOD, tokens=[1], request=worker_pb2.RequestMeta())),
         Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1])),
+        Frame(freeness=worker_pb2.Freeness(worker="nobody", steps=1.0)),
+        Frame(moved=worker_pb2.Moved(moves=1)),
+        Frame(offer_migration=worker_pb2.OfferMigration(ticket=GOOD, placed=GOOD, prompt=[1])),
     ],
 )
 def test_a_frame_that_makes_no_sense_is_the_peers_fault(frame):
@@ -260,7 +273,7 @@ def test_of_another_protocol_version_nothing_else_is_read(version):
 @given(st.binary(max_size=60))
 def test_any_bytes_give_a_message_or_a_remote_error(noise):
     reader = wire.Reader()
-    for kind in ("offer", "slot_free", "prompt", "tokens", "ready", "finished", "reserve", "handed"):
+    for kind in ("offer", "slot_free", "prompt", "tokens", "ready", "finished", "reserve", "handed", "offer_migration"):
         frame = Frame()
         try:
             getattr(frame, kind).ParseFromString(noise)

@@ -109,6 +109,7 @@ def test_a_row_moves_in_stages():
     # 21 tokens: one more full page, and one that is not.
     assert over == HandOver(key, MOVE.key, machine._ledger.pages(key), 21, over.stages)
     assert [stage.name for stage in over.stages] == ["join_wait", "decode"]
+    assert over.stages[1].detail == {"steps": "11"}
     assert len(over.pages) == 6
     assert not any(isinstance(each, Run) for each in stopped)
     assert told(give(machine, MoveEnded(MOVE.key, True, True), 4.0)) == [
@@ -116,6 +117,21 @@ def test_a_row_moves_in_stages():
         Leave(key),
     ]
     assert (machine._ledger.holders(), machine.moves.given, machine.moves.stayed) == ((), 1, 0)
+
+
+def test_a_worker_that_drains_is_waited_for_as_long_as_somebody_may_take_what_it_has():
+    machine = policy()
+    assert not machine.giving()
+    offered(machine)
+    assert machine.giving()
+    give(machine, Freeness(D2, -math.inf), 2.0)
+    assert machine.giving(), "it is on its way"
+    give(machine, MoveEnded(MOVE.key, False, True, "draining"), 2.0)
+    assert not machine.giving(), "nobody takes it"
+    give(machine, Freeness(D2, 0.0), 2.0)
+    assert machine.giving(), "who is full now may have room soon"
+    give(machine, Ran(2, 44, (Ended(ticket().key, "length", 50),)), 3.0)
+    assert not machine.giving()
 
 
 def test_it_stops_with_the_last_stage_however_much_is_left():
@@ -168,7 +184,7 @@ def test_a_row_whose_last_pages_were_not_taken_goes_on_here():
     (run,) = [each for each in commands if isinstance(each, Run)]
     (join,) = run.joining
     assert (join.key, join.generated, join.pages[:4], join.recompute) == (ticket().key, 6, over.pages[:4], None)
-    assert join.said == ()
+    assert join.carried is None
     end = give(machine, Ran(run.run_id, 44, (Ended(ticket().key, "length", 50),)), 3.5)
     assert told(end)[0].message.completion_tokens == 50
 
@@ -283,7 +299,7 @@ def test_a_row_comes_and_its_gateway_hears_before_any_token():
     (run,) = [each for each in commands if isinstance(each, Run)]
     (join,) = run.joining
     assert (join.key, join.ticket, join.generated, join.first) == (offer.ticket.key, here, 9, First(18))
-    assert (join.said, join.recompute) == (tuple(range(10, 19)), None)
+    assert (join.carried, join.recompute) == (Carried(tuple(range(10, 19))), None)
     (tell, leave) = told(give(machine, Ran(run.run_id, 4, (Ended(join.key, "stop", 12, 2),)), 3.0))
     assert (tell.message.ticket, tell.message.completion_tokens, leave) == (here, 12, Leave(join.key))
     assert machine._ledger.holders() == ()

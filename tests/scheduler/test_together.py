@@ -20,10 +20,10 @@ import pytest
 
 from core.kv import pages_of
 from core.messages import (
-    AnyMessage,
     Cancel,
     First,
     Grant,
+    Message,
     Offer,
     Prompt,
     Ready,
@@ -374,7 +374,7 @@ class Worker(Process):
 
     def start(self, command: decode.Run) -> None:
         for join in command.joining:
-            said = join.said or (join.first.token,)
+            said = join.carried.tokens if join.carried is not None else (join.first.token,)
             tokens = (*join.request.prompt, *said)
             if join.copied is not None:
                 source, target = join.copied
@@ -604,7 +604,7 @@ class World:
                 process.up(other.me)
                 other.up(process.me)
 
-    def send(self, sender: Identity, to: Identity, message: AnyMessage) -> bool:
+    def send(self, sender: Identity, to: Identity, message: Message) -> bool:
         link = self.link(sender, to)
         if not link.up or not self.processes[to].alive:
             return False

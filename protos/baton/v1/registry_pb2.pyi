@@ -20,7 +20,7 @@ class Lane(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes")
+    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Member(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    MIGRATES_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     address: str
@@ -51,7 +52,8 @@ class Member(_message.Message):
     transport: str
     ready: bool
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+    migrates: bool
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("member",)

@@ -32,7 +32,7 @@ class PeerResponse(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release")
+    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release", "offer_migration", "caught_up", "moved", "freeness")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,10 @@ class Frame(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    OFFER_MIGRATION_FIELD_NUMBER: _ClassVar[int]
+    CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    FREENESS_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     goodbye: Goodbye
@@ -73,7 +77,11 @@ class Frame(_message.Message):
     ready: Ready
     taken: Taken
     release: Release
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ...) -> None: ...
+    offer_migration: OfferMigration
+    caught_up: CaughtUp
+    moved: Moved
+    freeness: Freeness
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., offer_migration: _Optional[_Union[OfferMigration, _Mapping]] = ..., caught_up: _Optional[_Union[CaughtUp, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., freeness: _Optional[_Union[Freeness, _Mapping]] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("minter", "counter", "attempt", "source", "sink")
@@ -90,7 +98,7 @@ class Ticket(_message.Message):
     def __init__(self, minter: _Optional[str] = ..., counter: _Optional[int] = ..., attempt: _Optional[int] = ..., source: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages")
+    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages", "migrates")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +112,7 @@ class Hello(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_METADATA_FIELD_NUMBER: _ClassVar[int]
     SCRATCH_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MIGRATES_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     protocol: int
@@ -117,7 +126,8 @@ class Hello(_message.Message):
     transport: str
     transport_metadata: bytes
     scratch_pages: int
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ...) -> None: ...
+    migrates: bool
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ..., migrates: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -344,18 +354,34 @@ class First(_message.Message):
     def __init__(self, token: _Optional[int] = ..., logits_hash: _Optional[int] = ..., branch: _Optional[int] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("ticket", "first_page", "runs", "digests", "firsts")
+    __slots__ = ("ticket", "first_page", "runs", "digests", "firsts", "carried")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     FIRSTS_FIELD_NUMBER: _ClassVar[int]
+    CARRIED_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     first_page: int
     runs: _containers.RepeatedCompositeFieldContainer[PageRun]
     digests: _containers.RepeatedScalarFieldContainer[int]
     firsts: _containers.RepeatedCompositeFieldContainer[First]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[_Union[First, _Mapping]]] = ...) -> None: ...
+    carried: Carried
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., first_page: _Optional[int] = ..., runs: _Optional[_Iterable[_Union[PageRun, _Mapping]]] = ..., digests: _Optional[_Iterable[int]] = ..., firsts: _Optional[_Iterable[_Union[First, _Mapping]]] = ..., carried: _Optional[_Union[Carried, _Mapping]] = ...) -> None: ...
+
+class Carried(_message.Message):
+    __slots__ = ("tokens", "stages", "logits_hashes", "logprobs", "stopped_s")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    LOGITS_HASHES_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_S_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
+    logits_hashes: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
+    stopped_s: float
+    def __init__(self, tokens: _Optional[_Iterable[int]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., logits_hashes: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., stopped_s: _Optional[float] = ...) -> None: ...
 
 class Taken(_message.Message):
     __slots__ = ("ticket",)
@@ -370,3 +396,43 @@ class Release(_message.Message):
     ticket: Ticket
     reason: str
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class OfferMigration(_message.Message):
+    __slots__ = ("ticket", "request", "prompt", "placed", "generated", "most", "moves")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PLACED_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    request: RequestMeta
+    prompt: _containers.RepeatedScalarFieldContainer[int]
+    placed: Ticket
+    generated: int
+    most: int
+    moves: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., placed: _Optional[_Union[Ticket, _Mapping]] = ..., generated: _Optional[int] = ..., most: _Optional[int] = ..., moves: _Optional[int] = ...) -> None: ...
+
+class CaughtUp(_message.Message):
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("ticket", "moves")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    moves: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., moves: _Optional[int] = ...) -> None: ...
+
+class Freeness(_message.Message):
+    __slots__ = ("worker", "steps")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    steps: float
+    def __init__(self, worker: _Optional[str] = ..., steps: _Optional[float] = ...) -> None: ...

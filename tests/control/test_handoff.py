@@ -1,0 +1,179 @@
+"""The hand-off shell: who hears what of a hand-off and of a row that moves, and what no stream can carry."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from control.handoff import HandOffShell
+from core.messages import Carried, CaughtUp, First, Freeness, Grant, OfferMigration, Ready, Refuse, Release, Reserve
+from core.worker import Lane
+from runtime.driver import Driver
+from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone
+from tests.cast import D1, D2, P1, ask, ticket
+from tests.decode.test_shell import Scripted
+from transfer import sink as taking
+from transfer import source as giving
+
+GIVEN = ticket(1, minter=D1, source=D1, sink=D2)
+"""A row of ours."""
+TAKEN = ticket(1, minter=D2, source=D2, sink=D1)
+"""A row of theirs."""
+
+
+class Transfer:
+    """Of the transfer thread what the shell asks for here."""
+
+    def __init__(self) -> None:
+        self.lively_: list[bool] = []
+
+    def lively(self, on: bool) -> None:
+        self.lively_.append(on)
+
+
+class Giving(Scripted):
+    """A source that says it has something."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Stage:
+    """The hand-off shell of D1, between scripted machines; `reached` are those to whom a stream stands."""
+
+    def __init__(self, *, source=(), sink=(), moves=True, reached=(D2, P1)) -> None:
+        self.bugs: list[BaseException] = []
+        self.sent: list = []
+        self.driver = Driver(self.bugs.append)
+        self.source, self.sink, self.decode = Giving(*source), Scripted(*sink), Scripted()
+        self.driver.seat("decode", self.decode, lambda command: None)
+        self.transfer = Transfer()
+        lane = Lane(D2, "ucx: tcp", 1.0, 9.0)
+
+        def send(peer, message) -> bool:
+            self.sent.append((peer, message))
+            return peer in reached
+
+        self.shell = HandOffShell(
+            D1,
+            self.source,  # type: ignore[arg-type]
+            self.sink,  # type: ignore[arg-type]
+            self.driver,
+            self.transfer,  # type: ignore[arg-type]
+            send,
+            lambda peer: lane,
+            lambda: True,
+            moves=moves,
+        )
+
+
+def play(act, **how) -> Stage:
+    async def scene() -> Stage:
+        stage = Stage(**how)
+        act(stage)
+        stage.driver.close()
+        assert not stage.bugs
+        return stage
+
+    return asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+OFFERED = OfferMigration(TAKEN, ask(), ticket(), 3, 20)
+LOST = Release(GIVEN, "no")
+
+
+@pytest.mark.parametrize(
+    ("peer", "message", "seat"),
+    [
+        (D2, OFFERED, "sink"),
+        (D2, Ready(TAKEN, 0, (), ()), "sink"),
+        (D2, Release(TAKEN, "no"), "sink"),
+        (D2, Grant(GIVEN), "source"),
+        (D2, Refuse(GIVEN, "no"), "source"),
+        (D2, CaughtUp(GIVEN), "source"),
+        (D2, LOST, "source"),
+        (D2, Freeness(D2, 3.0), "decode"),
+        (P1, OFFERED, ""),
+        (P1, CaughtUp(GIVEN), ""),
+        (D2, CaughtUp(TAKEN), ""),
+        (D2, Grant(TAKEN), ""),
+        (P1, LOST, ""),
+        (P1, Freeness(D2, 3.0), ""),
+        (P1, Reserve(ticket(sink=D1), ask()), "sink"),
+    ],
+)
+def test_a_peers_word_reaches_the_machine_it_is_for_and_nobody_elses_counts(peer, message, seat):
+    stage = play(lambda stage: stage.shell.heard(peer, message))
+    heard = {"source": stage.source.events, "sink": stage.sink.events, "decode": stage.decode.events}
+    assert {name for name, events in heard.items() if events} == ({seat} if seat else set())
+    assert not stage.sent
+
+
+def test_where_rows_do_not_move_they_are_refused_and_freeness_is_not_heard():
+    def act(stage: Stage) -> None:
+        stage.shell.heard(D2, OFFERED)
+        stage.shell.heard(D2, Freeness(D2, 3.0))
+        stage.shell.met(D2)
+
+    stage = play(act, moves=False)
+    assert stage.sent == [(D2, Refuse(TAKEN, "rows do not move here"))]
+    assert stage.decode.events == stage.sink.events == []
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_peers_come_and_go(moves):
+    def act(stage: Stage) -> None:
+        stage.shell.met(D2)
+        stage.shell.lost(D2)
+
+    stage = play(act, moves=moves)
+    assert stage.decode.events == ([PeerCame(D2), PeerGone(D2)] if moves else [])
+    assert (stage.source.events, stage.sink.events) == ([giving.SinkLost(D2)], [taking.SourceLost(D2)])
+
+
+def test_an_offer_that_no_stream_can_carry_is_refused_at_once():
+    offer = OfferMigration(GIVEN, ask(), ticket(), 3, 20)
+    stage = play(lambda stage: stage.driver.post("source", None), source=[[giving.SendOffer(offer)]], reached=())
+    assert stage.sent == [(D2, offer)]
+    assert stage.source.events == [None, Refuse(GIVEN, "no lane to decode-2")]
+    assert stage.transfer.lively_ == [True], "an emulated lane moves only while we poll"
+
+
+@pytest.mark.parametrize(
+    ("command", "event"),
+    [
+        (giving.MoveAsked(GIVEN.key), MoveAsked(GIVEN.key)),
+        (giving.MoveEnded(GIVEN.key, True, True), MoveEnded(GIVEN.key, True, True)),
+        (giving.MoveEnded(GIVEN.key, False, False, "lost"), MoveEnded(GIVEN.key, False, False, "lost")),
+    ],
+)
+def test_what_the_source_says_of_a_move_is_the_policys(command, event):
+    stage = play(lambda stage: stage.driver.post("source", None), source=[[command]])
+    assert stage.decode.events == [event]
+
+
+def test_a_row_that_comes_says_from_where_and_how_long_it_stood_still():
+    carried = Carried((1, 2, 3), stopped_s=0.5)
+    pull = taking.Pull(8000, 0, 2, 0.004, 1.25, 0.25, 0.75)
+    arrived = taking.Arrived(TAKEN, ask(), (First(3),), pull, carried)
+    stage = play(
+        lambda stage: [stage.driver.post("sink", None) for _ in range(3)],
+        sink=[[taking.AskPolicy(TAKEN, ask(), OFFERED)], [taking.AskForMore(CaughtUp(TAKEN))], [arrived]],
+    )
+    asked, came = stage.decode.events
+    assert asked == Asked(TAKEN, ask(), OFFERED)
+    assert stage.sent == [(D2, CaughtUp(TAKEN))]
+    assert (came, came.carried) == (KvArrived(TAKEN, ask(), (First(3),), came.stages, carried), carried)
+    (stage_,) = came.stages
+    assert (stage_.name, stage_.worker, stage_.seconds) == ("move", "decode-1", 0.75)
+    assert stage_.detail == {
+        "from": "decode-2",
+        "nbytes": "8000",
+        "runs": "2",
+        "gbytes_per_s": "0.002",
+        "transport": "ucx: tcp",
+        "read_s": "0.004000",
+        "copy_s": "1.250000",
+        "pause_s": "0.750000",
+    }
