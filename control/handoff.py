@@ -189,7 +189,6 @@ class HandOffShell:
         detail = {
             "from": source.name,
             "nbytes": str(pull.nbytes),
-            "cached": str(pull.cached_tokens),
             "runs": str(pull.runs),
             "gbytes_per_s": f"{pull.nbytes / pull.read_s / 1e9:.3g}" if pull.read_s else "",
             "transport": lane.transport if lane else "own memory",
@@ -199,4 +198,5 @@ class HandOffShell:
         if moved:
             copied = {"copy_s": f"{pull.total_s:.6f}", "pause_s": f"{pull.paused_s:.6f}"}
             return (Stage("move", me, pull.paused_s, {**detail, **copied}),)
+        detail["cached"] = str(pull.cached_tokens)
         return (Stage("reserve_wait", me, pull.granted_s), Stage("pull", me, pull.total_s, detail))
