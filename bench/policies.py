@@ -146,6 +146,26 @@ def sustained(case: Case, name: str, seed: int, count: int | None) -> float:
     return edge(holds, case.start, goal.precision).rate
 
 
+def fluid(case: Case, seed: int, count: int | None) -> float:
+    """The rate at which the prefill workers of a split deployment would just never be idle if the tenth that is dearest
+    to prefill were dropped and no prompt token computed twice anywhere: policies can win prefill time up to there.
+
+    No bound on a window: what is computed after the last arrival counts, too, and steps of several prompts cost less.
+    """
+    builds, _ = _deployment(case)
+    made = case.source(count).at(case.start, seed)
+    new = new_tokens(made)
+    prefills = [build for build in builds if build.role.prefills]
+    cost, seconds = prefills[0].cost, []
+    for arrival in made.arrivals:
+        fresh = new[(arrival.session, arrival.turn) if arrival.session else (arrival.at_s,)]
+        seconds.append(cost.prefill_s([(fresh, arrival.prompt - fresh)]))
+    seconds.sort()
+    begun = len({arrival.session or arrival.at_s for arrival in made.arrivals})
+    kept_s: float = sum(seconds[: math.ceil(SHARE * len(seconds))])
+    return begun * len(prefills) / kept_s
+
+
 def _deployment(case: Case) -> tuple[Any, Settings]:
     builds = workers(case.workers, case.cost, page_tokens=PAGE_TOKENS)
     return builds, Settings(slo=case.slo, max_tokens=MAX_TOKENS)
@@ -203,6 +223,7 @@ def study(case: Case, seeds: list[int], count: int | None) -> dict[str, Any]:
         "slo": asdict(case.slo),
         "best": best,
         "rate": rate,
+        "fluid": asdict(Estimate.of([fluid(case, seed, count) for seed in seeds])),
         "goodput": {name: asdict(found) for name, found in goodputs.items()},
         "at_rate": {each.name: asdict(figures[each.name]) for each in ALL if figures},
     }
@@ -217,6 +238,9 @@ def rows(found: dict[str, Any]) -> list[Row]:
         for name in (best, *(name for name in goodputs if name not in (best, "baton")))
         if goodputs
     ]
+    if goodputs:
+        bound = found["fluid"]["mean"]
+        made.append(Row(f"{case}: goodput", goodputs["baton"]["mean"], bound, "fluid bound", "requests or sessions/s"))
     if figures:
         p90 = {name: each["short_p90_s"]["mean"] for name, each in figures.items()}
         names = [best, *(each.name for each in ALL if each.name not in (best, "baton"))]
