@@ -165,6 +165,8 @@ class PrefillPolicy:
         """Of all accepted requests, bound or not."""
         self._ungranted = 0
         """Bound pages that no sink has promised to take."""
+        self._vast: dict[str, int] = {}
+        """Pages of those whose sink was asked, that have not begun, and for which ungranted ones may leave no room."""
         self._running: _Step | None = None
         self._suspended: _Step | None = None
         self._run_id = 0
@@ -267,6 +269,8 @@ class PrefillPolicy:
         assert self._pages == sum(held.pages for held in self._requests.values())
         ungranted = [held.pages for held in self._requests.values() if held.begun and held.grant is Grant.ASKED]
         assert self._ungranted == sum(ungranted)
+        asked = [held for held in self._requests.values() if held.grant is not Grant.NOT_ASKED and not held.begun]
+        assert self._vast.items() <= {held.key: held.pages for held in asked}.items()
         for state in State:
             assert self._counts[state] == sum(held.state is state for held in self._requests.values())
         assert self._suspended is None or self._config.preempt
@@ -373,6 +377,7 @@ class PrefillPolicy:
         shared = self._ledger.share(held.holder, self._shareable(held), Owner.PREFILLING) if held.prefix else 0
         self._ledger.bind(held.holder, held.pages - shared, Owner.PREFILLING)
         held.begun, held.started_at = True, now
+        self._vast.pop(key, None)
         held.done = held.cached = shared * self._shape.page_tokens
         self._enter(held, State.RUNNING)
         if held.grant is Grant.ASKED:
@@ -398,10 +403,19 @@ class PrefillPolicy:
         return RunChunk(self._run_id, self._running.spans)
 
     def _ask(self, held: _Held) -> list[PrefillCommand]:
-        """Ask the sink before the start, unless the first token is all that is wanted."""
+        """Ask the sink before the start, unless the first token is all that is wanted.
+
+        A sink that has promised memory waits for the KV, so the KV's pages here must never wait for memory of a sink:
+        one that finds no room beside those ungranted is asked for when they are, and then none starts in its way.
+        (What a sink gives back later may still be in its way, until its second sink or its deadline.)
+        """
         assert held.request is not None
-        if held.grant is not Grant.NOT_ASKED or held.request.sampling.max_tokens == 1:
+        if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
             return []
+        if not held.begun and held.pages + self._ungranted > self._capacity:
+            return []
+        if not held.begun and held.pages > (1 - self._config.ungranted_share) * self._capacity:
+            self._vast[held.key] = held.pages
         self._set_grant(held, Grant.ASKED)
         return [AskForSink(held.ticket, held.request, held.until)]
 
@@ -417,10 +431,16 @@ class PrefillPolicy:
         if pages > self._ledger.available:
             return False
         if held.grant is not Grant.ASKED:
-            return True
+            return held.grant is Grant.GIVEN or self._asks_nobody(held)
         if held.ticket.sink == self._me:
             return False  # what it holds would be missing where its grant waits for memory
-        return self._ungranted + held.pages <= self._config.ungranted_share * self._capacity
+        ungranted = self._ungranted + held.pages
+        vast = max((pages for key, pages in self._vast.items() if key != held.key), default=0) if self._vast else 0
+        return ungranted <= min(self._config.ungranted_share * self._capacity, self._capacity - vast)
+
+    def _asks_nobody(self, held: _Held) -> bool:
+        """The first token is all that is wanted."""
+        return held.request is not None and held.request.sampling.max_tokens == 1
 
     def _shareable(self, held: _Held) -> tuple[int, ...]:
         """At least one token is computed: it gives the first logits."""
@@ -559,6 +579,7 @@ class PrefillPolicy:
         if held.grant is not Grant.NOT_ASKED or held.in_step:
             return []
         del self._requests[held.key]
+        self._vast.pop(held.key, None)
         self._counts[held.state] -= 1
         self._pages -= held.pages
         self._ledger.release(held.holder)

@@ -42,6 +42,7 @@ from scheduler.prefill_policy import (
     WithdrawHandOff,
     holder,
 )
+from scheduler.shortest import Shortest
 from tests.cast import D1, D2, GATEWAY, MIXED, OTHER_GATEWAY, P1, P2, SHAPE, ask, efforts, ticket
 from tests.scheduler.orders import COST, ORDERS, SLOW
 
@@ -234,6 +235,35 @@ def test_only_a_share_of_the_arena_is_computed_before_its_grant():
     assert machine.on(Granted(ticket(2).key), 1.0) == []
     commands = machine.on(ChunkDone(2, (Began(KEY, First(5)),)), 1.0)
     assert commands[-1] == RunChunk(3, (Span(ticket(2).key, 0, 4),))
+
+
+def asked_for(commands: list) -> list[int]:
+    return [command.ticket.counter for command in commands if isinstance(command, AskForSink)]
+
+
+def test_a_sink_is_not_asked_for_what_finds_no_room_beside_those_that_wait_for_sinks():
+    """Else two such prompts wait for each other around a ring: each sink's memory for the other worker's arena."""
+    machine = policy(pages=20, ungranted_share=0.1)
+    assert asked_for(queued(machine, 1, 8)) == [1]
+    assert queued(machine, 2, 76) == []
+    assert asked_for(machine.on(ChunkDone(1, (Began(KEY, First(5)),)), 1.0)) == []
+    machine.check()
+    assert asked_for(machine.on(Granted(KEY), 2.0)) == [2]
+    machine.check()
+
+
+def test_nobody_waits_for_a_sink_in_the_way_of_one_whose_sink_was_asked():
+    machine = policy(pages=20, ungranted_share=0.1)
+    ledger(machine).bind("somebody", 2, Owner.DECODING)
+    machine._order = Shortest(8, 4)
+    assert asked_for(queued(machine, 1, 76)) == [1]
+    machine.on(Granted(KEY), 0.0)
+    machine.check()
+    assert asked_for(queued(machine, 2, 8)) == [2], "it is next, but it does not start"
+    assert machine.queue()[State.RUNNING] == 0
+    machine.check()
+    assert any(isinstance(command, Begin) for command in machine.on(Granted(ticket(2).key), 0.0))
+    machine.check()
 
 
 def test_a_worker_that_hands_over_to_itself_waits_for_the_grant():
