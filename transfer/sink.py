@@ -188,6 +188,23 @@ class State(StrEnum):
     PULLING = "pulling"
 
 
+TRANSITIONS: dict[tuple[State, type | None], tuple[State | None, ...]] = {
+    (State.ASKED, Decided): (State.PULLING, None),
+    (State.PULLING, Ready): (State.PULLING, None),
+    (State.PULLING, Pulled): (State.PULLING, None),
+    (State.PULLING, PullFailed): (None,),
+    **{(state, event): (None,) for state in State for event in (Release, Drop, SourceLost, None)},
+}
+"""State and event (None: the deadline) -> states that may follow, None for the end. A message of the source that has no
+entry is ignored and counted."""
+
+WAITS: dict[State, tuple[str, str]] = {
+    State.ASKED: ("nothing", "memory at the sink"),
+    State.PULLING: ("memory at the sink", "the rest of the source's arena"),
+}
+"""What a ticket holds here meanwhile, and what it waits for until its KV is announced."""
+
+
 @dataclass(slots=True)
 class _Piece:
     """One announcement on its way; read once more if a digest differs."""
@@ -249,7 +266,7 @@ class Sink:
             case Ready():
                 ticket = event.ticket
                 taking = self._taking.get(ticket.key)
-                if taking is None or taking.ticket != ticket or taking.state is not State.PULLING:
+                if taking is None or taking.ticket != ticket or (taking.state, Ready) not in TRANSITIONS:
                     return self._ignore()
                 return self._ready(taking, event, now)
             case Pulled():

@@ -161,16 +161,26 @@ class State(StrEnum):
     """Everything was announced; only Taken is missing."""
 
 
-TRANSITIONS: dict[tuple[State, type], State | None] = {
-    (State.ASKED, Grant): State.GRANTED,
-    (State.ASKED, Refuse): None,
-    (State.ASKED, Release): None,
-    (State.GRANTED, CaughtUp): State.GRANTED,
-    (State.GRANTED, Release): None,
-    (State.ANNOUNCED, Taken): None,
-    (State.ANNOUNCED, Release): None,
+TRANSITIONS: dict[tuple[State, type | None], tuple[State | None, ...]] = {
+    (State.ASKED, Sealed): (State.ASKED,),
+    (State.ASKED, Digested): (State.ASKED,),
+    (State.ASKED, Grant): (State.GRANTED, State.ANNOUNCED),
+    (State.ASKED, Refuse): (None,),
+    (State.GRANTED, Sealed): (State.GRANTED, State.ANNOUNCED),
+    (State.GRANTED, Digested): (State.GRANTED, State.ANNOUNCED),
+    (State.GRANTED, CaughtUp): (State.GRANTED,),
+    (State.ANNOUNCED, Taken): (None,),
+    **{(state, event): (None,) for state in State for event in (Release, Withdraw, SinkLost, None)},
 }
-"""What a sink's message does to a ticket; None ends it, a missing entry is ignored and counted."""
+"""State and event (None: the deadline) -> states that may follow, None for the end. A message of the sink that has no
+entry is ignored and counted."""
+
+WAITS: dict[State, tuple[str, str]] = {
+    State.ASKED: ("the share of the source's arena for what has no grant", "memory at the sink"),
+    State.GRANTED: ("the rest of the source's arena", "the source's engine"),
+    State.ANNOUNCED: ("the rest of the source's arena", "reads"),
+}
+"""What a ticket holds here meanwhile, and what it waits for: with the sink's no ring may come of it."""
 
 
 @dataclass(slots=True)
@@ -264,17 +274,15 @@ class Source:
 
     def _heard(self, ticket: Ticket, message: FromSink, now: float) -> list[SourceCommand]:
         giving = self._giving.get(ticket.key)
-        step = None if giving is None else (giving.state, type(message))
-        if giving is None or giving.ticket != ticket or step not in TRANSITIONS:
+        if giving is None or giving.ticket != ticket or (giving.state, type(message)) not in TRANSITIONS:
             return self._ignore()
-        after = TRANSITIONS[step]
-        if after is not None:
-            giving.state = after
-            if isinstance(message, Grant):
-                self._granted(giving, message.cached_pages)
-            if giving.moves:
-                return [MoveAsked(ticket.key)]
-            return [GrantCame(ticket.key), *self._announce(giving, now)]
+        if isinstance(message, Grant):
+            giving.state = State.GRANTED
+            self._granted(giving, message.cached_pages)
+            if not giving.moves:
+                return [GrantCame(ticket.key), *self._announce(giving, now)]
+        if isinstance(message, Grant | CaughtUp):
+            return [MoveAsked(ticket.key)]
         del self._giving[ticket.key]
         self._deadlines.drop(ticket.key)
         if giving.moves:

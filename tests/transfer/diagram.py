@@ -1,0 +1,48 @@
+"""The picture of a ticket's life in docs/architecture.md, drawn from the tables that the machines run by.
+
+``python -m tests.transfer.diagram`` draws it anew; a test compares.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transfer import sink, source
+
+DOC = Path(__file__).parents[2] / "docs" / "architecture.md"
+BEGIN, END = "<!-- python -m tests.transfer.diagram -->\n", "<!-- end -->\n"
+
+
+def side(name: str, first: str, table: dict[Any, Any]) -> list[str]:
+    """One machine: events that lead from one state to another on one arrow."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    for (state, event), after in table.items():
+        for to in after:
+            if to is not state:
+                word = "deadline" if event is None else event.__name__
+                arrows.setdefault((f"{name}_{state}", f"{name}_{to}" if to else "[*]"), []).append(word)
+    lines = [f"    state {name} {{", f"        [*] --> {name}_asked: {first}"]
+    lines += [f"        {start} --> {stop}: {', '.join(words)}" for (start, stop), words in arrows.items()]
+    return [*lines, "    }"]
+
+
+def drawn() -> str:
+    """Both machines as Mermaid."""
+    lines = [*side("source", "AskSink", source.TRANSITIONS), *side("sink", "Reserve", sink.TRANSITIONS)]
+    return "".join(f"{line}\n" for line in ("```mermaid", "stateDiagram-v2", *lines, "```"))
+
+
+def committed() -> str:
+    """The picture in the docs."""
+    return DOC.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+
+
+def main() -> None:
+    """Draw it anew."""
+    before, behind = DOC.read_text(encoding="utf-8").split(BEGIN + committed() + END)
+    DOC.write_text(before + BEGIN + drawn() + END + behind, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
