@@ -170,6 +170,25 @@ class Conformance:
         assert np.array_equal(sink.bytes, source.bytes[::-1])
         assert sink.transport.in_doubt() == frozenset()
 
+    def test_ten_thousand_small_reads(self, workers):
+        """Each ends once, and the memory of one read is not that of another."""
+        unit, units = 512, 2048
+        sink, source = (Worker(self.kind, name, seed=9, unit=unit, units=units) for name in ("sink#01", "source#02"))
+        workers += [sink, source]
+        sink.transport.connect(source.owner, source.transport.metadata())
+        sink.bytes[:] = 0
+        ends: list[Completion] = []
+        ids = []
+        for number in range(10_000):
+            page = number % units
+            ids.append(sink.read(source.owner, [PageRun(units - 1 - page, 1)], [PageRun(page, 1)]))
+            if number % 500 == 499:
+                ends += drive(sink, source, want=number + 1 - len(ends))
+        assert sorted(end.read_id for end in ends) == ids
+        assert all(isinstance(end, ReadDone) for end in ends)
+        assert np.array_equal(sink.bytes, source.bytes[::-1])
+        assert not sink.transport.busy
+
     def test_reads_of_one_peer_end_in_order(self, pair):
         sink, source = pair
         ids = [sink.read(source.owner, [PageRun(0, 4)], [PageRun(4 * i, 4)]) for i in range(8)]
@@ -432,6 +451,31 @@ class Deaths(Conformance):
         for child in (idle, busy):
             sink.transport.disconnect(child.owner)
         assert sink.transport.in_doubt() == frozenset()
+
+    def test_a_stopped_peer_delays_no_other(self, workers, children):
+        """Reads of seven peers end while those of an eighth, posted before them, hang."""
+        unit, units = 1 << 16, 32
+        tcp = {"UCX_TLS": "tcp"}
+        children += [Child(self.kind, f"child{i}#0{i}", i, unit, units, tcp) for i in range(8)]
+        sink = Worker(self.kind, "sink#0f", unit=unit, units=8 * units)
+        workers.append(sink)
+        for child in children:
+            sink.transport.connect(child.owner, child.metadata())
+            sink.read(child.owner, [PageRun(0, 1)], [PageRun(0, 1)])
+            assert isinstance(drive(sink)[0], ReadDone)
+        stopped = children[3]
+        stopped.send(signal.SIGSTOP)
+        hung = sink.read(stopped.owner, [PageRun(0, units)], [PageRun(3 * units, units)])
+        others = [i for i in range(8) if i != 3]
+        ids = [sink.read(children[i].owner, [PageRun(0, units)], [PageRun(i * units, units)]) for i in others]
+        ends = drive(sink, want=7)
+        assert sorted(end.read_id for end in ends) == ids
+        assert all(isinstance(end, ReadDone) for end in ends)
+        for i in others:
+            assert np.array_equal(sink.bytes[(i + 1) * units - 1], pattern(i, units - 1, unit))
+        stopped.send(signal.SIGCONT)
+        (end,) = drive(sink)
+        assert end.read_id == hung
 
     def test_a_peer_that_died_before_the_first_read(self, workers, children):
         children.append(Child(self.kind, "child#01", 3, UNIT, 8))

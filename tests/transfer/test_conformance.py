@@ -90,6 +90,20 @@ class TestNixl(Deaths):
         sink.read(peers[2].owner, [PageRun(9, 1)], [PageRun(9, 1)])
         assert isinstance(drive(sink, *peers)[0], ReadDone)
 
+    @pytest.mark.slow
+    def test_a_read_of_a_gibibyte(self, workers, children):
+        unit, units = 16 << 20, 64
+        children.append(Child(self.kind, "child#01", 3, unit, units))
+        sink = Worker(self.kind, "sink#02", unit=unit, units=units)
+        workers.append(sink)
+        sink.transport.connect("child#01", children[0].metadata())
+        sink.read("child#01", [PageRun(0, units)], [PageRun(0, units)])
+        (done,) = drive(sink, timeout_s=60)
+        assert isinstance(done, ReadDone), done
+        assert done.nbytes == 1 << 30
+        for page in range(units):
+            assert np.array_equal(sink.bytes[page], pattern(3, page, unit))
+
     def test_a_fence_restarts_the_reads_of_other_peers(self, workers, children):
         unit, units = 1 << 20, 48
         tcp = {"UCX_TLS": "tcp"}
