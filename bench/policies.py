@@ -238,7 +238,7 @@ def rows(found: dict[str, Any]) -> list[Row]:
         for name in (best, *(name for name in goodputs if name not in (best, "baton")))
         if goodputs
     ]
-    if goodputs:
+    if goodputs and "fluid" in found:
         bound = found["fluid"]["mean"]
         made.append(Row(f"{case}: goodput", goodputs["baton"]["mean"], bound, "fluid bound", "requests or sessions/s"))
     if figures:
@@ -258,18 +258,33 @@ def rows(found: dict[str, Any]) -> list[Row]:
 
 def main() -> None:
     """Figures as JSON, and with ``--json FILE`` everything behind them beside it, with a chart."""
-    args = parser("policies", "our policies beside what others ship, in the simulator").parse_args()
+    flags = parser("policies", "our policies beside what others ship, in the simulator")
+    flags.add_argument("--only", metavar="WORKLOAD", help="one workload; with --json the others' figures stay")
+    args = flags.parse_args()
     cases, seeds, count = (QUICK, [1], 300) if args.quick else (CASES, [1, 2, 3, 4, 5], None)
-    found = []
+    if args.only and args.only not in {case.name for case in cases}:
+        sys.exit(f"bench.policies: got {args.only!r}, want one of {', '.join(case.name for case in cases)}")
+    found = _kept(Path(args.json)) if args.only and args.json else {}
     for case in cases:
+        if args.only not in (None, case.name):
+            continue
         progress(case.name)
         try:
-            found.append(study(case, seeds, count))
+            found[case.name] = study(case, seeds, count)
         except SetupError as error:
             sys.exit(f"bench.policies: {error}")
         if args.json:
-            _keep(Path(args.json), found)
-    emit("policies", [row for each in found for row in rows(each)], args.json)
+            _keep(Path(args.json), [found[case.name] for case in cases if case.name in found])
+    emit("policies", [row for case in cases if case.name in found for row in rows(found[case.name])], args.json)
+
+
+def _kept(path: Path) -> dict[str, dict[str, Any]]:
+    """What earlier runs found, by workload."""
+    try:
+        text = path.with_suffix(".details.json").read_text()
+    except FileNotFoundError:
+        return {}
+    return {one["case"]: one for one in json.loads(text)}
 
 
 def _keep(path: Path, found: list[dict[str, Any]]) -> None:
