@@ -56,9 +56,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Live]:
     """Starts a deployment; whoever calls it also stops it."""
 
-    def start(name: str, model: Path, say: Callable[[str], None] = lambda line: None, **settings: Any) -> Live:
+    def start(
+        name: str,
+        model: Path,
+        say: Callable[[str], None] = lambda line: None,
+        faults: Path | None = None,
+        **settings: Any,
+    ) -> Live:
         config = DeploymentConfig(model=str(model), port=0, **{"check": True, **TINY, **settings})
-        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say)
+        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say, faults)
         _started.append(live)
         live.start()
         return live
