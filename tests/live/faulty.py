@@ -4,9 +4,9 @@
 
 Without the first it has no faults, without the second its lane is as fast as it is.
 
-Beside the events of `tests/transfer/faults.py`, each message of a hand-off has four: "send Ready" before it goes out
+Beside the events of `tests/transfer/faults.py`, each message between workers has four: "send Ready" before it goes out
 and "sent Ready" after that, "hear Ready" before the worker has it and "heard Ready" after that; that of the last
-announcement are, besides, those of a "last Ready".
+announcement are, besides, those of a "last Ready". Of what a gateway says there is "hear Cancel" and "heard Cancel" and their like.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from control.process import Service, build_version, main, make
 from control.worker import Worker, make_transport
 from core.config import ProcessConfig, WorkerConfig
 from core.errors import LocalError
-from core.messages import Ready, ToPeer
+from core.messages import Message, Ready, ToPeer
 from core.worker import Identity, Lane
 from tests.transfer.faults import FAULTS, LANE, MESSAGE_DEEDS, Faulty, FileRules, Rule, Rules, kill
 from transfer.transport import Transport
 
 
 class FaultyWorker(Worker):
-    """A worker whose transport and whose messages to and from peers obey rules."""
+    """A worker whose transport and whose messages, but those to gateways, obey rules."""
 
     def __init__(self, *args: Any, rules: Rules) -> None:
         super().__init__(*args)
@@ -46,7 +46,11 @@ class FaultyWorker(Worker):
         else:
             self._pass("hear", "heard", message, lambda: bool(hears(peer, message)))
 
-    def _pass(self, before: str, after: str, message: ToPeer, go: Callable[[], bool]) -> bool:
+    def _gateway_heard(self, gateway: Identity, message: Message) -> None:
+        hears = super()._gateway_heard
+        self._pass("hear", "heard", message, lambda: bool(hears(gateway, message)))
+
+    def _pass(self, before: str, after: str, message: Message, go: Callable[[], bool]) -> bool:
         loop = asyncio.get_running_loop()
         times = 1
         for rule in self._on(before, message):
@@ -71,7 +75,7 @@ class FaultyWorker(Worker):
             kill(rule.seconds)
         return done
 
-    def _on(self, when: str, message: ToPeer) -> list[Rule]:
+    def _on(self, when: str, message: Message) -> list[Rule]:
         name = type(message).__name__
         last = isinstance(message, Ready) and bool(message.firsts)
         return self._rules.on(f"{when} {name}") + (self._rules.on(f"{when} last {name}") if last else [])

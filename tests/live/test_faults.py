@@ -25,9 +25,9 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(launch, model, faults):
-    """Two prefill and two decode workers with small arenas; every step takes twice an H200's time."""
+    """Two prefill and two decode workers with 64 pages each, and no prefix to keep them for: all are soon used again."""
     settings = {"prefill": 2, "decode": 2, "engine": "paced", "hash_logits": True, "chunk_tokens": 32, "pace": 2.0}
-    started = launch("faults", model, faults=faults, kv_memory="1M", **settings)
+    started = launch("faults", model, faults=faults, kv_memory="256K", prefix_cache=False, **settings)
     started.torn = True  # digests must differ here
     yield started
     write(faults, {})
@@ -84,7 +84,7 @@ def test_a_page_with_a_flipped_bit_is_read_once_more(live, faults, reference):
 def test_a_page_that_is_wrong_twice_is_computed_anew(live, faults, reference):
     before = live.total("baton_digest_mismatches")
     each = case(100, 30, 2, forever=True)
-    write(faults, {"decode-0": [Rule("read", "flip", times=2)], "decode-1": [Rule("read", "flip", times=2)]})
+    write(faults, sinks(Rule("read", "flip", times=2)))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
     assert reply.last.attempts > 1
@@ -98,4 +98,109 @@ def test_a_read_that_fails_costs_an_attempt(live, faults, reference, nth):
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
     assert live.acted()
-    assert reply.last.attempts == 1 + len(live.acted())
+    assert 1 < reply.last.attempts <= 1 + len(live.acted())
+
+
+def crowd(count: int, number: int) -> list[Case]:
+    """More than all arenas hold: whatever is given back is taken at once."""
+    return [case(30 + 13 * n % 120, 40, 100 * number + n, forever=True) for n in range(count)]
+
+
+def behind(live: Live, reference: Chain, first: Case, others: list[Case], acts: int = 1) -> Reply:
+    """The reply to `first`, when `others` came as soon as `acts` faults had acted; all are right."""
+
+    async def run():
+        async with Client(live.gateway) as client:
+            going = asyncio.create_task(client.generate(first.request))
+            await asyncio.to_thread(until, lambda: len(live.acted()) >= acts, "faults acted", more=live.acted)
+            return [await going, *await together(*(client.generate(each.request) for each in others))]
+
+    replies = asyncio.run(run())
+    for each, reply in zip([first, *others], replies, strict=True):
+        exact(each, reply, reference)
+    return replies[0]
+
+
+def test_a_read_in_doubt_lands_late_and_no_page_that_is_used_again_is_hit(live, faults, reference):
+    """Three pages are few enough to wait for; the noise comes when all others have been used again."""
+    write(faults, {"decode-0": [Rule("read", "doubt", seconds=0.4)]})
+    reply = behind(live, reference, case(36, 40, 10, forever=True), crowd(24, 1))
+    assert reply.last.attempts > 1
+    assert live.acted() == ["decode-0: doubt at read", "decode-0: land at late"]
+
+
+def test_many_pages_in_doubt_are_fenced_at_once(live, faults, reference):
+    write(faults, {"decode-0": [Rule("read", "doubt", nth=3)]})
+    reply = behind(live, reference, case(150, 40, 11, forever=True), crowd(16, 2))
+    assert reply.last.attempts > 1
+    assert live.acted() == ["decode-0: doubt at read"]
+
+
+def test_few_pages_in_doubt_are_fenced_when_somebody_needs_them(live, faults, reference):
+    """Nothing ends their doubt but that: they would stay for ever."""
+    write(faults, {"decode-0": [Rule("read", "doubt")]})
+    behind(live, reference, case(36, 40, 12, forever=True), crowd(24, 3))
+    whole = [case(930, 40, 13 + n, forever=True) for n in range(2)]  # each takes a worker's every page
+    for each, reply in zip(whole, answers(live, whole), strict=True):
+        exact(each, reply, reference)
+
+
+def test_a_source_uses_pages_again_while_a_read_of_them_is_pending(live, faults, reference):
+    """The client leaves, the sink is not told, and what it reads then is somebody else's: it is refused by digest."""
+    before = live.total("baton_digest_mismatches")
+    stall = Rule("read", "stall", times=4, seconds=1.0)
+    write(faults, {"decode-0": [stall, Rule("hear Release", "drop"), Rule("hear Cancel", "drop")]})
+    gone = case(200, 40, 14, forever=True)
+
+    async def run():
+        async with Client(live.gateway) as client:
+            call = client.stub.Generate(gone.request, timeout=5.0)
+            await asyncio.to_thread(until, lambda: len(live.acted()) == 4, "its pages are being read")
+            call.cancel()
+            cases = crowd(30, 4)
+            return cases, await together(*(client.generate(each.request) for each in cases))
+
+    for each, reply in zip(*asyncio.run(run()), strict=True):
+        exact(each, reply, reference)
+    assert {"decode-0: drop at hear Release", "decode-0: drop at hear Cancel"} <= {*live.acted()}
+    assert live.total("baton_digest_mismatches") > before
+
+
+def test_what_is_late_and_slow_arrives(live, faults, reference):
+    write(faults, sinks(Rule("read", "delay", seconds=0.2), Rule("read", "stall", nth=3, times=4, seconds=0.1)))
+    behind(live, reference, case(150, 40, 15, forever=True), crowd(24, 5))
+    assert len(live.acted()) > 5
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("prefill-0", "decode-0"), id="both"),
+        pytest.param(("prefill-0",), id="source", marks=pytest.mark.slow),
+        pytest.param(("decode-0",), id="sink", marks=pytest.mark.slow),
+    ],
+)
+def test_workers_that_stand_still_for_5_s_in_the_middle_of_hand_offs(live, faults, reference, names):
+    """Their requests go on elsewhere; when they are back they hold nothing, and serve."""
+    cases = crowd(8, 6)
+    write(faults, {"decode-0": [Rule("read", "delay", nth=3, times=50, seconds=0.5)]})
+
+    async def run():
+        async with Client(live.gateway) as client:
+            going = asyncio.create_task(together(*(client.generate(each.request) for each in cases)))
+            await asyncio.to_thread(until, lambda: len(live.acted()) > 0, "a read is pending")
+            for name in names:
+                live.kill(name, signal.SIGSTOP)
+            await asyncio.sleep(5.0)
+            for name in names:
+                live.kill(name, signal.SIGCONT)
+            return await going
+
+    replies = asyncio.run(run())
+    for each, reply in zip(cases, replies, strict=True):
+        exact(each, reply, reference)
+    assert max(reply.last.attempts for reply in replies) > 1
+    live.wait_ready()
+    write(faults, {})
+    for each, reply in zip(crowd(12, 7), answers(live, crowd(12, 7)), strict=True):
+        exact(each, reply, reference)

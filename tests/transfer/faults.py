@@ -54,11 +54,16 @@ class Rule:
     """How late, of what is late; of "kill": how long after the event."""
 
 
+LANDED = Rule("late", "land")
+"""Not a rule: the noise of a read in doubt was written."""
+
+
 class Rules:
     """The rules of one worker, and how often each was asked."""
 
     def __init__(self, rules: Sequence[Rule] = (), acted: Callable[[Rule], None] = lambda rule: None) -> None:
-        self._acted = acted
+        self.acted = acted
+        """Is told of each rule that acts, and of what lands late."""
         self.put(rules)
 
     def put(self, rules: Sequence[Rule]) -> None:
@@ -73,7 +78,7 @@ class Rules:
             if rule.at == event:
                 self._seen[number] += 1
                 if rule.nth <= self._seen[number] < rule.nth + rule.times:
-                    self._acted(rule)
+                    self.acted(rule)
                     found.append(rule)
         return found
 
@@ -218,6 +223,7 @@ class Faulty:
         for read_id, late in list(self._late.items()):
             if late.lands <= now:
                 self._noise(read_id, late.targets)
+                self.rules.acted(LANDED)
                 del self._late[read_id]
                 self._ended.append(ReadFenced(read_id))
         now = self.clock()

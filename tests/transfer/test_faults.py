@@ -7,7 +7,7 @@ import pytest
 
 from core.kv import PageRun
 from tests.transfer.conformance import UNIT, Conformance, Worker
-from tests.transfer.faults import Faulty, FileRules, Rule, Rules, acted, write
+from tests.transfer.faults import LANDED, Faulty, FileRules, Rule, Rules, acted, write
 from tests.transfer.peer import pattern
 from transfer.inprocess import InProcess
 from transfer.transport import ReadDone, ReadFailed, ReadFenced
@@ -94,6 +94,7 @@ def test_a_read_in_doubt_lands_late_and_only_then_is_fenced():
     assert pair.polled(2.9) == []
     assert not pair.sink.bytes.any()
     assert pair.polled(0.1) == [ReadFenced(who)]
+    assert pair.acted[1:] == [LANDED]
     assert pair.sink.bytes[8:10].any()
     assert not pair.sink.bytes[:8].any()
     assert not pair.sink.bytes[10:].any()
