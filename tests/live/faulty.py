@@ -6,7 +6,7 @@ Without the first it has no faults, without the second its lane is as fast as it
 
 Beside the events of `tests/transfer/faults.py`, each message between workers has four: "send Ready" before it goes out
 and "sent Ready" after that, "hear Ready" before the worker has it and "heard Ready" after that; that of the last
-announcement are, besides, those of a "last Ready". Of what a gateway says there is "hear Cancel" and "heard Cancel" and their like.
+announcement are, besides, those of a "last Ready". What a gateway says has two: "hear Cancel" and "heard Cancel".
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class FaultyWorker(Worker):
         if isinstance(message, Lane):
             hears(peer, message)
         else:
-            self._pass("hear", "heard", message, lambda: bool(hears(peer, message)))
+            self._pass("hear", "heard", message, lambda: self._peers.has(peer) and bool(hears(peer, message)))
 
     def _gateway_heard(self, gateway: Identity, message: Message) -> None:
         hears = super()._gateway_heard

@@ -25,7 +25,7 @@ def faults(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def live(launch, model, faults):
-    """Two prefill and two decode workers with 64 pages each, and no prefix to keep them for: all are soon used again."""
+    """Two prefill and two decode workers with 64 pages each, and no prefix to keep them for."""
     settings = {"prefill": 2, "decode": 2, "engine": "paced", "hash_logits": True, "chunk_tokens": 32, "pace": 2.0}
     started = launch("faults", model, faults=faults, kv_memory="256K", prefix_cache=False, **settings)
     started.torn = True  # digests must differ here
@@ -122,9 +122,10 @@ def behind(live: Live, reference: Chain, first: Case, others: list[Case], acts: 
 
 
 def test_a_read_in_doubt_lands_late_and_no_page_that_is_used_again_is_hit(live, faults, reference):
-    """Three pages are few enough to wait for; the noise comes when all others have been used again."""
-    write(faults, {"decode-0": [Rule("read", "doubt", seconds=0.4)]})
-    reply = behind(live, reference, case(36, 40, 10, forever=True), crowd(24, 1))
+    """Two pages are few enough to wait for; the noise comes when five rows have most of the others, and all run."""
+    write(faults, {"decode-0": [Rule("read", "doubt", seconds=0.6)]})
+    others = [case(100, 60, 100 + n, forever=True) for n in range(10)]
+    reply = behind(live, reference, case(36, 40, 10, forever=True), others)
     assert reply.last.attempts > 1
     assert live.acted() == ["decode-0: doubt at read", "decode-0: land at late"]
 
