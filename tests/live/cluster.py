@@ -10,7 +10,7 @@ import re
 import signal
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +33,7 @@ from engine.api import Row, Sampled
 from engine.engine import TorchEngine
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from tests.engine.play import alone
-from tests.transfer.faults import FAULTS, acted
+from tests.transfer.faults import FAULTS, Rule, acted, write
 
 MODEL = "tiny"
 """The name that every deployment serves its model by."""
@@ -261,6 +261,11 @@ class Live:
             process = self.deployment.running[name].process
             assert process.wait(LATE_S) == -signal.SIGKILL
             self._killed.add(process.pid)
+
+    def fault(self, rules: Mapping[str, Sequence[Rule]]) -> None:
+        """Give workers new faults, by their names, from their next event on."""
+        assert self.faults is not None
+        write(self.faults, rules)
 
     def acted(self) -> list[str]:
         """What the workers' faults did since they were written."""

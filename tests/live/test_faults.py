@@ -8,30 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 
 import pytest
 
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, Case, case
 from tests.live.cluster import Client, Live, Reply, together, until
-from tests.transfer.faults import Rule, write
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """The file with the rules of the workers in this module."""
-    return tmp_path_factory.mktemp("faults") / "rules"
-
-
-@pytest.fixture(scope="module")
-def live(launch, model, faults):
-    """Two prefill and two decode workers with 64 pages each, and no prefix to keep them for."""
-    settings = {"prefill": 2, "decode": 2, "engine": "paced", "hash_logits": True, "chunk_tokens": 32, "pace": 2.0}
-    started = launch("faults", model, faults=faults, kv_memory="256K", prefix_cache=False, **settings)
-    started.torn = True  # digests must differ here
-    yield started
-    write(faults, {})
-    started.stop()
+from tests.transfer.faults import Rule
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +24,13 @@ def reference(model):
     return Chain.of(model, 320, 8192, (0, *ENDS))
 
 
-@pytest.fixture(autouse=True)
-def clean(live, faults):
-    """Each test begins and ends with empty arenas and without faults."""
-    write(faults, {})
-    yield
-    write(faults, {})
-    live.wait_empty()
+@pytest.fixture
+def live(faulty):
+    """Begins and ends each test with empty arenas and without faults."""
+    faulty.fault({})
+    yield faulty
+    faulty.fault({})
+    faulty.wait_empty()
 
 
 def answers(live: Live, cases: list[Case], timeout_s: float = 60.0) -> list[Reply]:
@@ -70,10 +54,10 @@ def sinks(*rules: Rule) -> dict[str, tuple[Rule, ...]]:
     return {"decode-0": rules, "decode-1": rules}
 
 
-def test_a_page_with_a_flipped_bit_is_read_once_more(live, faults, reference):
+def test_a_page_with_a_flipped_bit_is_read_once_more(live, reference):
     before = live.total("baton_digest_mismatches")
     each = case(100, 30, 1, forever=True)
-    write(faults, sinks(Rule("read", "flip")))
+    live.fault(sinks(Rule("read", "flip")))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
     assert len(live.acted()) == 1
@@ -81,10 +65,10 @@ def test_a_page_with_a_flipped_bit_is_read_once_more(live, faults, reference):
     assert live.total("baton_digest_mismatches") == before + 1
 
 
-def test_a_page_that_is_wrong_twice_is_computed_anew(live, faults, reference):
+def test_a_page_that_is_wrong_twice_is_computed_anew(live, reference):
     before = live.total("baton_digest_mismatches")
     each = case(100, 30, 2, forever=True)
-    write(faults, sinks(Rule("read", "flip", times=2)))
+    live.fault(sinks(Rule("read", "flip", times=2)))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
     assert reply.last.attempts > 1
@@ -92,9 +76,9 @@ def test_a_page_that_is_wrong_twice_is_computed_anew(live, faults, reference):
 
 
 @pytest.mark.parametrize("nth", [1, 3])
-def test_a_read_that_fails_costs_an_attempt(live, faults, reference, nth):
+def test_a_read_that_fails_costs_an_attempt(live, reference, nth):
     each = case(100, 30, 2 + nth, forever=True)
-    write(faults, sinks(Rule("read", "fail", nth=nth)))
+    live.fault(sinks(Rule("read", "fail", nth=nth)))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
     assert live.acted()
@@ -121,36 +105,36 @@ def behind(live: Live, reference: Chain, first: Case, others: list[Case], acts: 
     return replies[0]
 
 
-def test_a_read_in_doubt_lands_late_and_no_page_that_is_used_again_is_hit(live, faults, reference):
+def test_a_read_in_doubt_lands_late_and_no_page_that_is_used_again_is_hit(live, reference):
     """Two pages are few enough to wait for; the noise comes when five rows have most of the others, and all run."""
-    write(faults, {"decode-0": [Rule("read", "doubt", seconds=0.6)]})
+    live.fault({"decode-0": [Rule("read", "doubt", seconds=0.6)]})
     others = [case(100, 60, 100 + n, forever=True) for n in range(10)]
     reply = behind(live, reference, case(36, 40, 10, forever=True), others)
     assert reply.last.attempts > 1
     assert live.acted() == ["decode-0: doubt at read", "decode-0: land at late"]
 
 
-def test_many_pages_in_doubt_are_fenced_at_once(live, faults, reference):
-    write(faults, {"decode-0": [Rule("read", "doubt", nth=3)]})
+def test_many_pages_in_doubt_are_fenced_at_once(live, reference):
+    live.fault({"decode-0": [Rule("read", "doubt", nth=3)]})
     reply = behind(live, reference, case(150, 40, 11, forever=True), crowd(16, 2))
     assert reply.last.attempts > 1
     assert live.acted() == ["decode-0: doubt at read"]
 
 
-def test_few_pages_in_doubt_are_fenced_when_somebody_needs_them(live, faults, reference):
+def test_few_pages_in_doubt_are_fenced_when_somebody_needs_them(live, reference):
     """Nothing ends their doubt but that: they would stay for ever."""
-    write(faults, {"decode-0": [Rule("read", "doubt")]})
-    behind(live, reference, case(36, 40, 12, forever=True), crowd(24, 3))
+    live.fault({"decode-0": [Rule("read", "doubt")]})
+    behind(live, reference, case(36, 40, 12, forever=True), crowd(8, 3))
     whole = [case(930, 40, 13 + n, forever=True) for n in range(2)]  # each takes a worker's every page
     for each, reply in zip(whole, answers(live, whole), strict=True):
         exact(each, reply, reference)
 
 
-def test_a_source_uses_pages_again_while_a_read_of_them_is_pending(live, faults, reference):
+def test_a_source_uses_pages_again_while_a_read_of_them_is_pending(live, reference):
     """The client leaves, the sink is not told, and what it reads then is somebody else's: it is refused by digest."""
     before = live.total("baton_digest_mismatches")
-    stall = Rule("read", "stall", times=4, seconds=1.0)
-    write(faults, {"decode-0": [stall, Rule("hear Release", "drop"), Rule("hear Cancel", "drop")]})
+    stall = Rule("read", "stall", times=4, seconds=0.7)
+    live.fault({"decode-0": [stall, Rule("hear Release", "drop"), Rule("hear Cancel", "drop")]})
     gone = case(200, 40, 14, forever=True)
 
     async def run():
@@ -158,7 +142,7 @@ def test_a_source_uses_pages_again_while_a_read_of_them_is_pending(live, faults,
             call = client.stub.Generate(gone.request, timeout=5.0)
             await asyncio.to_thread(until, lambda: len(live.acted()) == 4, "its pages are being read")
             call.cancel()
-            cases = crowd(30, 4)
+            cases = crowd(16, 4)
             return cases, await together(*(client.generate(each.request) for each in cases))
 
     for each, reply in zip(*asyncio.run(run()), strict=True):
@@ -167,10 +151,35 @@ def test_a_source_uses_pages_again_while_a_read_of_them_is_pending(live, faults,
     assert live.total("baton_digest_mismatches") > before
 
 
-def test_what_is_late_and_slow_arrives(live, faults, reference):
-    write(faults, sinks(Rule("read", "delay", seconds=0.2), Rule("read", "stall", nth=3, times=4, seconds=0.1)))
-    behind(live, reference, case(150, 40, 15, forever=True), crowd(24, 5))
+def test_what_is_late_and_slow_arrives(live, reference):
+    live.fault(sinks(Rule("read", "delay", seconds=0.2), Rule("read", "stall", nth=3, times=4, seconds=0.1)))
+    behind(live, reference, case(150, 40, 15, forever=True), crowd(12, 5))
     assert len(live.acted()) > 5
+
+
+def test_reads_that_always_fail_end_the_request_with_an_error_that_says_so(live, reference):
+    """Its attempts are bounded; another request is served as soon as lanes are well."""
+    live.fault(sinks(Rule("read", "fail", times=1000)))
+    started = time.monotonic()
+    (reply,) = answers(live, [case(100, 30, 16, forever=True)], 30.0)
+    assert (reply.code, reply.end) == ("UNAVAILABLE", None)
+    assert "a fault was injected" in reply.details
+    assert time.monotonic() - started < 20.0
+    live.fault({})
+    each = case(100, 30, 17, forever=True)
+    (reply,) = answers(live, [each])
+    exact(each, reply, reference)
+
+
+def test_reads_that_never_end_end_the_request_at_its_deadline(live, reference):
+    live.fault(sinks(Rule("read", "stall", times=1000, seconds=1000.0)))
+    (reply,) = answers(live, [case(200, 30, 18, forever=True)], 2.0)
+    assert (reply.code, reply.end) == ("DEADLINE_EXCEEDED", None)
+    live.wait_empty()
+    live.fault({})
+    each = case(200, 30, 19, forever=True)
+    (reply,) = answers(live, [each])
+    exact(each, reply, reference)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +190,10 @@ def test_what_is_late_and_slow_arrives(live, faults, reference):
         pytest.param(("decode-0",), id="sink", marks=pytest.mark.slow),
     ],
 )
-def test_workers_that_stand_still_for_5_s_in_the_middle_of_hand_offs(live, faults, reference, names):
+def test_workers_that_stand_still_for_5_s_in_the_middle_of_hand_offs(live, reference, names):
     """Their requests go on elsewhere; when they are back they hold nothing, and serve."""
     cases = crowd(8, 6)
-    write(faults, {"decode-0": [Rule("read", "delay", nth=3, times=50, seconds=0.5)]})
+    live.fault({"decode-0": [Rule("read", "delay", nth=3, times=50, seconds=0.5)]})
 
     async def run():
         async with Client(live.gateway) as client:
@@ -202,6 +211,6 @@ def test_workers_that_stand_still_for_5_s_in_the_middle_of_hand_offs(live, fault
         exact(each, reply, reference)
     assert max(reply.last.attempts for reply in replies) > 1
     live.wait_ready()
-    write(faults, {})
+    live.fault({})
     for each, reply in zip(crowd(12, 7), answers(live, crowd(12, 7)), strict=True):
         exact(each, reply, reference)

@@ -15,7 +15,7 @@ import pytest
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, case
 from tests.live.cluster import Client, Live, Reply, together
-from tests.transfer.faults import Rule, write
+from tests.transfer.faults import Rule
 
 SOURCE, SINK = "prefill-0", "decode-0"
 """Of two idle workers, the first by name is taken."""
@@ -68,22 +68,6 @@ SINKS = (
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory):
-    """The file with the rules of the workers in this module."""
-    return tmp_path_factory.mktemp("kills") / "rules"
-
-
-@pytest.fixture(scope="module")
-def live(launch, model, faults):
-    """Two prefill and two decode workers; every step takes twice an H200's time."""
-    settings = {"prefill": 2, "decode": 2, "engine": "paced", "hash_logits": True, "chunk_tokens": 32, "pace": 2.0}
-    started = launch("kills", model, faults=faults, kv_memory="512K", **settings)
-    yield started
-    write(faults, {})
-    started.stop()
-
-
-@pytest.fixture(scope="module")
 def reference(model):
     """What every client must receive."""
     return Chain.of(model, 320, 8192, (0, *ENDS))
@@ -99,9 +83,8 @@ def killed(live: Live, reference: Chain, victim: str, point: Point, number: int)
         async with Client(live.gateway) as client:
             streaming = asyncio.create_task(together(*(client.generate(each.request) for each in beside)))
             await asyncio.sleep(0.1)
-            assert live.faults is not None
             names = ("decode-0", "decode-1") if victim == SOURCE else ("prefill-0", "prefill-1")
-            write(live.faults, {victim: (point.kill, *point.own), **dict.fromkeys(names, point.other)})
+            live.fault({victim: (point.kill, *point.own), **dict.fromkeys(names, point.other)})
             replies = []
             while kill not in live.acted() and len(replies) < len(targets):
                 replies.append(await client.generate(targets[len(replies)].request))
@@ -115,11 +98,13 @@ def killed(live: Live, reference: Chain, victim: str, point: Point, number: int)
         assert reply.hashes == reference.hashes(each.prompt, each.sampling)
 
 
-@pytest.mark.parametrize("number", range(10))
-def test_a_killed_source_and_a_killed_sink(live, faults, reference, number):
+@pytest.mark.parametrize(
+    "number", [n if n in (4, 8) else pytest.param(n, marks=pytest.mark.slow) for n in range(len(SOURCES))]
+)
+def test_a_killed_source_and_a_killed_sink(faulty, reference, number):
     """One after the other; both are back for the next points."""
-    killed(live, reference, SOURCE, SOURCES[number], 1000 + number)
-    killed(live, reference, SINK, SINKS[number], 2000 + number)
-    write(faults, {})
-    live.wait_empty()
-    live.restart(SOURCE, SINK)
+    killed(faulty, reference, SOURCE, SOURCES[number], 1000 + number)
+    killed(faulty, reference, SINK, SINKS[number], 2000 + number)
+    faulty.fault({})
+    faulty.wait_empty()
+    faulty.restart(SOURCE, SINK)

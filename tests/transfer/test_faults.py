@@ -8,7 +8,7 @@ import pytest
 from core.kv import PageRun
 from tests.transfer.conformance import UNIT, Conformance, Worker
 from tests.transfer.faults import LANDED, Faulty, FileRules, Rule, Rules, acted, write
-from tests.transfer.peer import pattern
+from tests.transfer.peer import arena, pattern
 from transfer.inprocess import InProcess
 from transfer.transport import ReadDone, ReadFailed, ReadFenced
 
@@ -74,7 +74,7 @@ def test_the_same_fault_is_the_same_bit():
         pair.read()
         pair.polled()
         found.append(pair.sink.bytes.copy())
-    assert np.array_equal(*found)
+    assert np.array_equal(found[0], found[1])
 
 
 def test_a_failed_read_leaves_noise():
@@ -190,8 +190,7 @@ def test_rules_of_a_file_are_replaced_and_tell_what_they_did(tmp_path):
 def test_an_inner_failure_passes():
     inner = Worker("inprocess", "source#01", seed=1)
     faulty = Faulty(InProcess("sink#02"))
-    memory = np.zeros(UNIT * 4, np.uint8)
-    faulty.register(memoryview(memory), UNIT)
+    faulty.register(arena(4, UNIT), UNIT)
     faulty.connect("source#01", inner.transport.metadata())
     inner.transport.close()
     faulty.read(1, "source#01", [PageRun(0, 1)], [PageRun(0, 1)])
