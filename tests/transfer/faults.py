@@ -209,9 +209,8 @@ class Faulty:
         now = self.clock()
         for read_id, read in list(self._reads.items()):
             if not read.begun and read.begins <= now:
-                read.begun = True
                 try:
-                    read.begin()
+                    self._go(read, now)
                 except BatonError as error:
                     self._fail(read_id, str(error))
         for completion in self.inner.poll():
@@ -308,11 +307,15 @@ class Faulty:
                 case _:
                     raise LocalError(f"rule: got {rule.do!r} of a read, want one of {TRANSPORT_DEEDS}")
         if read.begins <= now:
-            begin()
-            read.begun = True
+            self._go(read, now)
         self._reads[read_id] = read
-        nbytes = sum(stop - start for start, stop in targets)
-        self._free_at = max(self._free_at, read.begins) + nbytes / self.bytes_per_s
+
+    def _go(self, read: _Read, now: float) -> None:
+        """Post it, and give it its time on the lane behind those before it."""
+        read.begin()
+        read.begun = True
+        nbytes = sum(stop - start for start, stop in read.targets)
+        self._free_at = max(self._free_at, now) + nbytes / self.bytes_per_s
         read.due = max(read.due, self._free_at)
 
     def _tell(self, read_id: int, read: _Read, done: ReadDone, now: float) -> None:

@@ -125,6 +125,15 @@ def test_a_delayed_read_has_its_bytes_of_before_and_a_stalled_one_those_of_after
         assert (pair.sink.bytes[8:10] == 7).all() == stale
 
 
+def test_a_stalled_read_delays_no_other():
+    pair = Pair(Rule("read", "stall", seconds=1000.0))
+    stalled = pair.read()
+    other = pair.read(1, 20)
+    assert [done.read_id for done in pair.polled()] == [other]
+    pair.faulty.fence([stalled])
+    assert [done.read_id for done in pair.polled()] == [stalled]
+
+
 @pytest.mark.parametrize("end", ["abandon", "fence", "disconnect"])
 @pytest.mark.parametrize("deed", ["delay", "stall"])
 def test_a_late_read_that_is_given_up_ends_at_once(deed, end):
