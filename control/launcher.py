@@ -136,7 +136,10 @@ class Log:
 
 
 class Deployment:
-    """All processes of one `DeploymentConfig`. `say` hears one line about each step; use it as a context manager."""
+    """All processes of one `DeploymentConfig`. `say` hears one line about each step; use it as a context manager.
+
+    `worker_entry` is the module that workers run, with the settings that `control.process` takes.
+    """
 
     def __init__(
         self,
@@ -147,12 +150,14 @@ class Deployment:
         log_path: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
         env: Mapping[str, str] | None = None,
+        worker_entry: str = "control.process",
     ) -> None:
         self.config = config
         self._model = model
         self._served_name = served_name
         self._say = say
         self._env = dict(env or {})
+        self._worker_entry = worker_entry
         self._log = Log(log_path, say)
         self.transport, self.transport_reason = pick_transport(config.transport)
         self.running: dict[str, Running] = {}
@@ -302,8 +307,14 @@ class Deployment:
         return workers
 
     def _spawn(self, config: ProcessConfig) -> None:
-        threads = config.threads if isinstance(config, WorkerConfig) else 1
-        entry = "control.http" if isinstance(config, HttpConfig) else "control.process"
+        threads, entry = 1, "control.process"
+        match config:
+            case WorkerConfig():
+                threads, entry = config.threads, self._worker_entry
+            case HttpConfig():
+                entry = "control.http"
+            case _:
+                pass
         process = subprocess.Popen(
             [sys.executable, "-m", entry, to_json(config)],
             stdin=subprocess.PIPE,

@@ -52,7 +52,11 @@ def build_version() -> str:
         return "source"
 
 
-async def serve(config: ProcessConfig, me: Identity) -> None:
+Make = Callable[[ProcessConfig, Identity, Callable[[BaseException], None]], Service]
+"""What makes a process's service: of its settings, its name in this life, and who hears of a fault of its own."""
+
+
+async def serve(config: ProcessConfig, me: Identity, make: Make) -> None:
     """Run the configured process until it is told to end; raises SetupError if it cannot run."""
     loop = asyncio.get_running_loop()
     over: asyncio.Future[str] = loop.create_future()
@@ -144,14 +148,14 @@ async def _launcher_gone(end: Callable[[str], None]) -> None:
     end("the launcher is gone")
 
 
-def main() -> None:
-    """Exit code 0 after an ordered end, else the error's own."""
+def main(make: Make = make) -> None:
+    """Run the process that the command line describes: exit code 0 after an ordered end, else the error's own."""
     config = from_json(sys.argv[1])
     me = Identity(config.name, secrets.randbits(48))
     logs.start(me)
     sys.setswitchinterval(SWITCH_S)
     try:
-        asyncio.run(serve(config, me))
+        asyncio.run(serve(config, me, make))
     except SetupError as error:
         log.error("%s", error)
         print(json.dumps({"name": me.name, "error": str(error), "exit_code": error.exit_code}), flush=True)

@@ -77,7 +77,10 @@ def _sums() -> Sums | None:
 
 
 class Worker(worker_pb2_grpc.WorkerServiceServicer):
-    """One worker process's inside. `bug` is called when it should end because of a fault of our own."""
+    """One worker process's inside. `bug` is called when it should end because of a fault of our own.
+
+    `transport` makes the lane of a kind, on the transfer thread.
+    """
 
     def __init__(
         self,
@@ -86,11 +89,13 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         build: str,
         load: Callable[[WorkerConfig], tuple[Engine, Numerics, str, int]],
         bug: Callable[[BaseException], None],
+        transport: Callable[[str, Identity], Transport] = make_transport,
     ) -> None:
         self._config = config
         self._me = me
         self._build = build
         self._load = load
+        self._make_transport = transport
         self._bug = self._fault
         self._report = bug
         self._sound = True
@@ -124,7 +129,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         opened: asyncio.Future[lanes.Opened] = self._loop.create_future()
         self._opened = opened
         self._transfer = TransferThread(
-            lambda: make_transport(config.transport, self._me),
+            lambda: self._make_transport(config.transport, self._me),
             engine.arena,
             engine.kv.page_nbytes,
             lambda event: self._post_threadsafe(event),

@@ -101,7 +101,6 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
         transports[me.name] = Flaky(str(me))
         return transports[me.name]
 
-    monkeypatch.setattr(working, "make_transport", make)
     monkeypatch.setattr(working, "RETRY_S", 0.05)
     monkeypatch.setattr(lanes, "PROBE_ANSWER_S", 0.05)
 
@@ -111,7 +110,7 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
         workers = []
         for number, role in enumerate(roles):
             config = WorkerConfig(role, role, coordinator.address, "", "m", transport="inprocess", check=True)
-            workers.append(Worker(config, Identity(role, number + 1), "b", load, bugs.append))
+            workers.append(Worker(config, Identity(role, number + 1), "b", load, bugs.append, make))
         try:
             for worker in workers:
                 await worker.start()

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.sampling import Sampling
 from protos.baton.v1 import inference_pb2
+from tests.engine.chain import Chain
 from tests.live.cluster import Reference, Reply, ask
 
 ENDS = (1, 310, 311, 312, 313)
@@ -22,7 +23,7 @@ class Case:
     sampling: Sampling
     request: inference_pb2.GenerateRequest
 
-    def check(self, reply: Reply, reference: Reference) -> None:
+    def check(self, reply: Reply, reference: Reference | Chain) -> None:
         """The reply is what one engine says, and its counts are right."""
         assert reply.code == "OK", f"{reply.code}: {reply.details}"
         assert reply.tokens == reference.tokens(self.prompt, self.sampling)

@@ -10,7 +10,7 @@ import re
 import signal
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from engine.api import Row, Sampled
 from engine.engine import TorchEngine
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
 from tests.engine.play import alone
+from tests.transfer.faults import FAULTS, Rule, acted, write
 
 MODEL = "tiny"
 """The name that every deployment serves its model by."""
@@ -139,7 +140,12 @@ class Live:
     """One running deployment. `stop` fails if it left anything behind."""
 
     def __init__(
-        self, config: DeploymentConfig, model: Path, log: Path, say: Callable[[str], None] = lambda line: None
+        self,
+        config: DeploymentConfig,
+        model: Path,
+        log: Path,
+        say: Callable[[str], None] = lambda line: None,
+        faults: Path | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -148,7 +154,10 @@ class Live:
         """Patterns of the error lines that its tests provoke."""
         self.torn = False
         """True once requests were cancelled: their pages may be freed and written again while they are still pulled."""
-        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say)
+        self.faults = faults
+        """Where its workers find the faults that they are to have; None: they have none."""
+        env, entry = ({FAULTS: str(faults)}, "tests.live.faulty") if faults else ({}, "control.process")
+        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say, env=env, worker_entry=entry)
         self._lives: list[Running] = []
         self._killed: set[int] = set()
         self._told: set[int] = set()
@@ -249,6 +258,23 @@ class Live:
         if number == signal.SIGKILL:
             self._killed.add(process.pid)
             process.wait(LATE_S)
+
+    def died(self, *names: str) -> None:
+        """Wait until processes have killed themselves."""
+        for name in names:
+            process = self.deployment.running[name].process
+            assert process.wait(LATE_S) == -signal.SIGKILL
+            self._killed.add(process.pid)
+
+    def fault(self, rules: Mapping[str, Sequence[Rule]]) -> None:
+        """Give workers new faults, by their names, from their next event on."""
+        assert self.faults is not None
+        write(self.faults, rules)
+
+    def acted(self) -> list[str]:
+        """What the workers' faults did since they were written."""
+        assert self.faults is not None
+        return acted(self.faults).read_text().splitlines()
 
     def restart(self, *names: str) -> None:
         """Start killed processes again and wait until all serve."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from core.config import DeploymentConfig
 from tests.checkpoints import make_llama
 from tests.live.cluster import Live, Reference
+from tests.transfer.faults import write
 
 HERE = Path(__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -56,9 +57,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Live]:
     """Starts a deployment; whoever calls it also stops it."""
 
-    def start(name: str, model: Path, say: Callable[[str], None] = lambda line: None, **settings: Any) -> Live:
+    def start(
+        name: str,
+        model: Path,
+        say: Callable[[str], None] = lambda line: None,
+        faults: Path | None = None,
+        **settings: Any,
+    ) -> Live:
         config = DeploymentConfig(model=str(model), port=0, **{"check": True, **TINY, **settings})
-        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say)
+        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say, faults)
         _started.append(live)
         live.start()
         return live
@@ -71,6 +78,21 @@ def live(launch: Callable[..., Live], model: Path) -> Iterator[Live]:
     """Two gateways, two prefill workers, one decode worker, fp32 in fast mode; most tests share it."""
     started = launch("live", model, prefill=2, decode=1, gateways=2, dtype="float32")
     yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def faulty(launch: Callable[..., Live], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """Two prefill and two decode paced workers, whose lanes and messages obey the rules in `faults`.
+
+    64 pages each, and no prefix that they are kept for: what is freed is soon used again.
+    """
+    settings = {"prefill": 2, "decode": 2, "engine": "paced", "hash_logits": True, "chunk_tokens": 32, "pace": 2.0}
+    rules = tmp_path_factory.mktemp("faults") / "rules"
+    started = launch("faulty", model, faults=rules, kv_memory="256K", prefix_cache=False, **settings)
+    started.torn = True  # digests must differ here
+    yield started
+    write(rules, {})
     started.stop()
 
 

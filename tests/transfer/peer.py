@@ -36,7 +36,7 @@ def arena(units: int, unit_nbytes: int, seed: int | None = None) -> memoryview:
 
 
 def make(kind: str, owner: str, **options: Any) -> Transport:
-    """A transport by name."""
+    """A transport by name; "faultless" is one in this process that could be given faults."""
     if kind == "nixl":
         from transfer.nixl import Nixl
 
@@ -47,6 +47,10 @@ def make(kind: str, owner: str, **options: Any) -> Transport:
         return ZeroMq(owner, **options)
     from transfer.inprocess import InProcess
 
+    if kind == "faultless":
+        from tests.transfer.faults import Faulty
+
+        return Faulty(InProcess(owner, **options))
     return InProcess(owner, **options)
 
 
