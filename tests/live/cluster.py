@@ -139,7 +139,12 @@ class Live:
     """One running deployment. `stop` fails if it left anything behind."""
 
     def __init__(
-        self, config: DeploymentConfig, model: Path, log: Path, say: Callable[[str], None] = lambda line: None
+        self,
+        config: DeploymentConfig,
+        model: Path,
+        log: Path,
+        say: Callable[[str], None] = lambda line: None,
+        **how: Any,
     ) -> None:
         self.config = config
         self.model = model
@@ -148,7 +153,7 @@ class Live:
         """Patterns of the error lines that its tests provoke."""
         self.torn = False
         """True once requests were cancelled: their pages may be freed and written again while they are still pulled."""
-        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say)
+        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say, **how)
         self._lives: list[Running] = []
         self._killed: set[int] = set()
         self._told: set[int] = set()
