@@ -51,7 +51,7 @@ def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",), shape=No
     except Unavailable as error:
         pytest.skip(f"needs network namespaces ({error})")
     with both:
-        where = places(("coordinator", "gateway-0", "prefill-0", *near), far, both)
+        where = places(both, ("coordinator", "gateway-0", "prefill-0", *near), far)
         how = {"env": both.environment(), "places": where}
         options = {"engine": "paced", "pace": 0.0, "kv_memory": "32M", "chunk_tokens": 128}
         live = launch(name, model, how=how, decode=decode, transport="nixl", **options)
@@ -62,11 +62,12 @@ def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",), shape=No
             live.stop()
 
 
-def crowd(count, tokens=40):
-    """Prompts of 20 to 460 tokens: 40 kB to 920 kB each."""
+def crowd(count, first, tokens=40):
+    """Prompts of 20 to 460 tokens: 40 kB to 920 kB each. Other prompts for another `first`: nobody has their KV."""
+    numbers = range(first, first + count)
     return [
-        case(20 + 40 * n, tokens + 3 * n, n, forever=True, temperature=0.7 * (n % 2), seed=n if n % 2 else 0)
-        for n in range(count)
+        case(20 + 40 * (n - first), tokens + n % 20, n, forever=True, temperature=0.7 * (n % 2), seed=n % 2 * n)
+        for n in numbers
     ]
 
 
@@ -80,21 +81,54 @@ def lanes(live):
     }
 
 
+async def ask_all(live, cases, timeout_s=100.0):
+    """All at once."""
+    async with Client(live.gateway) as client:
+        return await together(*(client.generate(each.request, timeout_s) for each in cases))
+
+
+def check_all(cases, replies, reference):
+    for each, reply in zip(cases, replies, strict=True):
+        each.check(reply, reference)
+
+
+async def in_midst(live, cases, act, timeout_s):
+    """All at once, and `act` on another thread once a third of the KV of their prompts has come over the link."""
+    pulled = live.total("baton_pulled_bytes") + 2048 * sum(len(each.prompt) for each in cases) // 3
+
+    def meet():
+        until(lambda: live.total("baton_pulled_bytes") > pulled, "a third has come")
+        act()
+
+    acting = asyncio.create_task(asyncio.to_thread(meet))
+    started = time.monotonic()
+    replies = await ask_all(live, cases, timeout_s)
+    took_s = time.monotonic() - started
+    await acting
+    return replies, took_s
+
+
 def test_streams_over_a_link_that_drops_packets_and_is_cut_for_two_seconds(launch, model, reference):
     with apart(launch, model, "namespaces") as (live, both):
         assert lanes(live) == {("decode-0", "prefill-0"): "ucx: tcp/data emulated"}
-
-        async def lossy(cases):
-            async with Client(live.gateway) as client:
-                return await together(*(client.generate(each.request) for each in cases))
-
-        cases = crowd(12)
+        cases = crowd(12, 0)
         before, pulled = both.counters(), live.total("baton_pulled_bytes")
-        replies = asyncio.run(lossy(cases))
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
         after = both.counters()
-        print("count", before, after, live.total("baton_pulled_bytes"))
-        for each, reply in zip(cases, replies, strict=True):
-            each.check(reply, reference)
+        print("counts", before, after)
         assert after["drops"] > before["drops"]
-        assert live.total("baton_pulled_bytes") - pulled > 12 * 40_000
+        assert after["resent"] > before["resent"]
+        assert live.total("baton_pulled_bytes") - pulled >= 2048 * sum(len(each.prompt) for each in cases)
         live.wait_empty()
+
+        def pause():
+            both.cut()
+            time.sleep(2)
+            both.mend()
+
+        cases = crowd(12, 100, 60)
+        replies, took_s = asyncio.run(in_midst(live, cases, pause, TIMEOUT_S))
+        print("took", took_s, [reply.last.attempts for reply in replies])
+        check_all(cases, replies, reference)
+        live.wait_empty()
+        live.wait_ready()
