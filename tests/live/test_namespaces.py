@@ -6,6 +6,8 @@ The workers are paced ones, so a token is drawn from every byte of KV that came 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import time
 from contextlib import contextmanager
 
@@ -14,8 +16,8 @@ import pytest
 from tests.checkpoints import make_llama
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, case
-from tests.live.cluster import Client, Reply, together, until
-from tests.live.namespaces import Namespaces, Shape, Unavailable, places
+from tests.live.cluster import Client, together, until
+from tests.live.namespaces import Namespaces, Unavailable, places, there
 
 TIMEOUT_S = 30.0
 """Deadline of requests that a cut meets."""
@@ -44,10 +46,10 @@ def reference(model):
 
 
 @contextmanager
-def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",), shape=None):
+def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",)):
     """A deployment of which the workers in `far` are behind the link. Nothing of it is left afterwards."""
     try:
-        both = Namespaces(shape)
+        both = Namespaces()
     except Unavailable as error:
         pytest.skip(f"needs network namespaces ({error})")
     with both:
@@ -111,11 +113,11 @@ async def in_midst(live, cases, act, timeout_s):
 def test_streams_over_a_link_that_drops_packets_and_is_cut_for_two_seconds(launch, model, reference):
     with apart(launch, model, "namespaces") as (live, both):
         assert lanes(live) == {("decode-0", "prefill-0"): "ucx: tcp/data emulated"}
+        assert not live.total("baton_lane_fallback", source="prefill-0", transport="ucx: tcp/data emulated")
         cases = crowd(12, 0)
         before, pulled = both.counters(), live.total("baton_pulled_bytes")
         check_all(cases, asyncio.run(ask_all(live, cases)), reference)
         after = both.counters()
-        print("counts", before, after)
         assert after["drops"] > before["drops"]
         assert after["resent"] > before["resent"]
         assert live.total("baton_pulled_bytes") - pulled >= 2048 * sum(len(each.prompt) for each in cases)
@@ -128,7 +130,62 @@ def test_streams_over_a_link_that_drops_packets_and_is_cut_for_two_seconds(launc
 
         cases = crowd(12, 100, 60)
         replies, took_s = asyncio.run(in_midst(live, cases, pause, TIMEOUT_S))
-        print("took", took_s, [reply.last.attempts for reply in replies])
         check_all(cases, replies, reference)
+        assert took_s > 2, "the cut met requests"
         live.wait_empty()
         live.wait_ready()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_cut_off_for_good_loses_no_request_while_another_is_there(launch, model, reference):
+    with apart(launch, model, "cut-off", decode=2, near=("decode-1",)) as (live, both):
+        cases = crowd(12, 200, 400)
+        replies, _ = asyncio.run(in_midst(live, cases, both.cut, TIMEOUT_S))
+        check_all(cases, replies, reference)
+        assert max(reply.last.attempts for reply in replies) > 1, "rows were lost while they ran"
+        live.wait_empty()  # the one that is cut off, too: the tests still reach it
+        both.mend()
+        live.wait_ready()
+        assert set(lanes(live)) == {("decode-0", "prefill-0"), ("decode-1", "prefill-0")}
+        cases = crowd(12, 300)
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
+
+
+@pytest.mark.slow
+def test_requests_that_nobody_can_end_have_a_typed_end_before_their_deadline(launch, model, reference):
+    with apart(launch, model, "alone") as (live, both):
+        cases = crowd(12, 400, 200)
+        replies, took_s = asyncio.run(in_midst(live, cases, both.cut, TIMEOUT_S))
+        ended = {reply.code for reply in replies}
+        assert ended <= {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+        assert ended != {"OK"}, "the cut met requests"
+        assert took_s < TIMEOUT_S
+        for each, reply in zip(cases, replies, strict=True):
+            want = reference.tokens(each.prompt, each.sampling)
+            assert reply.tokens == (want if reply.code == "OK" else want[: len(reply.tokens)])
+            assert reply.details or reply.code == "OK"
+        live.wait_empty()
+        both.mend()
+        live.wait_ready()
+        cases = crowd(12, 500)
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
+        live.wait_empty()
+        both.cut()  # and all processes end by themselves nevertheless
+
+
+def test_nothing_is_left_of_namespaces_and_a_process_inside_is_told():
+    try:
+        both = Namespaces()
+    except Unavailable as error:
+        pytest.skip(f"needs network namespaces ({error})")
+    lodger = subprocess.Popen([*both.far.enter, "sleep", "60"])
+    try:
+        until(both.far.lodgers, "it is inside")
+        with pytest.raises(AssertionError, match=f"process {lodger.pid} is in a namespace"), both:
+            assert both.counters().keys() == {"packets", "drops", "bytes", "resent"}
+    finally:
+        lodger.kill()
+        lodger.wait()
+    with pytest.raises(ProcessLookupError):
+        os.kill(both.far.pid, 0)
+    until(lambda: not there(both.near) and not there(both.far), "its links are gone")
