@@ -125,6 +125,7 @@ def _transports() -> Iterator[Finding]:
 
 def _lanes(where: Path) -> Iterator[Finding]:
     from control.client import members
+    from control.status import fallback
 
     try:
         running = state.read(where)
@@ -141,7 +142,11 @@ def _lanes(where: Path) -> Iterator[Finding]:
                 pair,
                 f"{lane.gbytes_per_s:.1f} GB/s, {lane.latency_us:.0f} us, {lane.transport}",
                 ok=not slow,
-                advice="TCP: no RDMA and no shared memory between these two" if slow else "",
+                advice=""
+                if not slow
+                else "UCX fell back to TCP on one host: no ptrace, an IPC namespace of its own, or a forgotten UCX_TLS?"
+                if fallback(lane, member, known)
+                else "TCP: no RDMA and no shared memory between these two",
             )
 
 

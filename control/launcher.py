@@ -38,6 +38,16 @@ LOOPBACK = "127.0.0.1"
 """Workers trust each other with their whole arenas, and nothing authenticates them yet: they stay on this machine."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a process runs, if not beside its launcher on loopback: in a network namespace, say."""
+
+    host: str
+    """It listens there, and the others reach it there."""
+    command: tuple[str, ...] = ()
+    """Runs it, and becomes it: its own command line follows, such as after ("nsenter", "-t", "4711", "-n")."""
+
+
 @dataclass(slots=True)
 class Running:
     """One started process."""
@@ -138,6 +148,7 @@ class Log:
 class Deployment:
     """All processes of one `DeploymentConfig`. `say` hears one line about each step; use it as a context manager.
 
+    `env` is added to every child's environment; `places` says by name which run elsewhere than on loopback;
     `worker_entry` is the module that workers run, with the settings that `control.process` takes.
     """
 
@@ -150,6 +161,7 @@ class Deployment:
         log_path: Path | None = None,
         say: Callable[[str], None] = lambda line: None,
         env: Mapping[str, str] | None = None,
+        places: Mapping[str, Place] | None = None,
         worker_entry: str = "control.process",
     ) -> None:
         self.config = config
@@ -157,6 +169,7 @@ class Deployment:
         self._served_name = served_name
         self._say = say
         self._env = dict(env or {})
+        self._places = dict(places or {})
         self._worker_entry = worker_entry
         self._log = Log(log_path, say)
         self.transport, self.transport_reason = pick_transport(config.transport)
@@ -190,11 +203,11 @@ class Deployment:
 
     def start(self) -> None:
         """Start all but HTTP and wait until each process listens; raises SetupError with the child's own sentence."""
-        self._spawn(CoordinatorConfig(listen=f"{LOOPBACK}:0"))
+        self._spawn(self._placed(CoordinatorConfig(listen=f"{LOOPBACK}:0")))
         self._await_words(["coordinator"])
         configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
         for config in configs:
-            self._spawn(config)
+            self._spawn(self._placed(config))
         self._await_words([name for name in self.running if name != "coordinator"])
 
     def open_http(self) -> None:
@@ -306,6 +319,10 @@ class Deployment:
             )
         return workers
 
+    def _placed(self, config: ProcessConfig) -> ProcessConfig:
+        place = self._places.get(config.name)
+        return replace(config, listen=f"{_bracketed(place.host)}:0") if place else config
+
     def _spawn(self, config: ProcessConfig) -> None:
         threads, entry = 1, "control.process"
         match config:
@@ -315,8 +332,9 @@ class Deployment:
                 entry = "control.http"
             case _:
                 pass
+        place = self._places.get(config.name)
         process = subprocess.Popen(
-            [sys.executable, "-m", entry, to_json(config)],
+            [*(place.command if place else ()), sys.executable, "-m", entry, to_json(config)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from google.protobuf.json_format import MessageToDict
 
 from control import http
 from control.client import members
 from control.state import State
+from core.worker import fell_back
 from protos.baton.v1 import registry_pb2
 
 
@@ -21,22 +23,32 @@ def status(state: State, *, as_json: bool) -> int:
         rows = [
             MessageToDict(m, preserving_proto_field_name=True, always_print_fields_with_no_presence=True) for m in known
         ]
+        for row, member in zip(rows, known, strict=True):
+            for lane, told in zip(row["lanes"], member.lanes, strict=True):
+                lane["fallback"] = fallback(told, member, known)
         front = {"url": state.http, "ready": serves} if state.http else None
         print(json.dumps({"coordinator": state.coordinator, "ready": ready, "members": rows, "http": front}))
         return 0 if ready else 1
     print(f"{'NAME':<14} {'ROLE':<8} {'READY':<6} {'ADDRESS':<22} {'METRICS':<22} {'KV TOKENS':>10}  LANES")
     print(f"{'coordinator':<14} {'':<8} {'yes':<6} {state.coordinator:<22}")
     for member in known:
-        print(_row(member))
+        print(_row(member, known))
     if state.http:
         print(f"{'http':<14} {'':<8} {'yes' if serves else 'no':<6} {state.http}")
     return 0 if ready else 1
 
 
-def _row(member: registry_pb2.Member) -> str:
+def fallback(lane: registry_pb2.Lane, reader: registry_pb2.Member, known: Iterable[registry_pb2.Member]) -> bool:
+    """Whether UCX took TCP for a lane of `reader` from one of the `known` members that is on its host."""
+    sources = (member.address for member in known if member.identity == lane.source)
+    return any(fell_back(lane.transport, reader.address, source) for source in sources)
+
+
+def _row(member: registry_pb2.Member, known: Iterable[registry_pb2.Member]) -> str:
     tokens = f"{member.pages * member.kv.page_tokens:,}" if member.pages else ""
     lanes = "; ".join(
         f"{lane.source.split('#')[0]} {lane.transport} {lane.gbytes_per_s:.1f} GB/s {lane.latency_us:.0f} us"
+        + (" (FALLBACK: on one host)" if fallback(lane, member, known) else "")
         for lane in member.lanes
     )
     ready = "yes" if member.ready else "no"

@@ -16,7 +16,7 @@ from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
 from core.messages import Cancel, Message, Offer, Prompt, ToPeer
 from core.pages import Owner, Pages
-from core.worker import Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import Greeting, Identity, Lane, Member, Numerics, Role, fell_back
 from decode.shell import DecodeShell
 from engine.api import Engine
 from kernels import native
@@ -126,6 +126,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._scratch = PageRun(0, scratch)
         self._lanes: dict[Identity, Lane] = {}
         self._readers: dict[Identity, Lane] = {}
+        self._addresses: dict[Identity, str] = {}
+        self._fallen: set[Identity] = set()
+        """Whose pages UCX reads over TCP, though they are on this host."""
         opened: asyncio.Future[lanes.Opened] = self._loop.create_future()
         self._opened = opened
         self._transfer = TransferThread(
@@ -156,7 +159,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._greeting = Greeting(self._base, metadata, scratch)
         self._seat(engine, role)
         await self._server.start()
-        self._registry = Registry(config.coordinator, self.member, self._peers.members_changed)
+        self._registry = Registry(config.coordinator, self.member, self._members_changed)
         self._tasks = [asyncio.create_task(self._registered()), asyncio.create_task(self._watch_lag())]
         if role is Role.MIXED:
             self._connect(self._greeting)
@@ -424,9 +427,29 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             return
         self._lanes[peer] = replace(lane, source=peer)
         log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, lane.transport, lane.gbytes_per_s, lane.latency_us)
+        self._warn()
         self._peers.tell_lane(peer, self._lanes[peer])
         self._met(peer)
         self._changed()
+
+    def _members_changed(self, members: tuple[Member, ...]) -> None:
+        kept = {who: where for who, where in self._addresses.items() if self._peers.has(who)}
+        self._addresses = kept | {member.identity: member.address for member in members}
+        self._peers.members_changed(members)
+        self._warn()
+
+    def _fell_back(self, peer: Identity) -> bool:
+        """Whether UCX took TCP for this lane on one host. Where a peer is, only the coordinator's list says."""
+        where = self.address if peer == self._me else self._addresses.get(peer, "")
+        return fell_back(self._lanes[peer].transport, self.address, where)
+
+    def _warn(self) -> None:
+        """Say it of each lane once, as soon as it is measured and its peer listed."""
+        fallen = {peer for peer in self._lanes if self._fell_back(peer)}
+        for peer in sorted(fallen - self._fallen):
+            how = self._lanes[peer].transport
+            log.warning("lane from %s: %s, though it is on this host: UCX cannot read its memory", peer, how)
+        self._fallen = fallen
 
     def _gauges(self) -> Gauges:
         yield "loop_lag_seconds", "How late the event loop woke last.", {}, self._lag_s
@@ -455,6 +478,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             labels = {"source": peer.name, "transport": lane.transport}
             yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s
             yield "lane_latency_seconds", "Measured latency of a lane.", labels, lane.latency_us / 1e6
+            fell = float(peer in self._fallen)
+            yield "lane_fallback", "1: UCX reads over TCP from a worker of the same host.", labels, fell
         yield "pulled_bytes", "KV bytes pulled.", {}, float(self._handoff.pulled_nbytes)
         yield "digest_mismatches", "Pages that differed from their digest.", {}, float(self._handoff.sink.mismatches)
         ignored = {"source": self._handoff.source.ignored, "sink": self._handoff.sink.ignored}

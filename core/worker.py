@@ -80,6 +80,17 @@ class Lane:
     latency_us: float
 
 
+def fell_back(transport: str, reader: str, source: str) -> bool:
+    """True if UCX took TCP between two workers that listen on one address, and so are on one host.
+
+    It could have read memory there (CMA, shared memory), and does not say why not: no ptrace, IPC namespaces of their
+    own, or a UCX_TLS that somebody forgot. `reader` and `source` are the workers' host:port. A transport that was
+    chosen, such as ZeroMQ, is none that UCX fell back to.
+    """
+    one, other = reader.rpartition(":")[0], source.rpartition(":")[0]
+    return transport.startswith("ucx") and "tcp" in transport and bool(one) and one == other
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """What a process registers with the coordinator."""

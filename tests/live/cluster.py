@@ -146,6 +146,7 @@ class Live:
         log: Path,
         say: Callable[[str], None] = lambda line: None,
         faults: Path | None = None,
+        **how: Any,
     ) -> None:
         self.config = config
         self.model = model
@@ -156,8 +157,9 @@ class Live:
         """True once requests were cancelled: their pages may be freed and written again while they are still pulled."""
         self.faults = faults
         """Where its workers find the faults that they are to have; None: they have none."""
-        env, entry = ({FAULTS: str(faults)}, "tests.live.faulty") if faults else ({}, "control.process")
-        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say, env=env, worker_entry=entry)
+        if faults:
+            how = {"env": {FAULTS: str(faults)}, "worker_entry": "tests.live.faulty", **how}
+        self.deployment = Deployment(config, model, MODEL, log_path=log, say=say, **how)
         self._lives: list[Running] = []
         self._killed: set[int] = set()
         self._told: set[int] = set()

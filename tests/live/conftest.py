@@ -55,17 +55,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Live]:
-    """Starts a deployment; whoever calls it also stops it."""
+    """Starts a deployment; whoever calls it also stops it. `how` goes to its launcher."""
 
     def start(
         name: str,
         model: Path,
         say: Callable[[str], None] = lambda line: None,
         faults: Path | None = None,
+        how: dict[str, Any] | None = None,
         **settings: Any,
     ) -> Live:
         config = DeploymentConfig(model=str(model), port=0, **{"check": True, **TINY, **settings})
-        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say, faults)
+        live = Live(config, model, tmp_path_factory.mktemp("logs") / f"{name}.log", say, faults, **(how or {}))
         _started.append(live)
         live.start()
         return live

@@ -1,0 +1,191 @@
+"""Prefill and decode worker in network namespaces of their own: KV over TCP, on a link that loses packets and is cut.
+
+The workers are paced ones, so a token is drawn from every byte of KV that came over the link, and must be right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from tests.checkpoints import make_llama
+from tests.engine.chain import Chain
+from tests.live.asks import ENDS, case
+from tests.live.cluster import Client, together, until
+from tests.live.namespaces import Namespaces, Unavailable, places, there
+
+TIMEOUT_S = 30.0
+"""Deadline of requests that a cut meets."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """2 KiB of KV a token: a prompt of 400 is 800 kB."""
+    folder = tmp_path_factory.mktemp("model") / "wide"
+    return make_llama(
+        folder,
+        layers=4,
+        kv_heads=4,
+        head_dim=32,
+        vocab=320,
+        context=8192,
+        dtype="bfloat16",
+        tokenizer=True,
+        eos=list(ENDS),
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    return Chain.of(model, 320, 8192, (0, *ENDS))
+
+
+@contextmanager
+def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",)):
+    """A deployment of which the workers in `far` are behind the link. Nothing of it is left afterwards."""
+    try:
+        both = Namespaces()
+    except Unavailable as error:
+        pytest.skip(f"needs network namespaces ({error})")
+    with both:
+        where = places(both, ("coordinator", "gateway-0", "prefill-0", *near), far)
+        how = {"env": both.environment(), "places": where}
+        options = {"engine": "paced", "pace": 0.0, "kv_memory": "32M", "chunk_tokens": 128}
+        live = launch(name, model, how=how, decode=decode, transport="nixl", **options)
+        live.torn = True
+        try:
+            yield live, both
+        finally:
+            live.stop()
+
+
+def crowd(count, first, tokens=40):
+    """Prompts of 20 to 460 tokens: 40 kB to 920 kB each. Other prompts for another `first`: nobody has their KV."""
+    numbers = range(first, first + count)
+    return [
+        case(20 + 40 * (n - first), tokens + n % 20, n, forever=True, temperature=0.7 * (n % 2), seed=n % 2 * n)
+        for n in numbers
+    ]
+
+
+def lanes(live):
+    """Transport of each lane, as the worker's metrics name it."""
+    return {
+        (each.name, dict(labels)["source"]): dict(labels)["transport"]
+        for each in live.workers
+        for key, labels in live.metrics(each.name)
+        if key == "baton_lane_latency_seconds"
+    }
+
+
+async def ask_all(live, cases, timeout_s=100.0):
+    """All at once."""
+    async with Client(live.gateway) as client:
+        return await together(*(client.generate(each.request, timeout_s) for each in cases))
+
+
+def check_all(cases, replies, reference):
+    for each, reply in zip(cases, replies, strict=True):
+        each.check(reply, reference)
+
+
+async def in_midst(live, cases, act, timeout_s):
+    """All at once, and `act` on another thread once a third of the KV of their prompts has come over the link."""
+    pulled = live.total("baton_pulled_bytes") + 2048 * sum(len(each.prompt) for each in cases) // 3
+
+    def meet():
+        until(lambda: live.total("baton_pulled_bytes") > pulled, "a third has come")
+        act()
+
+    acting = asyncio.create_task(asyncio.to_thread(meet))
+    started = time.monotonic()
+    replies = await ask_all(live, cases, timeout_s)
+    took_s = time.monotonic() - started
+    await acting
+    return replies, took_s
+
+
+def test_streams_over_a_link_that_drops_packets_and_is_cut_for_two_seconds(launch, model, reference):
+    with apart(launch, model, "namespaces") as (live, both):
+        assert lanes(live) == {("decode-0", "prefill-0"): "ucx: tcp/data emulated"}
+        assert not live.total("baton_lane_fallback", source="prefill-0", transport="ucx: tcp/data emulated")
+        cases = crowd(12, 0)
+        before, pulled = both.counters(), live.total("baton_pulled_bytes")
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
+        after = both.counters()
+        assert after["drops"] > before["drops"]
+        assert after["resent"] > before["resent"]
+        assert live.total("baton_pulled_bytes") - pulled >= 2048 * sum(len(each.prompt) for each in cases)
+        live.wait_empty()
+
+        def pause():
+            both.cut()
+            time.sleep(2)
+            both.mend()
+
+        cases = crowd(12, 100, 60)
+        replies, took_s = asyncio.run(in_midst(live, cases, pause, TIMEOUT_S))
+        check_all(cases, replies, reference)
+        assert took_s > 2, "the cut met requests"
+        live.wait_empty()
+        live.wait_ready()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_cut_off_for_good_loses_no_request_while_another_is_there(launch, model, reference):
+    with apart(launch, model, "cut-off", decode=2, near=("decode-1",)) as (live, both):
+        cases = crowd(12, 200, 400)
+        replies, _ = asyncio.run(in_midst(live, cases, both.cut, TIMEOUT_S))
+        check_all(cases, replies, reference)
+        assert max(reply.last.attempts for reply in replies) > 1, "rows were lost while they ran"
+        live.wait_empty()  # the one that is cut off, too: the tests still reach it
+        both.mend()
+        live.wait_ready()
+        assert set(lanes(live)) == {("decode-0", "prefill-0"), ("decode-1", "prefill-0")}
+        cases = crowd(12, 300)
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
+
+
+@pytest.mark.slow
+def test_requests_that_nobody_can_end_have_a_typed_end_before_their_deadline(launch, model, reference):
+    with apart(launch, model, "alone") as (live, both):
+        cases = crowd(12, 400, 200)
+        replies, took_s = asyncio.run(in_midst(live, cases, both.cut, TIMEOUT_S))
+        ended = {reply.code for reply in replies}
+        assert ended <= {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+        assert ended != {"OK"}, "the cut met requests"
+        assert took_s < TIMEOUT_S
+        for each, reply in zip(cases, replies, strict=True):
+            want = reference.tokens(each.prompt, each.sampling)
+            assert reply.tokens == (want if reply.code == "OK" else want[: len(reply.tokens)])
+            assert reply.details or reply.code == "OK"
+        live.wait_empty()
+        both.mend()
+        live.wait_ready()
+        cases = crowd(12, 500)
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
+        live.wait_empty()
+        both.cut()  # and all processes end by themselves nevertheless
+
+
+def test_nothing_is_left_of_namespaces_and_a_process_inside_is_told():
+    try:
+        both = Namespaces()
+    except Unavailable as error:
+        pytest.skip(f"needs network namespaces ({error})")
+    lodger = subprocess.Popen([*both.far.enter, "sleep", "60"])
+    try:
+        until(both.far.lodgers, "it is inside")
+        with pytest.raises(AssertionError, match=f"process {lodger.pid} is in a namespace"), both:
+            assert both.counters().keys() == {"packets", "drops", "bytes", "resent"}
+    finally:
+        lodger.kill()
+        lodger.wait()
+    with pytest.raises(ProcessLookupError):
+        os.kill(both.far.pid, 0)
+    until(lambda: not there(both.near) and not there(both.far), "its links are gone")
