@@ -156,7 +156,11 @@ class Live:
         """True once requests were cancelled: their pages may be freed and written again while they are still pulled."""
         self.faults = faults
         """Where its workers find the faults that they are to have; None: they have none."""
-        env, entry = ({FAULTS: str(faults)}, "tests.live.faulty") if faults else ({}, "control.process")
+        env, entry = {}, "control.process"
+        if faults:
+            # Its workers are started again and again, and UCX names every interface of a worker's start to its peers:
+            # one that has gone since would refuse them.
+            env, entry = {FAULTS: str(faults), "UCX_NET_DEVICES": "lo"}, "tests.live.faulty"
         self.deployment = Deployment(config, model, MODEL, log_path=log, say=say, env=env, worker_entry=entry)
         self._lives: list[Running] = []
         self._killed: set[int] = set()
