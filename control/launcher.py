@@ -340,7 +340,7 @@ class Deployment:
             stderr=subprocess.PIPE,
             text=True,
             errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
-            env={**environment(threads), **self._env},
+            env={**environment(threads), **self._reach(), **self._env},
             cwd=Path(__file__).resolve().parent.parent,
             start_new_session=True,
         )
@@ -349,6 +349,12 @@ class Deployment:
         threading.Thread(target=_listen, args=(running,), daemon=True).start()
         running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
         running.relay.start()
+
+    def _reach(self) -> dict[str, str]:
+        """UCX listens where the workers do: it would name every interface of this machine to its peers, and reads over
+        one that goes away later would hang."""
+        devices = os.environ.get("UCX_NET_DEVICES")
+        return {} if devices or self._places else {"UCX_NET_DEVICES": "lo"}
 
     def _await_words(self, names: list[str]) -> None:
         """Wait for the line in which each child says where it listens, or why it cannot."""

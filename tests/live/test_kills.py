@@ -91,7 +91,8 @@ def killed(live: Live, reference: Chain, victim: str, point: Point, number: int)
             return [*await streaming, *replies]
 
     replies = asyncio.run(run())
-    assert kill in live.acted()
+    where = [[stage.worker for stage in reply.last.stages if stage.name == "pull"] for reply in replies]
+    assert kill in live.acted(), where
     live.died(victim)
     for each, reply in zip([*beside, *targets], replies, strict=False):
         each.check(reply, reference)
@@ -103,8 +104,10 @@ def killed(live: Live, reference: Chain, victim: str, point: Point, number: int)
 )
 def test_a_killed_source_and_a_killed_sink(faulty, reference, number):
     """One after the other; both are back for the next points."""
-    killed(faulty, reference, SOURCE, SOURCES[number], 1000 + number)
-    killed(faulty, reference, SINK, SINKS[number], 2000 + number)
-    faulty.fault({})
+    try:
+        killed(faulty, reference, SOURCE, SOURCES[number], 1000 + number)
+        killed(faulty, reference, SINK, SINKS[number], 2000 + number)
+    finally:
+        faulty.fault({})
+        faulty.restart(*(name for name in (SOURCE, SINK) if faulty.deployment.running[name].process.poll() is not None))
     faulty.wait_empty()
-    faulty.restart(SOURCE, SINK)

@@ -180,7 +180,7 @@ def test_nothing_is_left_of_namespaces_and_a_process_inside_is_told():
         pytest.skip(f"needs network namespaces ({error})")
     lodger = subprocess.Popen([*both.far.enter, "sleep", "60"])
     try:
-        until(both.far.lodgers, "it is inside")
+        until(lambda: bool(both.far.lodgers()), "it is inside")
         with pytest.raises(AssertionError, match=f"process {lodger.pid} is in a namespace"), both:
             assert both.counters().keys() == {"packets", "drops", "bytes", "resent"}
     finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -264,3 +266,18 @@ def test_metrics_count_what_was_served(live):
 
     asyncio.run(run())
     assert live.metric("gateway-0", "baton_requests_total", outcome="done", code="OK") == before + 5
+
+
+def test_workers_and_their_lanes_listen_on_loopback_only(live):
+    """Also UCX, which else names every interface of the machine to its peers: reads would hang when one goes away."""
+    heard = set()
+    for each in live.workers:
+        here = Path("/proc", str(each.process.pid))
+        sockets = {os.readlink(fd) for fd in (here / "fd").iterdir() if fd.is_symlink()}
+        for line in [*(here / "net/tcp").read_text().splitlines(), *(here / "net/tcp6").read_text().splitlines()]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                heard.add(fields[1].rpartition(":")[0])
+    mapped = "0000000000000000FFFF00000100007F"  # 127.0.0.1 of a socket for both families
+    assert "0100007F" in heard
+    assert heard <= {"0100007F", mapped}, heard
