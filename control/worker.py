@@ -402,10 +402,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports):
                 self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
             case lanes.ConnectFailed(peer, reason):
-                log.error("lane from %s: %s", peer, reason)
+                self._complain(peer, reason)
                 self._retry(peer)
             case lanes.ProbeFailed(peer, reason, doubtful, read_id):
-                log.error("lane from %s: %s", peer, reason)
+                self._complain(peer, reason)
                 if doubtful is not None:
                     self._transfer.fence((read_id,))
                 self._retry(peer)
@@ -416,6 +416,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._handoff.completed(event)
             case lanes.Connected() | ReadDone():
                 pass
+
+    def _complain(self, peer: str, reason: str) -> None:
+        identity = Identity.parse(peer)
+        there = identity == self._me or self._peers.has(identity)
+        log.log(logging.ERROR if there else logging.INFO, "lane from %s: %s", peer, reason)
 
     def _measured(self, peer: Identity, lane: Lane) -> None:
         if peer != self._me and not self._peers.has(peer):

@@ -58,6 +58,7 @@ def apart(launch, model, name, *, decode=1, near=(), far=("decode-0",)):
         options = {"engine": "paced", "pace": 0.0, "kv_memory": "32M", "chunk_tokens": 128}
         live = launch(name, model, how=how, decode=decode, transport="nixl", **options)
         live.torn = True
+        live.expected = ["lane from .*: disconnected"]  # lost, and back, while its lane was being measured
         try:
             yield live, both
         finally:
@@ -92,6 +93,18 @@ async def ask_all(live, cases, timeout_s=100.0):
 def check_all(cases, replies, reference):
     for each, reply in zip(cases, replies, strict=True):
         each.check(reply, reference)
+
+
+def check_ends(cases, replies, reference):
+    """Each has all its tokens, or the first of them and a status that says why; the statuses."""
+    for each, reply in zip(cases, replies, strict=True):
+        if reply.code == "OK":
+            each.check(reply, reference)
+        else:
+            assert reply.code in {"UNAVAILABLE", "DEADLINE_EXCEEDED"}, reply
+            assert reply.details
+            assert reply.tokens == reference.tokens(each.prompt, each.sampling)[: len(reply.tokens)]
+    return {reply.code for reply in replies}
 
 
 async def in_midst(live, cases, act, timeout_s):
@@ -130,10 +143,13 @@ def test_streams_over_a_link_that_drops_packets_and_is_cut_for_two_seconds(launc
 
         cases = crowd(12, 100, 60)
         replies, took_s = asyncio.run(in_midst(live, cases, pause, TIMEOUT_S))
-        check_all(cases, replies, reference)
-        assert took_s > 2, "the cut met requests"
+        # Mostly nobody is lost in 2 s; if so, nobody is left to take over, and those who had begun are told.
+        check_ends(cases, replies, reference)
+        assert 2 < took_s < TIMEOUT_S, "the cut met requests"
         live.wait_empty()
         live.wait_ready()
+        cases = crowd(4, 150)
+        check_all(cases, asyncio.run(ask_all(live, cases)), reference)
 
 
 @pytest.mark.slow
@@ -156,14 +172,8 @@ def test_requests_that_nobody_can_end_have_a_typed_end_before_their_deadline(lau
     with apart(launch, model, "alone") as (live, both):
         cases = crowd(12, 400, 200)
         replies, took_s = asyncio.run(in_midst(live, cases, both.cut, TIMEOUT_S))
-        ended = {reply.code for reply in replies}
-        assert ended <= {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
-        assert ended != {"OK"}, "the cut met requests"
+        assert check_ends(cases, replies, reference) != {"OK"}, "the cut met requests"
         assert took_s < TIMEOUT_S
-        for each, reply in zip(cases, replies, strict=True):
-            want = reference.tokens(each.prompt, each.sampling)
-            assert reply.tokens == (want if reply.code == "OK" else want[: len(reply.tokens)])
-            assert reply.details or reply.code == "OK"
         live.wait_empty()
         both.mend()
         live.wait_ready()
