@@ -379,8 +379,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _peer_lost(self, peer: Identity, reason: str) -> None:
         log.warning("lost %s: %s", peer, reason)
-        self._handoff.lost(peer)
+        # First, so that the fence which the loss asks for does not make a lane to it anew.
         self._transfer.disconnect(str(peer))
+        self._handoff.lost(peer)
         self._lanes.pop(peer, None)
         self._readers.pop(peer, None)
         self._changed()
