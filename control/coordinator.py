@@ -41,6 +41,7 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         self._driver.seat("membership", self._membership, self._perform)
         self._verdict: MembershipCommand | None = None
         self._watchers: set[asyncio.Event] = set()
+        self._closing = False
         self._metrics = Metrics(self._gauges)
         self._server = rpc.Server(config.listen, [SERVICE])
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(self, self._server.grpc)
@@ -53,7 +54,10 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         await self._server.healthy(True)
 
     async def stop(self, reason: str) -> None:
-        """Hang up."""
+        """Hang up: those who watch are told that it is over, reachable or not."""
+        self._closing = True
+        for watcher in self._watchers:
+            watcher.set()
         self._driver.close()
         await self._server.stop(0.2)
         self._metrics.close()
@@ -115,7 +119,7 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
-            while True:
+            while not self._closing:
                 changed.clear()
                 members = [wire.registry_member(member) for member in self._membership.members]
                 yield registry_pb2.WatchResponse(members=members, epoch=self._membership.epoch)

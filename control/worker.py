@@ -384,8 +384,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _peer_lost(self, peer: Identity, reason: str) -> None:
         log.warning("lost %s: %s", peer, reason)
-        self._handoff.lost(peer)
+        # First, so that the fence which the loss asks for does not make a lane to it anew.
         self._transfer.disconnect(str(peer))
+        self._handoff.lost(peer)
         self._lanes.pop(peer, None)
         self._readers.pop(peer, None)
         self._changed()
@@ -407,10 +408,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports):
                 self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
             case lanes.ConnectFailed(peer, reason):
-                log.error("lane from %s: %s", peer, reason)
+                self._complain(peer, reason)
                 self._retry(peer)
             case lanes.ProbeFailed(peer, reason, doubtful, read_id):
-                log.error("lane from %s: %s", peer, reason)
+                self._complain(peer, reason)
                 if doubtful is not None:
                     self._transfer.fence((read_id,))
                 self._retry(peer)
@@ -421,6 +422,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._handoff.completed(event)
             case lanes.Connected() | ReadDone():
                 pass
+
+    def _complain(self, peer: str, reason: str) -> None:
+        identity = Identity.parse(peer)
+        there = identity == self._me or self._peers.has(identity)
+        log.log(logging.ERROR if there else logging.INFO, "lane from %s: %s", peer, reason)
 
     def _measured(self, peer: Identity, lane: Lane) -> None:
         if peer != self._me and not self._peers.has(peer):

@@ -90,12 +90,17 @@ class Registry:
                     await self._soon.wait()
 
     async def _watch(self) -> None:
+        said = ""
         while True:
             try:
                 async for response in self._stub.Watch(registry_pb2.WatchRequest()):
+                    said = ""
                     self._changed(tuple(wire.member_from(member) for member in response.members))
             except (grpc.aio.AioRpcError, RemoteError) as error:
-                log.info("watch ended: %s", error)
+                why = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                if why != said:  # five times a second while a coordinator is away
+                    log.info("watch ended: %s", why)
+                said = why
             except Exception:
                 log.exception("a change of membership was not taken")
             await asyncio.sleep(0.2)

@@ -78,7 +78,9 @@ class _Ucx:
     @contextlib.contextmanager
     def environment(self) -> Iterator[None]:
         """Set what UCX must find in the environment while it loads or an agent is created."""
-        wanted = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error"}
+        # By default a connect blocks this thread, and with it all lanes, until the kernel gives up: for two minutes if
+        # the way to a peer is cut.
+        wanted = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error", "UCX_TCP_CONN_NB": "y"}
         if self._fd >= 0:
             wanted["UCX_LOG_FILE"] = f"/proc/{os.getpid()}/fd/{self._fd}"
             wanted["UCX_PROTO_INFO"] = "*read*"

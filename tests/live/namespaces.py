@@ -6,7 +6,7 @@
 
 The link is a bridge in a third namespace, as a switch would be: a packet is dropped on its way and not in its sender's
 own queue, which TCP would hear of and not fill. Each namespace lives as long as the one process that holds it, which
-ends with its standard input: whatever becomes of the tests, nothing is left of namespaces, links, addresses and routes.
+ends with its standard input: whatever becomes of the tests, namespaces, links, addresses and routes go by themselves.
 A process listens on its namespace's own address (on `lo`, so that it survives a cut); the others reach it over the data
 link, and the tests over links of their own, which a cut does not touch and over which no worker may read from another
 (`UCX_NET_DEVICES`).
@@ -20,7 +20,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address
@@ -92,7 +91,7 @@ class Namespace:
 
     def __init__(self, number: int, host: str = "", address: str = "") -> None:
         self.host, self.address = host, address
-        self.outside = f"bt{number % 2**20:x}{host.rpartition('.')[2]}"
+        self.outside = f"bt{number % 2**32:x}{'nf'[int(host.rpartition('.')[2] or 0) % 2]}"
         """The other end of its management link, here."""
         self._holder = subprocess.Popen(
             ["unshare", "-n", "-m", "sh", "-c", "mount -t sysfs sysfs /sys && echo up && exec cat"],
@@ -217,6 +216,9 @@ class Namespaces:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._quiet()
+        for each in self._all:
+            # Nobody hears what sockets of ended processes still have to say, and they would keep their namespace.
+            each.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/tcp_orphan_retries")
         left = [f"process {pid} is in a namespace" for each in self._all for pid in each.lodgers()]
         self._close()
         if kind is None:
@@ -275,12 +277,10 @@ class Namespaces:
 
     def _close(self) -> None:
         self._quiet()
+        for each in self._all:
+            subprocess.run(["ip", "link", "delete", each.outside], capture_output=True, check=False, timeout=20)
         for each in (*self._all, *self._wires):
             each.close()
-        # The kernel takes a namespace's links down behind our back.
-        until = time.monotonic() + 10
-        while any(map(there, self._all)) and time.monotonic() < until:
-            time.sleep(0.05)
 
 
 def there(namespace: Namespace) -> bool:
