@@ -94,8 +94,8 @@ class Stream:
                 goodbye = reader.result()
             elif self._closing is not None:
                 # We said goodbye; hear what the peer still has to say, but do not wait for it for long.
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(reader), 1.0)
+                # Not by `wait_for`, which on Python 3.11 loses a cancellation that comes with the reader's end.
+                await asyncio.wait({reader}, timeout=1.0)
                 goodbye = True
         finally:
             self.broken = True
@@ -244,7 +244,8 @@ class Dials:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, member: Member) -> None:
-        while True:
+        task = asyncio.current_task()
+        while self._tasks.get(member.identity) is task:  # also if a cancellation was lost on its way
             try:
                 await self._live(member)
             except Exception:

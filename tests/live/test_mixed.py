@@ -12,8 +12,8 @@ from tests.live.cluster import Client, ask, together
 
 @pytest.fixture(scope="module")
 def mixed(launch, model):
-    """One gateway and one mixed worker; requests may take 1.5 s."""
-    live = launch("mixed", model, mixed=1, prefill=0, decode=0, dtype="float32", timeout_s=1.5)
+    """One gateway and one mixed worker; requests may take 4 s."""
+    live = launch("mixed", model, mixed=1, prefill=0, decode=0, dtype="float32", timeout_s=4.0)
     yield live
     live.stop()
 
@@ -46,11 +46,11 @@ def test_its_pages_cross_its_own_memory_and_are_verified(mixed, reference):
 
 def test_a_request_without_a_deadline_ends_at_the_deployments(mixed, reference):
     mixed.torn = True
-    slow, each = case(20, 1500, 2, forever=True), case(30, 10, 3)
+    slow, each = case(20, 3000, 2, forever=True), case(30, 10, 3)
 
     async def run():
         async with Client(mixed.gateway) as client:
-            crowd = [client.generate(ask(slow.prompt, 1500, ignore_eos=True)) for _ in range(12)]
+            crowd = [client.generate(ask(slow.prompt, 3000, ignore_eos=True)) for _ in range(12)]
             late = await together(*crowd)
             return late, await client.generate(each.request)
 
@@ -59,5 +59,5 @@ def test_a_request_without_a_deadline_ends_at_the_deployments(mixed, reference):
     assert {each.code for each in late} <= {"OK", "DEADLINE_EXCEEDED"}
     failed = [each for each in late if each.code == "DEADLINE_EXCEEDED"]
     assert failed
-    assert all("not done within 1.5 s" in each.details or "ended while" in each.details for each in failed)
+    assert all("not done within 4 s" in each.details or "ended while" in each.details for each in failed)
     mixed.wait_empty(5.0)

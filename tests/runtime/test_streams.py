@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterable
 
 import pytest
@@ -134,3 +135,27 @@ def test_goodbye_is_the_last_that_is_written():
         await written.reach(2)
 
     assert lived(story)[1:] == [["goodbye"]]
+
+
+@pytest.mark.parametrize("how", ["close", "want"])
+def test_nobody_is_dialled_again_when_a_cancellation_was_lost(how, monkeypatch):
+    """A stream that ends by itself as it is cancelled: on Python 3.11 some of asyncio swallows that."""
+    dialled = []
+    monkeypatch.setattr(streams, "REDIAL_S", 0.0)
+
+    async def live(member: Member) -> None:
+        dialled.append(member.identity)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10.0)
+
+    async def run() -> None:
+        dials = streams.Dials(live)
+        dials.want({MEMBER.identity: MEMBER})
+        await asyncio.sleep(0.01)
+        if how == "want":
+            dials.want({})
+        await asyncio.wait_for(dials.close(), 5.0)
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert dialled == [MEMBER.identity]
