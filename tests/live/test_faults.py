@@ -66,8 +66,9 @@ def test_a_page_with_a_flipped_bit_is_read_once_more(live, reference):
 
 
 def test_a_page_that_is_wrong_twice_is_computed_anew(live, reference):
+    """One full page: of several the second fault might be the first of another; what no token fills has no digest."""
     before = live.total("baton_digest_mismatches")
-    each = case(100, 30, 2, forever=True)
+    each = case(16, 30, 2, forever=True)
     live.fault(sinks(Rule("read", "flip", times=2)))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
@@ -77,7 +78,8 @@ def test_a_page_that_is_wrong_twice_is_computed_anew(live, reference):
 
 @pytest.mark.parametrize("nth", [1, 3])
 def test_a_read_that_fails_costs_an_attempt(live, reference, nth):
-    each = case(100, 30, 2 + nth, forever=True)
+    """Ten chunks, so that there is a third read however many of them one read takes at once."""
+    each = case(300, 30, 2 + nth, forever=True)
     live.fault(sinks(Rule("read", "fail", nth=nth)))
     (reply,) = answers(live, [each])
     exact(each, reply, reference)
