@@ -22,8 +22,10 @@ venv-test:
 demo: venv
 	@$(BIN)/python -m control.demo
 
+# Deployments have the machine to themselves; all else runs two tests at a time.
 test: venv-test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 -m "not slow and not live"
+	@$(BIN)/python -m pytest -m "live and not slow"
 
 slow: venv-test
 	@$(BIN)/python -m pytest -m slow --timeout 1800

@@ -7,13 +7,17 @@ taken in turn (interleaved), medians over the repeats are reported. Digests are 
 offsets, so that the largest sizes come from memory and not from a cache.
 
 Blocks are what engines with one block a layer read: the same bytes in pieces of 16 or 4 KiB, scattered on both sides.
-"same transport": through our own `read`, planning included, as our page runs are timed. "prepared lists" (NIXL only):
-all in one request whose descriptor lists over the whole arena were made before the clock started, NIXL's fastest way.
+"same transport": through our own `read`, planning included, as our page runs are timed. "NIXL itself": by its own API
+in the same process, a descriptor a block or one for all of it. "prepared lists": all in one request whose descriptor
+lists over the whole arena were made before the clock started, NIXL's fastest way for blocks. Mooncake's transfer engine
+is a peer where `mooncake-transfer-engine-non-cuda` is installed (it needs Debian's `libibverbs1`), over its TCP.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import mmap
 import os
 import random
@@ -48,8 +52,11 @@ RUNS = 5
 """A request is a handful of runs."""
 ARENA_NBYTES = 768 * MIB
 LANES = ("nixl", "nixl tcp", "zeromq", "inprocess")
+MOONCAKE = "mooncake"
+BLOCKS = (16 * KIB, 4 * KIB)
 
 Bytes = NDArray[np.uint8]
+Places = NDArray[np.int64]
 
 
 def make(lane: str, owner: str) -> Transport:
@@ -99,6 +106,36 @@ def serve(lane: str) -> None:
     thread.close()
 
 
+def serve_mooncake() -> None:
+    """Own an arena behind Mooncake's engine until stdin closes."""
+    pin(1)
+    memory = np.frombuffer(mapped(ARENA_NBYTES, 1), dtype=np.uint8)
+    engine = mooncake(memory)
+    print("port", engine.get_rpc_port(), memory.ctypes.data, flush=True)
+    sys.stdin.read()
+
+
+def mooncake(memory: Bytes) -> Any:
+    """Mooncake's engine over TCP, with this memory."""
+    engine = importlib.import_module("mooncake.engine").TransferEngine()
+    if engine.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") or engine.register_memory(
+        memory.ctypes.data, memory.nbytes
+    ):
+        raise SystemExit("mooncake: the engine did not start")
+    return engine
+
+
+def child(lane: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The process that owns the pages."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.transfer", "--serve", lane],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
+
+
 class Lane:
     """A reading transport beside its peer process."""
 
@@ -115,13 +152,7 @@ class Lane:
             self.owner.register(mapped(ARENA_NBYTES, 1), UNIT_NBYTES)
             self.metadata = self.owner.metadata()
         else:
-            self.peer = subprocess.Popen(
-                [sys.executable, "-m", "bench.transfer", "--serve", name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                cwd=Path(__file__).parents[1],
-            )
+            self.peer = child(name, environment)
             assert self.peer.stdout is not None
             card, port = self.peer.stdout.readline().split()
             self.metadata = bytes.fromhex(card.decode())
@@ -162,8 +193,37 @@ class Lane:
             self.peer.wait()
 
 
-class Blocks:
-    """Prepared block lists on an agent of their own, read as engines with small blocks do."""
+class Mooncake:
+    """Mooncake's engine beside its peer process."""
+
+    def __init__(self, memory: memoryview) -> None:
+        ours = np.frombuffer(memory, dtype=np.uint8)
+        self.base = ours.ctypes.data
+        self.engine = mooncake(ours)
+        self.peer = child(MOONCAKE, dict(os.environ))
+        assert self.peer.stdout is not None
+        words: list[bytes] = []
+        while words[:1] != [b"port"]:  # it prints of its own, too
+            line = self.peer.stdout.readline()
+            if not line:
+                raise SystemExit("mooncake: the peer did not start")
+            words = line.split()
+        self.host, self.remote_base = f"127.0.0.1:{int(words[1])}", int(words[2])
+
+    def read(self, theirs: list[int], ours: list[int], nbytes: list[int]) -> None:
+        """Read ranges by their first byte."""
+        here, there = [self.base + each for each in ours], [self.remote_base + each for each in theirs]
+        if self.engine.batch_transfer_sync_read(self.host, here, there, nbytes):
+            raise SystemExit("mooncake: a read failed")
+
+    def close(self) -> None:
+        """End the other side."""
+        self.peer.kill()
+        self.peer.wait()
+
+
+class Itself:
+    """NIXL's own API on an agent of its own, read as engines with small blocks do."""
 
     def __init__(self, memory: Bytes, peer: Card) -> None:
         api = nixl.load()
@@ -186,14 +246,29 @@ class Blocks:
             self.agent.prep_xfer_dlist(self.remote, rows(self.remote_base), "DRAM"),
         )
 
-    def read(self, nbytes: int, theirs: NDArray[np.int32], ours: NDArray[np.int32]) -> None:
+    def read(self, nbytes: int, theirs: Places, ours: Places) -> None:
         """Read blocks by number, to the end."""
         mine, remote = self.lists[nbytes]
-        handle = self.agent.make_prepped_xfer("READ", mine, ours, remote, theirs)
+        self._run(self.agent.make_prepped_xfer("READ", mine, ours.astype(np.int32), remote, theirs.astype(np.int32)))
+
+    def plain(self, nbytes: int, theirs: Places, ours: Places) -> None:
+        """Read pieces of `nbytes` by their first bytes, a descriptor each, to the end."""
+
+        def rows(starts: Places, base: int) -> Any:
+            table = np.stack([starts + base, np.full_like(starts, nbytes), np.zeros_like(starts)], axis=1)
+            return self.agent.get_xfer_descs(table.astype(np.uint64), "DRAM")
+
+        there, here = rows(theirs, self.remote_base), rows(ours, self.base)
+        self._run(self.agent.initialize_xfer("READ", here, there, self.remote))
+
+    def _run(self, handle: Any) -> None:
         state = self.agent.transfer(handle)
-        while state == "PROC":
-            time.sleep(0.00005)
-            state = self.agent.check_xfer_state(handle)
+        pause_s = 0.00005
+        while state == "PROC" and (state := self.agent.check_xfer_state(handle)) == "PROC":
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, 0.001)
+        if state != "DONE":
+            raise SystemExit(f"nixl: a read ended as {state}")
         self.agent.release_xfer_handle(handle)
 
 
@@ -222,9 +297,13 @@ class Scatter:
         starts = [gap + sum(sizes[:i]) for i, gap in enumerate(gaps)]
         return [PageRun(start * PAGE_UNITS, size * PAGE_UNITS) for start, size in zip(starts, sizes, strict=True)]
 
-    def blocks(self, nbytes: int) -> NDArray[np.int32]:
+    def starts(self, runs: list[PageRun]) -> Places:
+        """The first byte of each run."""
+        return np.array([run.start * UNIT_NBYTES for run in runs], dtype=np.int64)
+
+    def blocks(self, nbytes: int) -> Places:
         """Numbers of scattered blocks of `nbytes`."""
-        return np.array(self.rng.sample(range(ARENA_NBYTES // nbytes), self.nbytes // nbytes), dtype=np.int32)
+        return np.array(self.rng.sample(range(ARENA_NBYTES // nbytes), self.nbytes // nbytes), dtype=np.int64)
 
     def block_runs(self, nbytes: int) -> list[PageRun]:
         """The same as runs of units."""
@@ -260,7 +339,7 @@ def add_size(works: Works, lane: Lane, memory: memoryview, spare: Bytes, size: i
         works[f"socket {size}"] = (rounds, raw)
 
 
-def add_request(works: Works, lane: Lane, name: str, scatter: Scatter, blocks: Blocks | None) -> None:
+def add_request(works: Works, lane: Lane, name: str, scatter: Scatter) -> None:
     """A request in one run, in several runs, in blocks."""
     rounds = max(2, 24 * MIB // scatter.nbytes)
 
@@ -272,36 +351,79 @@ def add_request(works: Works, lane: Lane, name: str, scatter: Scatter, blocks: B
 
     for count in (1, 2, RUNS, 12):
         reads(f"{name} runs {count}", [(scatter.runs(count), scatter.runs(count)) for _ in range(8)])
-    for nbytes in (16 * KIB, 4 * KIB):
+    for nbytes in BLOCKS:
         reads(f"{name} blocks {nbytes}", [(scatter.block_runs(nbytes), scatter.block_runs(nbytes)) for _ in range(4)])
-        if blocks is not None:
-            add_prepared(works, f"{name} prepared {nbytes}", rounds, blocks, nbytes, scatter)
 
 
-def add_prepared(works: Works, key: str, rounds: int, blocks: Blocks, nbytes: int, scatter: Scatter) -> None:
-    """The blocks by prepared lists."""
-    chosen = [(scatter.blocks(nbytes), scatter.blocks(nbytes)) for _ in range(4)]
+def add_itself(works: Works, itself: Itself, name: str, scatter: Scatter) -> None:
+    """The same by NIXL's own API: all in one descriptor, a block in each, and blocks by prepared lists."""
+    rounds = max(2, 24 * MIB // scatter.nbytes)
 
-    def prepared(i: int) -> None:
-        blocks.read(nbytes, *chosen[i % len(chosen)])
+    def turns(key: str, read: Callable[[int, Any, Any], None], nbytes: int, unit: int) -> None:
+        chosen = [(scatter.blocks(nbytes) * unit, scatter.blocks(nbytes) * unit) for _ in range(4)]
 
-    works[key] = (rounds, prepared)
+        def work(i: int) -> None:
+            read(nbytes, *chosen[i % len(chosen)])
+
+        works[key] = (rounds, work)
+
+    whole = [(scatter.starts(scatter.runs(1)), scatter.starts(scatter.runs(1))) for _ in range(8)]
+
+    def contiguous(i: int) -> None:
+        itself.plain(scatter.nbytes, *whole[i % len(whole)])
+
+    works[f"{name} itself"] = (rounds, contiguous)
+    for nbytes in BLOCKS:
+        turns(f"{name} itself {nbytes}", itself.plain, nbytes, nbytes)
+        turns(f"{name} prepared {nbytes}", itself.read, nbytes, 1)
 
 
-def measure(lane_name: str, memory: memoryview, sizes: list[int], repeats: int, rng: random.Random) -> list[Row]:
+def add_mooncake(works: Works, peer: Mooncake, name: str, scatter: Scatter) -> None:
+    """The same by Mooncake's engine: the runs, and blocks of 16 KiB."""
+    rounds = max(2, 24 * MIB // scatter.nbytes)
+
+    def turns(key: str, ranges: Callable[[], tuple[list[int], list[int]]]) -> None:
+        chosen = [(ranges(), ranges()) for _ in range(4)]
+
+        def work(i: int) -> None:
+            (theirs, nbytes), (ours, _) = chosen[i % len(chosen)]
+            peer.read(theirs, ours, nbytes)
+
+        works[key] = (rounds, work)
+
+    def runs(count: int) -> tuple[list[int], list[int]]:
+        found = scatter.runs(count)
+        return scatter.starts(found).tolist(), [run.count * UNIT_NBYTES for run in found]
+
+    def blocks() -> tuple[list[int], list[int]]:
+        found = scatter.blocks(BLOCKS[0]) * BLOCKS[0]
+        return found.tolist(), [BLOCKS[0]] * len(found)
+
+    turns(f"{name} {MOONCAKE} runs", lambda: runs(RUNS))
+    turns(f"{name} {MOONCAKE} blocks", blocks)
+
+
+def measure(
+    lane_name: str, memory: memoryview, sizes: list[int], repeats: int, rng: random.Random, peer: Mooncake | None
+) -> list[Row]:
     """All rows of one lane."""
     lane = Lane(lane_name, memory)
     spare = np.frombuffer(mapped(ARENA_NBYTES, 3), dtype=np.uint8)
     works: Works = {}
     for size in sizes:
         add_size(works, lane, memory, spare, size)
-    blocks: Blocks | None = None
+    itself: Itself | None = None
     if lane_name.startswith("nixl"):
-        blocks = Blocks(np.frombuffer(memory, dtype=np.uint8), Card.decode(lane.metadata))
-        for nbytes in (16 * KIB, 4 * KIB):
-            blocks.prepare(nbytes)
+        itself = Itself(np.frombuffer(memory, dtype=np.uint8), Card.decode(lane.metadata))
+        for nbytes in BLOCKS:
+            itself.prepare(nbytes)
     for name, pages in REQUESTS.items():
-        add_request(works, lane, name, Scatter(pages, rng), blocks)
+        scatter = Scatter(pages, rng)
+        add_request(works, lane, name, scatter)
+        if itself is not None:
+            add_itself(works, itself, name, scatter)
+        if peer is not None and lane.peer is not None:
+            add_mooncake(works, peer, name, scatter)
     for _, work in works.values():
         timed(work, 1, 0)
     samples: dict[str, list[float]] = {name: [] for name in works}
@@ -335,9 +457,13 @@ def rows_of(lane: str, sizes: list[int], seconds: dict[str, float]) -> list[Row]
 
         for count in (2, RUNS, 12):
             against(count, "runs 1", "one contiguous read")
-        for nbytes in (16 * KIB, 4 * KIB):
+            against(count, "itself", "one contiguous read, NIXL itself")
+        for nbytes in BLOCKS:
             against(RUNS, f"blocks {nbytes}", f"blocks of {nbytes // KIB} KiB, same transport")
+            against(RUNS, f"itself {nbytes}", f"blocks of {nbytes // KIB} KiB, NIXL itself")
             against(RUNS, f"prepared {nbytes}", f"blocks of {nbytes // KIB} KiB, prepared lists")
+        against(RUNS, f"{MOONCAKE} runs", "the same runs, Mooncake's engine over TCP")
+        against(RUNS, f"{MOONCAKE} blocks", "blocks of 16 KiB, Mooncake's engine over TCP")
     return rows
 
 
@@ -348,7 +474,7 @@ def main() -> None:
     flags.add_argument("--serve", metavar="LANE", help=argparse.SUPPRESS)
     options = flags.parse_args()
     if options.serve:
-        serve(options.serve)
+        serve_mooncake() if options.serve == MOONCAKE else serve(options.serve)
         return
     cores = os.sched_getaffinity(0)
     pin(0)
@@ -358,10 +484,13 @@ def main() -> None:
     if reason:
         progress(f"without nixl: {reason}")
     memory = mapped(ARENA_NBYTES, 2)
+    peer = Mooncake(memory) if importlib.util.find_spec(MOONCAKE) else None
     rows: list[Row] = []
     for lane in lanes:
         progress(f"{lane} ...")
-        rows += measure(lane, memory, sizes, 5 if options.quick else 15, random.Random(7))
+        rows += measure(lane, memory, sizes, 5 if options.quick else 15, random.Random(7), peer)
+    if peer is not None:
+        peer.close()
     os.sched_setaffinity(0, cores)  # the report counts them
     for row in rows:
         ratio = "" if row.ratio is None else f"({row.ratio:.2f})"

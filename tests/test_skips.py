@@ -34,7 +34,8 @@ def test_every_listed_reason_is_explained() -> None:
         ("def test_one(): ...\n", 0),
     ],
 )
-def test_a_run_with_an_unlisted_skip_fails(tmp_path: Path, body: str, code: int) -> None:
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["here", "elsewhere"])
+def test_a_run_with_an_unlisted_skip_fails(tmp_path: Path, body: str, code: int, options: tuple[str, ...]) -> None:
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -42,5 +43,6 @@ def test_a_run_with_an_unlisted_skip_fails(tmp_path: Path, body: str, code: int)
         (folder / name).write_bytes((SKIPS.parent / name).read_bytes())
     (folder / "test_it.py").write_text(body)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(folder)]
+    command += options
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stdout
