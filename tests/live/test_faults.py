@@ -54,39 +54,6 @@ def sinks(*rules: Rule) -> dict[str, tuple[Rule, ...]]:
     return {"decode-0": rules, "decode-1": rules}
 
 
-def test_a_page_with_a_flipped_bit_is_read_once_more(live, reference):
-    before = live.total("baton_digest_mismatches")
-    each = case(100, 30, 1, forever=True)
-    live.fault(sinks(Rule("read", "flip")))
-    (reply,) = answers(live, [each])
-    exact(each, reply, reference)
-    assert len(live.acted()) == 1
-    assert reply.last.attempts == 1
-    assert live.total("baton_digest_mismatches") == before + 1
-
-
-def test_a_page_that_is_wrong_twice_is_computed_anew(live, reference):
-    """One full page: of several the second fault might be the first of another; what no token fills has no digest."""
-    before = live.total("baton_digest_mismatches")
-    each = case(16, 30, 2, forever=True)
-    live.fault(sinks(Rule("read", "flip", times=2)))
-    (reply,) = answers(live, [each])
-    exact(each, reply, reference)
-    assert reply.last.attempts > 1
-    assert live.total("baton_digest_mismatches") >= before + 2
-
-
-@pytest.mark.parametrize("nth", [1, 3])
-def test_a_read_that_fails_costs_an_attempt(live, reference, nth):
-    """Ten chunks, so that there is a third read however many of them one read takes at once."""
-    each = case(300, 30, 2 + nth, forever=True)
-    live.fault(sinks(Rule("read", "fail", nth=nth)))
-    (reply,) = answers(live, [each])
-    exact(each, reply, reference)
-    assert live.acted()
-    assert 1 < reply.last.attempts <= 1 + len(live.acted())
-
-
 def crowd(count: int, number: int) -> list[Case]:
     """More than all arenas hold: whatever is given back is taken at once."""
     return [case(30 + 13 * n % 120, 40, 100 * number + n, forever=True) for n in range(count)]
