@@ -28,7 +28,8 @@ test: venv-test
 	@$(BIN)/python -m pytest -m "live and not slow"
 
 slow: venv-test
-	@$(BIN)/python -m pytest -m slow --timeout 1800
+	@$(BIN)/python -m pytest -n 2 -m "slow and not live" --timeout 1800
+	@$(BIN)/python -m pytest -m "slow and live" --timeout 1800
 
 check: venv-test
 	$(BIN)/ruff check

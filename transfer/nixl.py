@@ -154,7 +154,21 @@ def load() -> Any:
         logger.propagate = True
         logger.setLevel(logging.WARNING)
         _module, _ucx = module, ucx
+        _end_without_destructors()
         return module
+
+
+def _end_without_destructors() -> None:
+    """When this process exits, its libraries do not take themselves apart.
+
+    The wheel brings a libnl of its own. Beside the system's, which comes with libibverbs, its destructor is a
+    segmentation fault, and the exit code is lost. What is registered here runs before destructors do, last to first:
+    C's streams are written out, then the process ends with its code.
+    """
+    with contextlib.suppress(AttributeError):  # glibc has it
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc._exit, None)
+        libc.on_exit(libc.fcloseall, None)
 
 
 @dataclass(slots=True, eq=False)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -151,3 +154,16 @@ class TestNixl(Deaths):
         assert sink.transport.transports("child#01").startswith("ucx: tcp/")
         assert sink.transport.transports("child#01").endswith(" emulated")
         assert not sink.transport.immediate("child#01")
+
+    def test_a_process_that_used_it_ends_with_its_own_exit_code(self):
+        """Its libraries' destructors do not run: some crash (LD_DEBUG says which do); what C printed is not lost."""
+        script = (
+            "import ctypes, sys; from transfer import nixl; nixl.Nixl('a#01').close();"
+            "ctypes.CDLL(None).printf(b'printed\\n'); sys.exit(3)"
+        )
+        environment = {**os.environ, "LD_DEBUG": "files"}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        assert done.returncode == 3
+        assert done.stdout.endswith(b"printed\n")
+        assert b"calling init: " in done.stderr
+        assert b"calling fini: " not in done.stderr
