@@ -378,6 +378,8 @@ class HandOffShell:
                 worker.post(worker.decode_seat, decoding.MoveAsked(key))
             case giving.MoveEnded(key, taken, sure, reason):
                 worker.post(worker.decode_seat, decoding.MoveEnded(key, taken, sure, reason))
+            case giving.FetchEnded():
+                pass
             case _:
                 assert_never(command)
 
@@ -407,6 +409,8 @@ class HandOffShell:
                 worker.send(caught_up.ticket.source, caught_up)
             case taking.Gone(ticket, reason, recompute):
                 worker.post(worker.decode_seat, decoding.Withdrawn(ticket, reason, recompute))
+            case taking.Fetched():
+                pass  # nobody here asks for it
             case _:
                 assert_never(command)
 

@@ -250,7 +250,7 @@ class Worker(Process):
         self.ledger.bind("scratch", 1, Owner.SCRATCH)
         self.room = self.ledger.available
         self.arena: list[list[int]] = [[-1] * PAGE for _ in range(pages)]
-        self.source, self.sink = giving.Source(SHAPE), taking.Sink(SHAPE, self.ledger)
+        self.source, self.sink = giving.Source(SHAPE, self.ledger), taking.Sink(SHAPE, self.ledger)
         self.seat("source", self.source, self.give)
         self.seat("sink", self.sink, self.take)
         if role.prefills:
