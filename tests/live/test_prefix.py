@@ -62,6 +62,13 @@ def test_the_next_turn_computes_and_moves_only_what_is_new(exact):
     check(exact, case((*first.prompt, *said.tokens, *prompt(30, 1))), 96, 3, 96)
 
 
+def test_the_decode_worker_has_what_it_said(exact):
+    """Prompt and answer are 140 tokens, of which the newest has no KV: eight full pages, the ninth crosses again."""
+    first = case(prompt(100, 20), 40)
+    said = check(exact, first, 0, 7, 0)
+    check(exact, case((*first.prompt, *said.tokens, *prompt(30, 21))), 96, 3, 128)
+
+
 def test_a_prompt_that_is_all_there_moves_no_byte(exact):
     """The prefill worker computes its last page for the first token's sake; the decode worker has that one as well."""
     asked = case(prompt(96, 2))
