@@ -110,9 +110,11 @@ def sessions(world: World, prefills: int, decodes: int, faults: float, many: int
 
     def trouble() -> None:
         living = [each for each in world.processes.values() if isinstance(each, Worker) and each.alive]
+        if len(living) < 2:
+            return
         if dice.random() < 0.3:
             world.kill(dice.choice(living))
-        elif len(living) > 1:
+        else:
             one, two = dice.sample(living, 2)
             world.break_link(one.me, two.me)
 
