@@ -239,7 +239,7 @@ class DecodeShell:
         ended = []
         for key, row in batch.advance(order[1]):
             batch.say(row)
-            ended.append(decoding.Ended(key, "length", row.generated))
+            ended.append(decoding.Ended(key, "length", row.generated, prefix=row.record.answered))
         worker.post(self.seat, decoding.Ran(order[0], batch.steps - before, tuple(ended)))
 
 
