@@ -122,6 +122,7 @@ class World:
         """Of the last order's rows, while it goes on."""
         self.from_sink: deque = deque()
         self.doubts = 0
+        self.loans = 0
         self.log: list[tuple[float, str]] = []
         self.failing = False
 
@@ -445,11 +446,23 @@ class World:
             self.ledger.release(holder)
         self.turn_clock(self.now)
 
+    def lend(self, guest: Guest) -> None:
+        """Somebody fetches pages of a request that are kept, or still in use; nobody tells the policy."""
+        self.loans += 1
+        self.ledger.share(f"lent/{self.loans}", names(guest.order, 99), Owner.HANDING_OFF)
+
+    def returned(self) -> None:
+        """All that was fetched is there."""
+        for holder in [name for name in self.ledger.holders() if name.startswith("lent/")]:
+            self.ledger.release(holder)
+        self.turn_clock(self.now)
+
     # The end.
     def settle(self) -> None:
         """Everything under way ends, and then nothing is left."""
         for _ in range(3000):
             self.fence()
+            self.returned()
             moving = [sequence for sequence in self.sequences.values() if sequence.moving]
             promised = [guest for guest in self.guests.values() if guest.hand_off == "promised"]
             if self.from_sink:

@@ -5,12 +5,15 @@ What becomes of them on a bad day: tests/transfer/test_source_sink.py.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from core.errors import LocalError
 from core.kv import PageRun
 from core.messages import Carried, Fetch, First, Ready, Refuse, Release, Taken
 from core.pages import Owner, Pages
+from core.state import dump, load
 from tests.cast import D1, P1, SHAPE, ticket
 from transfer.sink import (
     AskSource,
@@ -102,6 +105,17 @@ def test_what_is_fetched_stays_where_it_is_until_the_ticket_ends(event, said, re
     assert machine.on(event, 6.0) == [*said, FetchEnded(FETCH.key, False, reason)]
     assert (ledger.holders(), ledger.available, machine.deadline()) == ((), 40, None)
     assert machine.on(Digested(FETCH.key, 0, (1, 2, 3)), 6.0) == []
+
+
+def test_a_fetch_goes_on_from_a_document():
+    source, _, (digest,) = lending()
+    sink, _ = fetching()
+    source, sink = load(json.loads(json.dumps(dump([source, sink]))), list)
+    (announce,) = source.on(Digested(FETCH.key, 0, (7, 8, 9)), 2.0)
+    (read,) = sink.on(announce.message, 2.0)
+    assert (read.runs, read.tokens) == ((PageRun(0, 3),), digest.tokens)
+    taken, fetched = sink.on(Pulled(read.read_id, 0.1, (7, 8, 9)), 2.0)
+    assert (fetched.pages, source.on(taken.message, 2.0)) == (3, [FetchEnded(FETCH.key, True)])
 
 
 def test_others_may_use_and_compute_what_is_fetched():
