@@ -239,7 +239,7 @@ class DecodeShell:
         page_tokens = self._engine.kv.page_tokens
         known = request.prefix[: len(request.prompt) // page_tokens]
         more = sequence.tokens[len(known) * page_tokens : -1]
-        return known + page_hashes(more, page_tokens, after=known[-1])
+        return known and known + page_hashes(more, page_tokens, after=known[-1])
 
     def _hand_over(self, command: HandOver, stopped_at: float) -> None:
         """Stop a sequence, and announce all of it; its tokens stay, should it come back."""
