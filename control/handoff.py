@@ -9,6 +9,7 @@ from typing import assert_never
 from core.kv import page_runs
 from core.messages import (
     CaughtUp,
+    Fetch,
     Freeness,
     Grant,
     HandOff,
@@ -84,9 +85,9 @@ class HandOffShell:
     def _heard(self, peer: Identity, message: HandOff) -> None:
         ticket = message.ticket
         ends = ticket.source, ticket.sink
-        if isinstance(message, Reserve | Ready | OfferMigration) and ends == (peer, self._me):
+        if isinstance(message, Reserve | Ready | OfferMigration | Refuse) and ends == (peer, self._me):
             self._driver.post(SINK, message)
-        elif isinstance(message, Grant | Refuse | CaughtUp | Taken) and ends == (self._me, peer):
+        elif isinstance(message, Grant | Refuse | CaughtUp | Taken | Fetch) and ends == (self._me, peer):
             self._driver.post(SOURCE, message)
         elif isinstance(message, Release) and peer in ends:
             self._driver.post(SOURCE if ticket.source == self._me else SINK, message)
@@ -150,16 +151,20 @@ class HandOffShell:
             case giving.HandOffEnded(key, taken, reason, taken_s):
                 self._progress()
                 self._driver.post("prefill", HandOffOver(key, taken, reason, taken_s))
+            case giving.FetchEnded(key, taken, reason):
+                self._progress()
+                log.debug("pages for %s %s", key, "were fetched" if taken else f"were not fetched: {reason}")
             case _:
                 assert_never(command)
 
     def _take(self, command: taking.SinkCommand) -> None:
         match command:
             case taking.SendToSource(message):
-                if message.ticket.source == self._me:
+                ticket = message.ticket
+                if ticket.source == self._me:
                     self._driver.post(SOURCE, message)
-                else:
-                    self._send(message.ticket.source, message)
+                elif not self._send(ticket.source, message) and isinstance(message, Fetch):
+                    self._driver.post(SINK, Refuse(ticket, f"no lane to {ticket.source.name}"))
             case taking.AskForMore(message):
                 self._send(message.ticket.source, message)
             case taking.AskPolicy(ticket, request, offer):
@@ -173,6 +178,8 @@ class HandOffShell:
                 self._driver.post(DECODE, KvArrived(ticket, request, firsts, stages, carried))
             case taking.Gone(ticket, reason, recompute):
                 self._driver.post(DECODE, Withdrawn(ticket, reason, recompute))
+            case taking.Fetched(ticket, pages, reason):
+                log.debug("fetch %s: %d pages are here%s", ticket.key, pages, reason and f": {reason}")
             case _:
                 assert_never(command)
 

@@ -171,7 +171,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
         self._handoff = HandOffShell(
             self._me,
-            Source(engine.kv),
+            Source(engine.kv, self._ledger),
             Sink(engine.kv, self._ledger),
             driver,
             self._transfer,

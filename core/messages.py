@@ -5,6 +5,7 @@ SlotFree, which alone is about no request.
 Prefill to decode worker: Reserve, Ready. Decode to prefill worker: Grant, Refuse, Taken. Either way: Release.
 Between decode workers, when a running row moves: OfferMigration and CaughtUp beside these; then Moved to the gateway;
 Freeness to all.
+From whoever wants pages to whoever has them: Fetch, answered by Ready or Refuse.
 """
 
 from __future__ import annotations
@@ -232,6 +233,23 @@ class Release:
     reason: str
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Which of these pages have you got? Announce them now, in one Ready, or refuse. The ticket is the sink's.
+
+    It grants itself: the sink has memory for all of them.
+    """
+
+    ticket: Ticket
+    prefix: tuple[int, ...]
+    """Chained hashes of the pages wanted, from the first page of their prompt on."""
+    cached_pages: int
+    """So many leading ones are at the sink already: announce those behind them."""
+    timeout_s: float
+    """What is left of the time in which they are of use."""
+
+
 @dataclass(frozen=True, slots=True)
 class OfferMigration:
     """Will you go on with this row? Asks for memory, like Reserve, but now or not at all. The ticket is the source's.
@@ -283,7 +301,7 @@ class Freeness:
 ToWorker = Offer | Prompt | Cancel
 Answer = Accept | Reject | Tokens | Handed | Finished | Failed
 ToGateway = Answer | SlotFree | Moved
-HandOff = Reserve | Grant | Refuse | Ready | Taken | Release | OfferMigration | CaughtUp
+HandOff = Reserve | Grant | Refuse | Ready | Taken | Release | OfferMigration | CaughtUp | Fetch
 """Of one ticket, between its source and its sink."""
 ToPeer = HandOff | Freeness
 Message = ToWorker | ToGateway | ToPeer

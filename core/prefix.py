@@ -22,13 +22,15 @@ from hashlib import blake2b
 from core.free import Run, cut_head, cut_tail, extend
 
 
-def page_hashes(tokens: Sequence[int], page_tokens: int, salt: str = "") -> tuple[int, ...]:
+def page_hashes(
+    tokens: Sequence[int], page_tokens: int, salt: str = "", *, after: int | None = None
+) -> tuple[int, ...]:
     """A name for each full page of a prompt, 64 bits wide; the same in every process.
 
     BLAKE2b over the hash before, of `salt` for the first page, and the page's tokens as 4 bytes each. Whoever may
-    share pages has the same salt.
+    share pages has the same salt. Where `tokens` follow on others, whose last page is named `after`, no salt is needed.
     """
-    before = blake2b(salt.encode(), digest_size=8).digest()
+    before = blake2b(salt.encode(), digest_size=8).digest() if after is None else after.to_bytes(8, "little")
     whole, page = struct.pack(f"<{len(tokens)}i", *tokens), 4 * page_tokens
     hashes = []
     for at in range(0, len(whole) - page + 1, page):

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 from core.errors import LocalError
 from core.messages import Carried, First, Freeness, Message, Tokens
+from core.prefix import page_hashes
 from core.request import Request, Ticket
 from core.sampling import Logprobs
 from core.worker import Identity
@@ -182,7 +183,8 @@ class DecodeShell:
                 ended = ended or each.finish is not None
             steps += 1
             self._loop.call_soon_threadsafe(self._emit, sampled, self._driver.now() - started)
-        self._loop.call_soon_threadsafe(self._ran, command, steps, sampled)
+        names = {each.sequence: self._names(self._sequences[each.sequence]) for each in sampled if each.finish}
+        self._loop.call_soon_threadsafe(self._ran, command, steps, sampled, names)
 
     def _join(self, join: Join) -> None:
         if join.copied is not None:
@@ -229,6 +231,16 @@ class DecodeShell:
         if sampled.logprobs is not None:
             sequence.logprobs.append(sampled.logprobs)
 
+    def _names(self, sequence: _Sequence) -> tuple[int, ...]:
+        """Of all full pages of a sequence, if those of its prompt have names; the newest token has no KV."""
+        request = sequence.request
+        if not request.prefix:
+            return ()
+        page_tokens = self._engine.kv.page_tokens
+        known = request.prefix[: len(request.prompt) // page_tokens]
+        more = sequence.tokens[len(known) * page_tokens : -1]
+        return known and known + page_hashes(more, page_tokens, after=known[-1])
+
     def _hand_over(self, command: HandOver, stopped_at: float) -> None:
         """Stop a sequence, and announce all of it; its tokens stay, should it come back."""
         sequence = self._sequences[command.row]
@@ -269,12 +281,12 @@ class DecodeShell:
             if tokens:
                 self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.branch, logprobs))
 
-    def _ran(self, command: Run, steps: int, sampled: list[Sampled]) -> None:
+    def _ran(self, command: Run, steps: int, sampled: list[Sampled], names: Mapping[str, tuple[int, ...]]) -> None:
         ended = []
         for each in sampled:
             if each.finish is not None:
                 row = self._rows[each.sequence]
                 stop = each.token if each.finish == "stop" else None
                 generated = each.position - row.prompt_tokens + (0 if each.finish == "stop" else 1)
-                ended.append(Ended(each.sequence, each.finish, generated, stop))
+                ended.append(Ended(each.sequence, each.finish, generated, stop, names[each.sequence]))
         self._driver.post(SEAT, Ran(command.run_id, steps, tuple(ended)))

@@ -234,6 +234,9 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(offer_migration=offered)]
         case m.CaughtUp():
             return [Frame(caught_up=worker_pb2.CaughtUp(ticket=ticket))]
+        case m.Fetch(_, prefix, cached_pages, timeout_s):
+            wanted = worker_pb2.Fetch(ticket=ticket, prefix=prefix, cached_pages=cached_pages, timeout_s=timeout_s)
+            return [Frame(fetch=wanted)]
         case m.Moved(_, moves):
             return [Frame(moved=worker_pb2.Moved(ticket=ticket, moves=moves))]
 
@@ -338,6 +341,10 @@ class Reader:
                 )
             case "caught_up":
                 return m.CaughtUp(_ticket_from(frame.caught_up.ticket))
+            case "fetch":
+                fetch = frame.fetch
+                ticket = _ticket_from(fetch.ticket)
+                return m.Fetch(ticket, tuple(fetch.prefix), fetch.cached_pages, fetch.timeout_s)
             case "moved":
                 return m.Moved(_ticket_from(frame.moved.ticket), frame.moved.moves)
             case "freeness":

@@ -74,7 +74,7 @@ class Ended:
     stop_token_id: int | None = None
     prefix: tuple[int, ...] = ()
     """Chained hashes of its full pages, the prompt's and those behind them, where whoever runs the engine knows them:
-    a mixed worker keeps them for the next turn."""
+    the worker keeps them for the next turn."""
 
 
 @quick_init

@@ -143,7 +143,8 @@ class DecodeConfig:
     host_lane: str = "host"
     """Name of the cost model's lane to host memory and back."""
     pins: PinConfig = field(default=PinConfig())
-    """How long a session's KV is kept for its next turn, where the prompt's pages have names (`Request.prefix`)."""
+    """How long a session's KV is kept for its next turn, where the prompt's pages have names (`Request.prefix`); what
+    is not pinned is kept until its memory is wanted."""
 
 
 class DecodePolicy:
@@ -388,13 +389,24 @@ class DecodePolicy:
             self._pins.forget(name.removeprefix(PIN))
         return bool(yielded)
 
-    def _pin(self, row: Row, now: float) -> None:
-        """A turn of a session is over: give the full pages of its prompt their names, and keep them."""
-        request, session = row.request, row.request.hints.session
-        if session and request.prefix and row.key == row.guest.key and self._config.pins.most_s > 0:
-            self._ledger.name(row.key, request.prefix)
-            self._ledger.pin(PIN + session, request.prefix)
-            self._pins.pause(session, request.hints.tool, now)
+    def _keep(self, row: Row, prefix: tuple[int, ...], now: float) -> None:
+        """A turn is over: give the full pages of prompt and answer their names, and keep them for its session.
+
+        The newest token has no KV yet. Continuations share the head of their tables and are not named. Hashes that do
+        not go on from the prompt's are of no use: nobody who asks for them would come by here.
+        """
+        known, hints = row.request.prefix, row.request.hints
+        session = hints.session if self._config.pins.most_s > 0 else ""
+        if not (prefix or session) or not known or row.key != row.guest.key:
+            return
+        named = row.own // self._shape.page_tokens
+        if prefix[:named] != known[:named]:
+            prefix = known[:named]
+        prefix = prefix[: (row.own + row.steps(self._batch.step)) // self._shape.page_tokens]
+        self._ledger.name(row.key, prefix)
+        if session:
+            self._ledger.pin(PIN + session, prefix)
+            self._pins.pause(session, hints.tool, now)
 
     def _waits(self, guest: Guest) -> bool:
         return guest.state is State.WAITING and not guest.cancelled
@@ -775,7 +787,7 @@ class DecodePolicy:
                 stages, branch = self._stages(row, now), row.first.branch
                 finished = Finished(guest.ticket, end.reason, end.generated, end.stop_token_id, stages, branch, True)
                 commands.append(Tell(finished))
-                self._pin(row, now)
+                self._keep(row, end.prefix, now)
             commands += self._end(row, now, end.generated)
         for row in self._unwanted:
             if row.place is Place.RUNNING:

@@ -141,8 +141,8 @@ class Simulation:
         self._waiting: dict[str, deque[Arrival]] = {}
         """Turns that come after the end of the one before, by session."""
         self._following: dict[tuple[str, int], Arrival] = {}
-        """The next turn of a session, by the name and the number of the one before, where somebody keeps answers."""
-        if isinstance(arrivals, Workload) and any(build.role is Role.MIXED for build in builds):
+        """The next turn of a session, by the name and the number of the one before."""
+        if isinstance(arrivals, Workload):
             for turns in groups(arrivals):
                 self._following.update({(one.session, one.turn): two for one, two in itertools.pairwise(turns)})
         self._arrivals = iter(arrivals) if not isinstance(arrivals, Workload) else iter(self._set_apart(arrivals))

@@ -239,7 +239,7 @@ class DecodeShell:
         ended = []
         for key, row in batch.advance(order[1]):
             batch.say(row)
-            ended.append(decoding.Ended(key, "length", row.generated))
+            ended.append(decoding.Ended(key, "length", row.generated, prefix=row.record.answered))
         worker.post(self.seat, decoding.Ran(order[0], batch.steps - before, tuple(ended)))
 
 
@@ -378,6 +378,8 @@ class HandOffShell:
                 worker.post(worker.decode_seat, decoding.MoveAsked(key))
             case giving.MoveEnded(key, taken, sure, reason):
                 worker.post(worker.decode_seat, decoding.MoveEnded(key, taken, sure, reason))
+            case giving.FetchEnded():
+                pass
             case _:
                 assert_never(command)
 
@@ -407,6 +409,8 @@ class HandOffShell:
                 worker.send(caught_up.ticket.source, caught_up)
             case taking.Gone(ticket, reason, recompute):
                 worker.post(worker.decode_seat, decoding.Withdrawn(ticket, reason, recompute))
+            case taking.Fetched():
+                pass  # nobody here asks for it
             case _:
                 assert_never(command)
 

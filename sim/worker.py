@@ -77,7 +77,7 @@ class Worker(Process):
         self.prefill: PrefillShell | None = None
         self.decode: DecodeShell | None = None
         self.mixed: MixedShell | None = None
-        handoff = HandOffShell(self, Source(build.shape), Sink(build.shape, self.ledger), build.shape)
+        handoff = HandOffShell(self, Source(build.shape, self.ledger), Sink(build.shape, self.ledger), build.shape)
         self.handoff = handoff
         self.source_seat, self.sink_seat = handoff.source_seat, handoff.sink_seat
         if build.role is Role.MIXED:

@@ -1,6 +1,9 @@
 """The taking side of a hand-off, pure: pulls announced pages, verifies them, says Taken.
 
-The sink binds pages late, out of the memory its decode policy promised. The one danger of one-sided reads is here:
+The sink binds pages late, out of the memory its decode policy promised. Pages that it fetches for this worker's prefix
+cache are named when they were verified and belong to nobody; memory for them is there at once, or nothing is fetched.
+
+The one danger of one-sided reads is here:
 an abandoned read can still land. Its target pages are *in doubt* until the read reports its end or the local agent
 that posted it was destroyed (`Fence`); time is no fence (docs/architecture.md, "The hand-off").
 """
@@ -13,7 +16,19 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, PageRun, page_runs
-from core.messages import Carried, CaughtUp, First, Grant, OfferMigration, Ready, Refuse, Release, Reserve, Taken
+from core.messages import (
+    Carried,
+    CaughtUp,
+    Fetch,
+    First,
+    Grant,
+    OfferMigration,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+)
 from core.pages import Owner, Pages
 from core.quick import quick_init
 from core.ranked import Ranked
@@ -26,7 +41,18 @@ DOUBT_S = 0.5
 """A ticket waits this long for memory before the pages in doubt are fenced, however few: whole reads take far less."""
 
 
-# Events from this worker (the messages Reserve, Ready and Release come from the source).
+# Events from this worker (the messages Reserve, OfferMigration, Ready, Refuse and Release come from the source).
+@quick_init
+@dataclass(frozen=True, slots=True)
+class AskSource:
+    """Fetch the pages of this prefix that the ticket's source has and this worker has not."""
+
+    ticket: Ticket
+    prefix: tuple[int, ...]
+    """Chained hashes of the pages wanted, from the first page of their prompt on."""
+    deadline: float
+
+
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Decided:
@@ -86,9 +112,9 @@ class Fenced:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class SendToSource:
-    """Send a message to the ticket's source."""
+    """Send a message to the ticket's source; if a Fetch cannot reach it, it refuses."""
 
-    message: Grant | Refuse | Taken | Release
+    message: Grant | Refuse | Taken | Release | Fetch
 
 
 @quick_init
@@ -160,6 +186,19 @@ class Gone:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class Fetched:
+    """The answer to `AskSource`: of what was wanted so many leading pages are here, kept under their names."""
+
+    ticket: Ticket
+    pages: int
+    reason: str = ""
+    """Why none came, if none did for a reason; a source may have no more than is here."""
+    pull: Pull | None = None
+    """If they came."""
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
 class Pull:
     """What a hand-off cost."""
 
@@ -177,8 +216,9 @@ class Pull:
     """Of a row that moves: how long it ran nowhere, but for the way of its last announcement."""
 
 
-SinkEvent = Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | Reserve | OfferMigration | Ready | Release
-SinkCommand = SendToSource | AskForMore | AskPolicy | Read | Fence | Arrived | Gone
+FromSource = Reserve | OfferMigration | Ready | Refuse | Release
+SinkEvent = AskSource | Decided | Pulled | PullFailed | Drop | SourceLost | Fenced | FromSource
+SinkCommand = SendToSource | AskForMore | AskPolicy | Read | Fence | Arrived | Gone | Fetched
 
 
 class State(StrEnum):
@@ -188,15 +228,19 @@ class State(StrEnum):
     PULLING = "pulling"
 
 
-TRANSITIONS: dict[tuple[State, type | None], tuple[State | None, ...]] = {
+TRANSITIONS: dict[tuple[State | None, type | None], tuple[State | None, ...]] = {
+    (None, Reserve): (State.ASKED,),
+    (None, OfferMigration): (State.ASKED,),
+    (None, AskSource): (State.PULLING, None),
     (State.ASKED, Decided): (State.PULLING, None),
     (State.PULLING, Ready): (State.PULLING, None),
     (State.PULLING, Pulled): (State.PULLING, None),
     (State.PULLING, PullFailed): (None,),
+    (State.PULLING, Refuse): (None,),
     **{(state, event): (None,) for state in State for event in (Release, Drop, SourceLost, None)},
 }
-"""State and event (None: the deadline) -> states that may follow, None for the end. A message of the source that has no
-entry is ignored and counted."""
+"""State (None: no ticket) and event (None: the deadline) -> states that may follow, None for the end. A message of the
+source that has no entry is ignored and counted."""
 
 WAITS: dict[State, tuple[str, str]] = {
     State.ASKED: ("nothing", "memory at the sink"),
@@ -219,7 +263,10 @@ class _Piece:
 @dataclass(slots=True)
 class _Taking:
     ticket: Ticket
-    request: Request
+    asked: Reserve | OfferMigration | Fetch
+    """Whose KV it is: a prompt's, a running row's, or what this worker wants for its prefix cache."""
+    prefix: tuple[int, ...]
+    """The names of the full pages at its head, as far as they have names."""
     asked_at: float
     deadline: float
     state: State = State.ASKED
@@ -231,8 +278,9 @@ class _Taking:
     announced_pages: int = 0
     """These and all announced since."""
     verified_pages: int = 0
+    complete: bool = False
+    """All was announced."""
     firsts: tuple[First, ...] = ()
-    offer: OfferMigration | None = None
     carried: Carried | None = None
     reads: set[int] = field(default_factory=set)
     read_s: float = 0.0
@@ -240,7 +288,10 @@ class _Taking:
 
 
 class Sink:
-    """All hand-offs this worker takes. Each Reserve ends in exactly one Refuse, `Arrived` or `Gone`."""
+    """All hand-offs this worker takes.
+
+    Each Reserve and OfferMigration ends in exactly one Refuse, `Arrived` or `Gone`, each `AskSource` in one `Fetched`.
+    """
 
     def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
@@ -271,15 +322,10 @@ class Sink:
                 return self._ready(taking, event, now)
             case Pulled():
                 return self._pulled(event, now)
-            case Reserve():
-                ticket = event.ticket
-                if ticket.key in self._taking:
-                    return self._ignore()
-                return self._asked(ticket, event.request, None, now)
-            case OfferMigration(ticket, request):
-                if ticket.key in self._taking:
-                    return self._ignore()
-                return self._asked(ticket, request, event, now)
+            case Reserve() | OfferMigration():
+                return self._asked(event, now)
+            case AskSource():
+                return self._fetch(event, now)
             case Decided():
                 return self._decided(event, now)
             case None:
@@ -287,9 +333,9 @@ class Sink:
                 commands = [command for taking in late for command in self._forget(taking, "deadline", tell=True)]
                 short = self._short_since()
                 return commands + (self._fence(self._doubt) if short is not None and short + DOUBT_S <= now else [])
-            case Release(ticket, reason):
+            case Release(ticket, reason) | Refuse(ticket, reason):
                 taking = self._taking.get(ticket.key)
-                if taking is None or taking.ticket != ticket:
+                if taking is None or taking.ticket != ticket or (taking.state, type(event)) not in TRANSITIONS:
                     return self._ignore()
                 return self._forget(taking, reason, tell=False)
             case PullFailed():
@@ -327,11 +373,34 @@ class Sink:
         doubtful = sum(self._ledger.own(holder) for holder in set(self._doubt.values()))
         assert doubtful == self._ledger.counts()[Owner.IN_DOUBT]
 
-    def _asked(self, ticket: Ticket, request: Request, offer: OfferMigration | None, now: float) -> list[SinkCommand]:
+    def _asked(self, asked: Reserve | OfferMigration, now: float) -> list[SinkCommand]:
+        ticket, request = asked.ticket, asked.request
+        if ticket.key in self._taking:
+            return self._ignore()
+        prefix = request.prefix[: len(request.prompt) // self._shape.page_tokens]
         deadline = now + request.timeout_s
-        self._taking[ticket.key] = _Taking(ticket, request, now, deadline, offer=offer)
+        self._taking[ticket.key] = _Taking(ticket, asked, prefix, now, deadline)
         self._deadlines.put(ticket.key, deadline)
-        return [AskPolicy(ticket, request, offer)]
+        return [AskPolicy(ticket, request, asked if isinstance(asked, OfferMigration) else None)]
+
+    def _fetch(self, event: AskSource, now: float) -> list[SinkCommand]:
+        """Hold what is here, set memory aside for the rest, and ask for it; or leave it, if there is none."""
+        ticket, prefix, deadline = event.ticket, event.prefix, event.deadline
+        key, ledger = ticket.key, self._ledger
+        if key in self._taking:
+            raise LocalError(f"{key} is being fetched already")
+        cached = ledger.share(key, prefix, Owner.PULLING)
+        left = len(prefix) - cached
+        if not left or left > ledger.available:
+            ledger.release(key)
+            return [Fetched(ticket, cached, f"no memory for {left} pages" if left else "")]
+        ledger.promise(key, left, Owner.PULLING)
+        fetch = Fetch(ticket, prefix, cached, deadline - now)
+        taking = _Taking(ticket, fetch, prefix, now, deadline, State.PULLING, granted_at=now)
+        taking.cached_pages = taking.announced_pages = taking.verified_pages = cached
+        self._taking[key] = taking
+        self._deadlines.put(key, deadline)
+        return [SendToSource(fetch)]
 
     def _decided(self, event: Decided, now: float) -> list[SinkCommand]:
         taking = self._taking.get(event.key)
@@ -345,14 +414,10 @@ class Sink:
             return [SendToSource(Refuse(taking.ticket, event.reason))]
         taking.state, taking.granted_at = State.PULLING, now
         cached = 0
-        if taking.offer is None and (prefix := self._prefix(taking)):
-            cached = self._ledger.share(event.key, prefix, Owner.PULLING, promised=True)
+        if taking.prefix and isinstance(taking.asked, Reserve):
+            cached = self._ledger.share(event.key, taking.prefix, Owner.PULLING, promised=True)
             taking.cached_pages = taking.announced_pages = taking.verified_pages = cached
         return [SendToSource(Grant(taking.ticket, cached))]
-
-    def _prefix(self, taking: _Taking) -> tuple[int, ...]:
-        """The names of the prompt's full pages, as far as it has names."""
-        return taking.request.prefix[: len(taking.request.prompt) // self._shape.page_tokens]
 
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
@@ -360,21 +425,27 @@ class Sink:
         after = ready.first_page + count
         complete = bool(ready.firsts)
         tokens, whole = self._whole(taking, ready)
+        match taking.asked:
+            case Reserve(_, request):
+                fits = complete == (after == whole) and ready.carried is None and _known(ready.firsts, request)
+            case OfferMigration(_, request):
+                fits = not complete or (after == whole and _known(ready.firsts, request))
+                fits = fits and complete == (ready.carried is not None)
+            case Fetch():
+                fits, complete = not complete and ready.carried is None, True
         if (
             ready.first_page != taking.announced_pages
             or len(ready.digests) != count
             or after > whole
-            or (complete != (after == whole) and (taking.offer is None or complete))
-            or (ready.carried is not None) != (complete and taking.offer is not None)
-            or taking.firsts
-            or (complete and not {first.branch for first in ready.firsts} <= set(range(taking.request.sampling.n)))
+            or taking.complete
+            or not fits
         ):
             reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
             return self._forget(taking, reason, tell=True, recompute=True)
         if taking.ready_at is None:
             taking.ready_at = now
         taking.last_ready_at = now
-        taking.announced_pages = after
+        taking.announced_pages, taking.complete = after, complete
         taking.firsts, taking.carried = ready.firsts, ready.carried
         if not count:
             return self._finish(taking, now)
@@ -386,10 +457,14 @@ class Sink:
 
     def _whole(self, taking: _Taking, ready: Ready) -> tuple[int, int]:
         """Tokens with KV, and their pages, at the end; of a row that moves the most that may come until it says."""
-        tokens = len(taking.request.prompt)
-        if taking.offer is not None:
-            most = taking.offer.most
-            tokens = most if ready.carried is None else min(most, tokens + len(ready.carried.tokens) - 1)
+        match taking.asked:
+            case Reserve(_, request):
+                tokens = len(request.prompt)
+            case OfferMigration(_, request, _, _, most):
+                carried = ready.carried
+                tokens = most if carried is None else min(most, len(request.prompt) + len(carried.tokens) - 1)
+            case Fetch():
+                return len(taking.prefix) * self._shape.page_tokens, len(taking.prefix)
         return tokens, self._shape.pages_for(tokens)
 
     def _read(self, taking: _Taking, piece: _Piece) -> list[SinkCommand]:
@@ -433,13 +508,11 @@ class Sink:
     def _finish(self, taking: _Taking, now: float) -> list[SinkCommand]:
         if taking.verified_pages < taking.announced_pages:
             return []
-        if not taking.firsts:
-            return [AskForMore(CaughtUp(taking.ticket))] if taking.offer is not None else []
-        key = taking.ticket.key
+        ticket, asked = taking.ticket, taking.asked
+        if not taking.complete:
+            return [AskForMore(CaughtUp(ticket))] if isinstance(asked, OfferMigration) else []
+        key = ticket.key
         self._drop(key)
-        self._ledger.move(key, Owner.DECODING)
-        if prefix := self._prefix(taking):
-            self._ledger.name(key, prefix)
         assert taking.ready_at is not None
         carried = taking.carried
         pull = Pull(
@@ -451,8 +524,14 @@ class Sink:
             taking.granted_at - taking.asked_at,
             0.0 if carried is None else carried.stopped_s + now - taking.last_ready_at,
         )
-        arrived = Arrived(taking.ticket, taking.request, taking.firsts, pull, carried)
-        return [SendToSource(Taken(taking.ticket)), arrived]
+        if isinstance(asked, Fetch):
+            self._ledger.name(key, taking.prefix[: taking.verified_pages])
+            self._ledger.release(key)
+            return [SendToSource(Taken(ticket)), Fetched(ticket, taking.verified_pages, "", pull)]
+        self._ledger.move(key, Owner.DECODING)
+        if taking.prefix:
+            self._ledger.name(key, taking.prefix)
+        return [SendToSource(Taken(ticket)), Arrived(ticket, asked.request, taking.firsts, pull, carried)]
 
     def _forget(self, taking: _Taking, reason: str, *, tell: bool, recompute: bool = False) -> list[SinkCommand]:
         """End a ticket. Pages of unfinished reads stay in doubt under a name of their own, the rest are freed.
@@ -463,7 +542,11 @@ class Sink:
         key = taking.ticket.key
         self._drop(key)
         commands: list[SinkCommand] = [SendToSource(Release(taking.ticket, reason))] if tell else []
-        commands.append(Gone(taking.ticket, reason, recompute))
+        fetched = isinstance(taking.asked, Fetch)
+        gone = (
+            Fetched(taking.ticket, taking.cached_pages, reason) if fetched else Gone(taking.ticket, reason, recompute)
+        )
+        commands.append(gone)
         self._ledger.unpromise(key)
         if not taking.reads:
             self._ledger.release(key)
@@ -508,3 +591,8 @@ class Sink:
     def _ignore(self) -> list[SinkCommand]:
         self.ignored += 1
         return []
+
+
+def _known(firsts: tuple[First, ...], request: Request) -> bool:
+    """Whether a request has these continuations."""
+    return {first.branch for first in firsts} <= set(range(request.sampling.n))

@@ -1,5 +1,9 @@
 """The giving side of a hand-off, pure: announces sealed pages with their digests until the sink says Taken.
 
+A prompt's KV is handed over, a running row moves, or a peer fetches pages that are kept here under their names: a
+prefix, or what a decode worker has generated. What is fetched is complete when it is asked for; until the ticket ends
+the source holds it beside whoever else does, so that its digests are those of what its names say.
+
 A source needs no fence: it may free pages at Taken, release, cancel, lost peer or deadline, because it first forgets
 the ticket, and a sink accepts bytes only if every page's digest equals the one announced (docs/architecture.md,
 "The hand-off").
@@ -13,14 +17,30 @@ from enum import StrEnum
 
 from core.errors import LocalError
 from core.kv import KvShape, page_runs
-from core.messages import Carried, CaughtUp, First, Grant, OfferMigration, Ready, Refuse, Release, Reserve, Taken
+from core.messages import (
+    Carried,
+    CaughtUp,
+    Fetch,
+    First,
+    Grant,
+    OfferMigration,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+    Taken,
+)
+from core.pages import Owner, Pages
 from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.worker import Identity
 
+LENT = "lent/"
+"""Before a ticket's key: who holds, in the ledger, what its sink fetches."""
 
-# Events from this worker (the messages Grant, Refuse, Taken and Release come from the sink).
+
+# Events from this worker (the messages Grant, Refuse, Taken, Release and Fetch come from the sink).
 @quick_init
 @dataclass(frozen=True, slots=True)
 class AskSink:
@@ -147,9 +167,31 @@ class MoveEnded:
     reason: str = ""
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class FetchEnded:
+    """The ticket of a peer that fetched is forgotten, and nothing is kept for it any more."""
+
+    key: str
+    taken: bool
+    reason: str = ""
+
+
 FromSink = Grant | Refuse | CaughtUp | Taken | Release
-SourceEvent = AskSink | AskToMove | Sealed | Digested | Withdraw | SinkLost | FromSink
-SourceCommand = SendToSink | SendOffer | Digest | GrantCame | MoveAsked | HandOffEnded | MoveEnded
+SourceEvent = AskSink | AskToMove | Sealed | Digested | Withdraw | SinkLost | FromSink | Fetch
+SourceEnd = HandOffEnded | MoveEnded | FetchEnded
+SourceCommand = SendToSink | SendOffer | Digest | GrantCame | MoveAsked | SourceEnd
+
+
+class Use(StrEnum):
+    """What a ticket's pages are given for."""
+
+    HAND_OFF = "hand_off"
+    """Of a prompt, to who decodes it."""
+    MOVE = "move"
+    """Of a row that runs."""
+    FETCH = "fetch"
+    """A prefix that the sink will use, or an answer that the session's next turn goes on from."""
 
 
 class State(StrEnum):
@@ -161,7 +203,10 @@ class State(StrEnum):
     """Everything was announced; only Taken is missing."""
 
 
-TRANSITIONS: dict[tuple[State, type | None], tuple[State | None, ...]] = {
+TRANSITIONS: dict[tuple[State | None, type | None], tuple[State | None, ...]] = {
+    (None, AskSink): (State.ASKED,),
+    (None, AskToMove): (State.ASKED,),
+    (None, Fetch): (State.GRANTED, State.ANNOUNCED),
     (State.ASKED, Sealed): (State.ASKED,),
     (State.ASKED, Digested): (State.ASKED,),
     (State.ASKED, Grant): (State.GRANTED, State.ANNOUNCED),
@@ -172,27 +217,31 @@ TRANSITIONS: dict[tuple[State, type | None], tuple[State | None, ...]] = {
     (State.ANNOUNCED, Taken): (None,),
     **{(state, event): (None,) for state in State for event in (Release, Withdraw, SinkLost, None)},
 }
-"""State and event (None: the deadline) -> states that may follow, None for the end. A message of the sink that has no
-entry is ignored and counted."""
+"""State (None: no ticket) and event (None: the deadline) -> states that may follow, None for the end. A message of the
+sink that has no entry is ignored and counted."""
 
 WAITS: dict[State, tuple[str, str]] = {
     State.ASKED: ("the share of the source's arena for what has no grant", "memory at the sink"),
     State.GRANTED: ("the rest of the source's arena", "the source's engine"),
     State.ANNOUNCED: ("the rest of the source's arena", "reads"),
 }
-"""What a ticket holds here meanwhile, and what it waits for: with the sink's no ring may come of it."""
+"""What a ticket holds here meanwhile, and what it waits for: with the sink's no ring may come of it. What is fetched
+waits for digests and reads alone."""
 
 
 @dataclass(slots=True)
 class _Giving:
     ticket: Ticket
-    request: Request
+    use: Use
+    named_pages: int
+    """So many leading pages may be at the sink already."""
     deadline: float
     state: State = State.ASKED
     pages: tuple[int, ...] = ()
     sealed_tokens: int = 0
+    complete: bool = False
+    """No page will follow."""
     firsts: tuple[First, ...] = ()
-    moves: bool = False
     carried: Carried | None = None
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
@@ -202,16 +251,13 @@ class _Giving:
     announced_at: float = 0.0
     sealed_at: float = 0.0
 
-    @property
-    def complete(self) -> bool:
-        return bool(self.firsts)
-
 
 class Source:
-    """All hand-offs this worker gives. Ends each ticket in exactly one `HandOffEnded`."""
+    """All hand-offs this worker gives. Ends each ticket in exactly one `HandOffEnded`, `MoveEnded` or `FetchEnded`."""
 
-    def __init__(self, shape: KvShape) -> None:
+    def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
+        self._ledger = ledger
         self._giving: dict[str, _Giving] = {}
         self._deadlines = Ranked()
         self.ignored = 0
@@ -236,25 +282,20 @@ class Source:
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
             case AskSink():
-                ticket = event.ticket
-                if ticket.key in self._giving:
-                    raise LocalError(f"{ticket.key} is being handed off already")
-                self._giving[ticket.key] = _Giving(ticket, event.request, event.deadline)
-                self._deadlines.put(ticket.key, event.deadline)
-                return [SendToSink(Reserve(ticket, event.request))]
+                self._begin(event.ticket, Use.HAND_OFF, event.request, event.deadline)
+                return [SendToSink(Reserve(event.ticket, event.request))]
             case AskToMove(offer, deadline):
-                ticket = offer.ticket
-                if ticket.key in self._giving:
-                    raise LocalError(f"{ticket.key} is being handed off already")
-                self._giving[ticket.key] = _Giving(ticket, offer.request, deadline, moves=True)
-                self._deadlines.put(ticket.key, deadline)
+                self._begin(offer.ticket, Use.MOVE, offer.request, deadline)
                 return [SendOffer(offer)]
+            case Fetch():
+                return self._fetch(event, now)
             case None:
-                return self._end(self._deadlines.until(now), "deadline", tell=True)
+                late = [self._giving[key] for key in self._deadlines.until(now)]
+                return self._end(late, "deadline", tell=True)
             case Withdraw(key, reason):
-                return self._end([key] if key in self._giving else [], reason, tell=True)
+                return self._end([self._giving[key]] if key in self._giving else [], reason, tell=True)
             case SinkLost(identity):
-                lost = [key for key, giving in self._giving.items() if giving.ticket.sink == identity]
+                lost = [giving for giving in self._giving.values() if giving.ticket.sink == identity]
                 return self._end(lost, f"{identity.name} was lost", tell=False)
 
     def deadline(self) -> float | None:
@@ -265,6 +306,8 @@ class Source:
         for key, giving in self._giving.items():
             assert key == giving.ticket.key
             assert self._deadlines.rank(key) == giving.deadline
+            assert giving.complete == (bool(giving.firsts) or giving.use is Use.FETCH)
+            assert giving.use is not Use.FETCH or self._ledger.pages(LENT + key) == giving.pages
             assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages
             assert giving.asked_pages <= max(len(giving.pages), giving.cached_pages)
             assert giving.state is not State.ASKED or giving.announced_pages == 0, "announced without a grant"
@@ -279,22 +322,40 @@ class Source:
         if isinstance(message, Grant):
             giving.state = State.GRANTED
             self._granted(giving, message.cached_pages)
-            if not giving.moves:
+            if giving.use is Use.HAND_OFF:
                 return [GrantCame(ticket.key), *self._announce(giving, now)]
         if isinstance(message, Grant | CaughtUp):
             return [MoveAsked(ticket.key)]
-        del self._giving[ticket.key]
-        self._deadlines.drop(ticket.key)
-        if giving.moves:
-            reason = message.reason if isinstance(message, Refuse | Release) else ""
-            return [MoveEnded(ticket.key, isinstance(message, Taken), True, reason)]
         if isinstance(message, Refuse | Release):
-            return [HandOffEnded(ticket.key, taken=False, reason=message.reason)]
-        return [HandOffEnded(ticket.key, taken=True, taken_s=now - giving.announced_at)]
+            return [self._over(giving, message.reason)]
+        return [self._over(giving, taken_s=now - giving.announced_at)]
+
+    def _begin(self, ticket: Ticket, use: Use, request: Request, deadline: float) -> None:
+        if ticket.key in self._giving:
+            raise LocalError(f"{ticket.key} is being handed off already")
+        named_pages = len(request.prompt) // self._shape.page_tokens
+        self._giving[ticket.key] = _Giving(ticket, use, named_pages, deadline)
+        self._deadlines.put(ticket.key, deadline)
+
+    def _fetch(self, fetch: Fetch, now: float) -> list[SourceCommand]:
+        """Announce what is here of what a sink wants: a hand-off that is granted, and whose pages are all sealed."""
+        ticket, wanted = fetch.ticket, len(fetch.prefix)
+        if ticket.key in self._giving:
+            return self._ignore()
+        deadline = now + fetch.timeout_s
+        giving = _Giving(ticket, Use.FETCH, wanted, deadline, State.GRANTED, complete=True)
+        self._giving[ticket.key] = giving
+        self._deadlines.put(ticket.key, deadline)
+        self._ledger.share(LENT + ticket.key, fetch.prefix, Owner.HANDING_OFF)
+        giving.pages = self._ledger.pages(LENT + ticket.key)
+        self._granted(giving, fetch.cached_pages)
+        found = max(len(giving.pages), giving.cached_pages)
+        giving.sealed_tokens, giving.sealed_at = found * self._shape.page_tokens, now
+        return self._digest(giving, found, now)
 
     def _granted(self, giving: _Giving, cached_pages: int) -> None:
         """Pages that the sink has need no digest, unless some are being computed."""
-        giving.cached_pages = min(max(0, cached_pages), len(giving.request.prompt) // self._shape.page_tokens)
+        giving.cached_pages = min(max(0, cached_pages), giving.named_pages)
         if len(giving.digests) == giving.asked_pages < giving.cached_pages:
             giving.digests += [0] * (giving.cached_pages - giving.asked_pages)
             giving.asked_pages = giving.cached_pages
@@ -308,20 +369,23 @@ class Source:
             raise LocalError(f"{event.key} sealed: got {event.tokens} tokens after {giving.sealed_tokens}")
         giving.pages, giving.sealed_tokens = event.pages, event.tokens
         giving.firsts, giving.carried, giving.sealed_at = event.firsts, event.carried, now
+        giving.complete = bool(event.firsts)
         whole = event.tokens // self._shape.page_tokens
-        upto = self._shape.pages_for(event.tokens) if giving.complete else whole
+        return self._digest(giving, self._shape.pages_for(event.tokens) if giving.complete else whole, now)
+
+    def _digest(self, giving: _Giving, upto: int, now: float) -> list[SourceCommand]:
         if upto <= giving.asked_pages:
             # Nothing is left to read of a row that stopped where a page ends, or if the sink has all of it.
             return self._announce(giving, now) if giving.complete else []
         first, giving.asked_pages = giving.asked_pages, upto
-        tokens = min(event.tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
-        return [Digest(event.key, first, event.pages[first:upto], tokens)]
+        tokens = min(giving.sealed_tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
+        return [Digest(giving.ticket.key, first, giving.pages[first:upto], tokens)]
 
     def _announce(self, giving: _Giving, now: float) -> list[SourceCommand]:
         if giving.state is not State.GRANTED:
             return []
         first, upto = max(giving.announced_pages, giving.cached_pages), len(giving.digests)
-        last = bool(giving.firsts) and upto == self._shape.pages_for(giving.sealed_tokens)
+        last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
         if first >= upto and not last:
             return []
         giving.announced_pages, giving.announced_at = upto, now
@@ -340,19 +404,27 @@ class Source:
         )
         return [SendToSink(ready)]
 
-    def _end(self, keys: Iterable[str], reason: str, *, tell: bool) -> list[SourceCommand]:
+    def _end(self, ended: Iterable[_Giving], reason: str, *, tell: bool) -> list[SourceCommand]:
         commands: list[SourceCommand] = []
-        for key in keys:
-            giving = self._giving.pop(key)
-            self._deadlines.drop(key)
+        for giving in ended:
             if tell:
                 commands.append(SendToSink(Release(giving.ticket, reason)))
-            if giving.moves:
-                # Who has heard all of it may have taken it, and its word may be lost.
-                commands.append(MoveEnded(key, False, giving.state is not State.ANNOUNCED, reason))
-            else:
-                commands.append(HandOffEnded(key, taken=False, reason=reason))
+            # Who has heard all of a row may have taken it, and its word may be lost.
+            commands.append(self._over(giving, reason, sure=giving.state is not State.ANNOUNCED))
         return commands
+
+    def _over(self, giving: _Giving, reason: str = "", *, sure: bool = True, taken_s: float | None = None) -> SourceEnd:
+        key, taken = giving.ticket.key, taken_s is not None
+        del self._giving[key]
+        self._deadlines.drop(key)
+        match giving.use:
+            case Use.HAND_OFF:
+                return HandOffEnded(key, taken, reason, taken_s or 0.0)
+            case Use.MOVE:
+                return MoveEnded(key, taken, sure, reason)
+            case Use.FETCH:
+                self._ledger.release(LENT + key)
+                return FetchEnded(key, taken, reason)
 
     def _ignore(self) -> list[SourceCommand]:
         self.ignored += 1

@@ -7,7 +7,19 @@ import asyncio
 import pytest
 
 from control.handoff import HandOffShell
-from core.messages import Carried, CaughtUp, First, Freeness, Grant, OfferMigration, Ready, Refuse, Release, Reserve
+from core.messages import (
+    Carried,
+    CaughtUp,
+    Fetch,
+    First,
+    Freeness,
+    Grant,
+    OfferMigration,
+    Ready,
+    Refuse,
+    Release,
+    Reserve,
+)
 from core.worker import Lane
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone
@@ -91,6 +103,10 @@ LOST = Release(GIVEN, "no")
         (D2, Release(TAKEN, "no"), "sink"),
         (D2, Grant(GIVEN), "source"),
         (D2, Refuse(GIVEN, "no"), "source"),
+        (D2, Refuse(TAKEN, "no"), "sink"),
+        (D2, Fetch(GIVEN, (1, 2), 0, 9.0), "source"),
+        (D2, Fetch(TAKEN, (1, 2), 0, 9.0), ""),
+        (P1, Fetch(GIVEN, (1, 2), 0, 9.0), ""),
         (D2, CaughtUp(GIVEN), "source"),
         (D2, LOST, "source"),
         (D2, Freeness(D2, 3.0), "decode"),
@@ -138,6 +154,14 @@ def test_an_offer_that_no_stream_can_carry_is_refused_at_once():
     assert stage.sent == [(D2, offer)]
     assert stage.source.events == [None, Refuse(GIVEN, "no lane to decode-2")]
     assert stage.transfer.lively_ == [True], "an emulated lane moves only while we poll"
+
+
+@pytest.mark.parametrize("reached", [(D2,), ()])
+def test_a_fetch_goes_to_who_has_the_pages_or_is_refused_at_once(reached):
+    fetch = Fetch(TAKEN, (1, 2), 0, 9.0)
+    stage = play(lambda stage: stage.driver.post("sink", None), sink=[[taking.SendToSource(fetch)]], reached=reached)
+    assert stage.sent == [(D2, fetch)]
+    assert stage.sink.events[1:] == ([] if reached else [Refuse(TAKEN, "no lane to decode-2")])
 
 
 @pytest.mark.parametrize(

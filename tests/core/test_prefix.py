@@ -61,6 +61,7 @@ def test_full_pages_have_names_that_stand_for_all_before_them():
     assert page_hashes(tokens[:32], 16) == names
     assert page_hashes(tokens[:31], 16) == names[:1]
     assert page_hashes(tokens[:15], 16) == ()
+    assert page_hashes(tokens[16:], 16, after=names[0]) == names[1:], "what follows needs no more than the last name"
     others = [
         page_hashes((*tokens[:15], 999, *tokens[16:]), 16),
         page_hashes((*tokens[:16], 999, *tokens[17:]), 16),

@@ -12,6 +12,7 @@ import pytest
 from core.errors import LocalError
 from core.messages import Carried, Failed, Finished, First, Freeness, Message, Moved, OfferMigration, Tokens
 from core.pages import Owner, Pages
+from core.prefix import page_hashes
 from core.request import Stage as Part
 from core.sampling import Logprobs, Sampling
 from core.worker import Identity
@@ -113,6 +114,18 @@ class Reader:
                 full = len(known.tokens) - known.prompt == known.sampling.max_tokens
                 out.append(Sampled(row.sequence, row.stop, known.tokens[-1], "length" if full else None))
         return out
+
+
+class Mute(Reader):
+    """It always says the same."""
+
+    kv = SHAPE
+
+    def step(self, rows: Sequence[Row]) -> list[Sampled]:
+        out = super().step(rows)
+        for row in rows:
+            self.known[row.sequence].tokens[-1] = 0
+        return [replace(each, token=0) for each in out]
 
 
 class Stage:
@@ -241,6 +254,30 @@ def test_pages_in_place_of_others_open_a_sequence_again():
     asyncio.run(asyncio.wait_for(scene(), 20))
     assert engine.arena[2] == engine.arena[3] == [-1] * PAGE
     assert engine.opened == [key, key]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "named"), [(6, 8, 3), (6, 7, 3), (6, 6, 2), (8, 6, 3), (4, 2, 1), (6, 8, 0)]
+)
+def test_a_row_ends_with_the_names_of_its_full_pages(prompt, count, named):
+    """The newest token has no KV: a page that it fills has no name yet."""
+    request, key = ask(prompt, count), ticket().key
+    names = page_hashes((*request.prompt, *([5, *([0] * (count - 1))])), PAGE, "tenant")
+    # A name too many is none.
+    request = replace(request, prefix=names[: -(-prompt // PAGE)] if named or prompt < PAGE else ())
+    joins = Join(key, ticket(), request, First(5), tuple(range(4)))
+    machine = Scripted([Run(1, (key,), (joins,), (), count - 1)], [Leave(key)])
+
+    async def scene() -> None:
+        stage = Stage(machine, Mute(6))
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 2)
+        stage.close()
+        assert not stage.bugs
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    ((ended,),) = [ran.ended for ran in machine.events[1:]]
+    assert ended.prefix == names[:named]
 
 
 def test_the_prompts_logprobs_are_not_asked_for_again():

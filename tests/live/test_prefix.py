@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
+from queue import Queue
 from typing import Any
 
+import grpc
 import pytest
 
+from control.client import members
+from core.messages import Fetch, Ready
+from core.prefix import page_hashes
+from core.request import Ticket
 from core.sampling import Sampling
+from core.worker import Greeting, Identity
+from protos.baton.v1 import worker_pb2, worker_pb2_grpc
+from protos.baton.v1.worker_pb2 import Frame
+from runtime import wire
 from tests.live.asks import Case, prompt
-from tests.live.cluster import Client, Live, Reference, Reply, ask, several, together
+from tests.live.cluster import LATE_S, Client, Live, Reference, Reply, ask, several, together
 
 PAGE = 16
 
@@ -60,6 +71,13 @@ def test_the_next_turn_computes_and_moves_only_what_is_new(exact):
     first = case(prompt(100))
     said = check(exact, first, 0, 7, 0)
     check(exact, case((*first.prompt, *said.tokens, *prompt(30, 1))), 96, 3, 96)
+
+
+def test_the_decode_worker_has_what_it_said(exact):
+    """Prompt and answer are 140 tokens, of which the newest has no KV: eight full pages, the ninth crosses again."""
+    first = case(prompt(100, 20), 40)
+    said = check(exact, first, 0, 7, 0)
+    check(exact, case((*first.prompt, *said.tokens, *prompt(30, 21))), 96, 3, 128)
 
 
 def test_a_prompt_that_is_all_there_moves_no_byte(exact):
@@ -119,6 +137,44 @@ def test_many_that_begin_alike_at_once(exact):
     for asked, reply in zip(cases, asyncio.run(run()), strict=True):
         asked.check(reply, reference)
         assert reply.hashes == reference.hashes(asked.prompt, asked.sampling)
+
+
+def fetched(live: Live, name: str, names: tuple[int, ...], cached: int) -> tuple[Ready, list[str]]:
+    """What a worker announces to somebody who wants these pages, and who then goes; and what it held meanwhile."""
+    known = {each.identity.name: each for each in map(wire.member_from, members(live.deployment.coordinator))}
+    like, holder = replace(known["decode-0"], identity=Identity("stranger", 0x5)), known[name].identity
+    fetch = Fetch(Ticket(like.identity, 1, 1, holder, like.identity), names, cached, LATE_S)
+    said: Queue[list[Frame] | None] = Queue()
+    said.put([wire.hello(Greeting(like)), *wire.frames(fetch)])
+    with grpc.insecure_channel(live.deployment.running[name].address) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        requests = (worker_pb2.PeerRequest(frames=frames) for frames in iter(said.get, None))
+        for answer in stub.Peer(requests, timeout=LATE_S):
+            for frame in answer.frames:
+                if frame.WhichOneof("body") == "ready":
+                    ready = wire.Reader().message(frame)
+                    assert isinstance(ready, Ready)
+                    held = live.held()
+                    said.put(None)
+                    return ready, held
+    raise AssertionError("no answer")
+
+
+def test_workers_announce_what_somebody_fetches(exact):
+    """Both have the prompt's pages, byte for byte; the decode worker has those of the answer beside them."""
+    live, _ = exact
+    first = case(prompt(100, 30), 40)
+    said = check(exact, first, 0, 7, 0)
+    names = page_hashes((*first.prompt, *said.tokens), PAGE)
+    assert len(names) == 8
+    (there, held), (here, _) = fetched(live, "prefill-0", names, 0), fetched(live, "decode-0", names, 0)
+    assert (len(there.digests), len(here.digests)) == (6, 8)
+    assert here.digests[:6] == there.digests
+    assert len(set(here.digests)) == sum(run.count for run in here.runs) == 8
+    assert held == ["prefill-0 baton_pages shared 6"]
+    assert fetched(live, "decode-0", names, 7)[0].digests == here.digests[7:]
+    assert fetched(live, "decode-0", page_hashes(prompt(32, 31), PAGE), 0)[0].digests == ()
+    live.wait_empty()
 
 
 def test_full_arenas_give_up_what_nobody_uses(exact):

@@ -122,6 +122,7 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Release: st.builds(m.Release, tickets, text),
     m.OfferMigration: st.builds(m.OfferMigration, tickets, requests, tickets, counts, counts, counts),
     m.CaughtUp: st.builds(m.CaughtUp, tickets),
+    m.Fetch: st.builds(m.Fetch, tickets, st.lists(words, max_size=6).map(tuple), counts, seconds),
     m.Moved: st.builds(m.Moved, tickets, counts),
     m.Freeness: st.builds(m.Freeness, identities, st.floats(allow_nan=False)),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from core.free import numbers
 from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
 from core.request import Hints, Request, Slo, Ticket
@@ -46,6 +47,11 @@ PAGE = SHAPE.page_tokens
 COST = CostModel(
     "test", ((0.1, 0.01, 0.0, 0.0),), ((0.05, 0.02, 0.001),), (Lane("host", 0.01, 0.0, 0.01 / SHAPE.page_nbytes),)
 )
+
+
+def names(order: int, pages: int) -> tuple[int, ...]:
+    """Of the first pages of a request."""
+    return tuple(100 * order + page for page in range(pages))
 
 
 @dataclass
@@ -116,6 +122,7 @@ class World:
         """Of the last order's rows, while it goes on."""
         self.from_sink: deque = deque()
         self.doubts = 0
+        self.loans = 0
         self.log: list[tuple[float, str]] = []
         self.failing = False
 
@@ -125,6 +132,7 @@ class World:
             self.perform(command)
         if self.checks:
             self.machine.check()
+            self.look_up()
         self.turn_clock(self.now)
 
     def turn_clock(self, until: float) -> None:
@@ -318,17 +326,30 @@ class World:
             self.look(sequence, position + 1)
             if sequence.generated == sequence.guest.stops_at + sequence.branch:
                 sequence.finish = "stop"
-                ended.append(Ended(key, "stop", sequence.generated, 2))
+                ended.append(Ended(key, "stop", sequence.generated, 2, self.names(sequence, position + 1)))
                 continue
             sequence.generated += 1
             if sequence.generated == request.sampling.max_tokens:
                 sequence.finish = "length"
-                ended.append(Ended(key, "length", sequence.generated))
+                ended.append(Ended(key, "length", sequence.generated, None, self.names(sequence, position + 1)))
         if ended or self.cut or self.done == run.steps:
             self.run = None
             for end in ended:
                 self.forget_oldest(end.key)
             self.give(Ran(run.run_id, self.done, tuple(ended)))
+
+    def names(self, sequence: Sequence, written: int) -> tuple[int, ...]:
+        """As the shell; sometimes it has none, or more than the pages that are full."""
+        pages = written // PAGE + sequence.guest.order % 2
+        return () if sequence.guest.order % 5 == 4 else names(sequence.guest.order, pages)
+
+    def look_up(self) -> None:
+        """Pages with names hold what these say."""
+        guests = list(self.guests.values())
+        for piece in self.ledger._prefixes.pieces():
+            for page, name in zip(numbers(piece.runs), piece.hashes, strict=True):
+                key, first = guests[name // 100].ticket.key, name % 100 * PAGE
+                assert self.arena[page] == [(key, first + slot) for slot in range(PAGE)], "not what its name says"
 
     def forget_oldest(self, key: str) -> None:
         if key == self.oldest:
@@ -371,9 +392,8 @@ class World:
     ) -> Guest:  # fmt: skip
         new = ticket(len(self.guests) + 1, minter=minter)
         sampling = Sampling(max_tokens, seed=1, n=n)
-        names = tuple(100 * len(self.guests) + page for page in range(prompt // PAGE)) if session else ()
-        hints = Hints(session=session)
-        request = Request("r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=names)
+        hints, named = Hints(session=session), names(len(self.guests), prompt // PAGE)
+        request = Request("r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named)
         guest = Guest(new, request, stops_at, len(self.guests), self.now + timeout_s)
         self.guests[new.key] = guest
         self.give(Asked(new, request))
@@ -390,6 +410,7 @@ class World:
         for position in range(len(guest.request.prompt)):
             self.arena[table[position // PAGE]][position % PAGE] = (key, position)
         self.ledger.move(key, Owner.DECODING)
+        self.ledger.name(key, guest.request.prefix)
         guest.hand_off = "arriving"
         firsts = tuple(First(7, branch=branch) for branch in range(guest.request.sampling.n))
         for first in firsts:
@@ -425,11 +446,23 @@ class World:
             self.ledger.release(holder)
         self.turn_clock(self.now)
 
+    def lend(self, guest: Guest) -> None:
+        """Somebody fetches pages of a request that are kept, or still in use; nobody tells the policy."""
+        self.loans += 1
+        self.ledger.share(f"lent/{self.loans}", names(guest.order, 99), Owner.HANDING_OFF)
+
+    def returned(self) -> None:
+        """All that was fetched is there."""
+        for holder in [name for name in self.ledger.holders() if name.startswith("lent/")]:
+            self.ledger.release(holder)
+        self.turn_clock(self.now)
+
     # The end.
     def settle(self) -> None:
         """Everything under way ends, and then nothing is left."""
         for _ in range(3000):
             self.fence()
+            self.returned()
             moving = [sequence for sequence in self.sequences.values() if sequence.moving]
             promised = [guest for guest in self.guests.values() if guest.hand_off == "promised"]
             if self.from_sink:
@@ -447,6 +480,7 @@ class World:
         assert self.machine.queue() == dict.fromkeys(State, 0), "a request hangs"
         while (due := self.machine.deadline()) is not None:  # only sessions are kept
             self.turn_clock(due)
+        self.look_up()
         assert self.ledger.pinned == 0
         assert self.ledger.holders() == ()
         assert self.machine.host_pages == 0

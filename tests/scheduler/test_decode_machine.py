@@ -80,6 +80,15 @@ class DecodeWorker(RuleBasedStateMachine):
     def fence(self, count):
         self.world.fence(count)
 
+    @precondition(lambda self: self.world.guests)
+    @rule(data=st.data())
+    def lend(self, data):
+        self.world.lend(data.draw(st.sampled_from(list(self.world.guests.values()))))
+
+    @rule()
+    def returned(self):
+        self.world.returned()
+
     @precondition(lambda self: self.world.run is not None)
     @rule(steps=st.sampled_from([1, 2, 5, 12]))
     def step(self, steps):

@@ -77,8 +77,10 @@ def test_only_the_last_pause_of_a_session_ends_its_pin():
     assert (pins.deadline(), pins.over(99.0), len(pins)) == (None, [], 0)
 
 
-def turn(machine: DecodePolicy, ledger: Pages, counter: int, now: float, prefix=(11, 12), session: str = "s") -> list:
-    """A request of two full pages and a half comes, runs and ends."""
+def turn(
+    machine: DecodePolicy, ledger: Pages, counter: int, now: float, prefix=(11, 12), session: str = "s", names=()
+) -> list:
+    """A request of two full pages and a half comes, runs and ends with KV of 13 tokens, and `names`."""
     request = replace(ask(10, 4), hints=Hints(session=session, tool="grep"), prefix=prefix)
     key = ticket(counter)
     assert machine.on(Asked(key, request), now) == [Answer(key.key, True)]
@@ -86,7 +88,7 @@ def turn(machine: DecodePolicy, ledger: Pages, counter: int, now: float, prefix=
     ledger.move(key.key, Owner.DECODING)
     *_, run = machine.on(KvArrived(key, request, (First(5),)), now)
     assert isinstance(run, Run)
-    return machine.on(Ran(run.run_id, 3, (Ended(key.key, "length", 4),)), now + 1)
+    return machine.on(Ran(run.run_id, 3, (Ended(key.key, "length", 4, prefix=names),)), now + 1)
 
 
 def made(pages: int = 12, **pins) -> tuple[DecodePolicy, Pages]:
@@ -117,6 +119,28 @@ def test_what_has_no_name_no_session_or_no_time_is_not_kept(prefix, session, mos
     machine, ledger = made(most_s=most_s)
     turn(machine, ledger, 1, 0.0, prefix, session)
     assert (ledger.pinned, ledger.available, machine.deadline()) == (0, 12, None)
+
+
+@pytest.mark.parametrize("session", ["s", ""])
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [((11, 12, 13), 3), ((11, 12, 13, 14), 3), ((11, 12), 2), ((11,), 2), ((11, 99, 13), 2), ((), 2)],
+)
+def test_full_pages_of_an_answer_are_kept_with_those_of_its_prompt(session, names, kept):
+    machine, ledger = made()
+    turn(machine, ledger, 1, 0.0, session=session, names=names)
+    if not session and not names:
+        kept = 0  # who verified the prompt has given its names
+    assert ledger.cached((11, 12, 13, 14)) == kept
+    assert ledger.pinned == (kept if session else 0)
+    assert ledger.available == 12 - ledger.pinned
+    machine.check()
+
+
+def test_without_names_for_the_prompt_an_answer_has_none():
+    machine, ledger = made()
+    turn(machine, ledger, 1, 0.0, (), names=(11, 12, 13))
+    assert (ledger.cached((11, 12, 13)), ledger.pinned) == (0, 0)
 
 
 def test_pins_yield_to_whoever_asks():

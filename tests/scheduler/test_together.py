@@ -34,6 +34,7 @@ from core.messages import (
     Tokens,
 )
 from core.pages import Owner, Pages
+from core.prefix import page_hashes
 from core.request import Phase, Request, Ticket
 from core.sampling import Logprobs, Sampling
 from core.worker import Identity, Role
@@ -96,6 +97,12 @@ class Sequence:
     again: tuple[int, ...] = ()
     """Of a decode sequence what others have said, until it was repeated."""
     branch: int = 0
+    prefix: tuple[int, ...] = ()
+
+    def names(self) -> tuple[int, ...]:
+        """Of all full pages, if those of the prompt have names; the newest token has no KV."""
+        known = self.prefix
+        return known and known + page_hashes(self.tokens[len(known) * PAGE : -1], PAGE, after=known[-1])
 
 
 @dataclass
@@ -250,7 +257,7 @@ class Worker(Process):
         self.ledger.bind("scratch", 1, Owner.SCRATCH)
         self.room = self.ledger.available
         self.arena: list[list[int]] = [[-1] * PAGE for _ in range(pages)]
-        self.source, self.sink = giving.Source(SHAPE), taking.Sink(SHAPE, self.ledger)
+        self.source, self.sink = giving.Source(SHAPE, self.ledger), taking.Sink(SHAPE, self.ledger)
         self.seat("source", self.source, self.give)
         self.seat("sink", self.sink, self.take)
         if role.prefills:
@@ -310,7 +317,8 @@ class Worker(Process):
         self, name: str, ticket: Ticket, tokens: tuple[int, ...], pages: tuple[int, ...], request: Request
     ) -> None:
         assert name not in self.sequences
-        self.sequences[name] = Sequence(list(tokens), pages, request.sampling, len(request.prompt), ticket)
+        sequence = Sequence(list(tokens), pages, request.sampling, len(request.prompt), ticket, prefix=request.prefix)
+        self.sequences[name] = sequence
 
     def close(self, name: str) -> None:
         self.sequences.pop(name, None)
@@ -407,7 +415,7 @@ class Worker(Process):
             if finish is not None:
                 generated = len(sequence.tokens) - sequence.prompt - (finish == "stop")
                 stop = token if finish == "stop" else None
-                ended.append(decode.Ended(key, finish, generated, stop))
+                ended.append(decode.Ended(key, finish, generated, stop, sequence.names()))
         if ended or self.cut or steps == command.steps:
             self.next_job()
             self.post("decode", decode.Ran(command.run_id, steps, tuple(ended)))

@@ -245,7 +245,7 @@ def test_page_hashes_follow_blocks():
     assert page_hashes(Arrival(0.0, 1300, 1), 64) == ()
 
 
-def test_a_mixed_worker_finds_the_answer_of_the_turn_before_and_others_do_not():
+def test_who_decodes_finds_the_answer_of_the_turn_before_and_a_prefill_worker_does_not():
     """Two turns: the second repeats prompt and answer of the first, 2,400 tokens, and adds 100."""
     blocks = tuple(range(40))
     first = Arrival(0.0, 1600, 800, blocks[:25], 64, "s", 0, 1.0)
@@ -255,6 +255,9 @@ def test_a_mixed_worker_finds_the_answer_of_the_turn_before_and_others_do_not():
     empty(simulation)
     outcomes, simulation = run(Workload("talk", (first, second)), "1 prefill, 1 decode")
     assert [each.cached for each in outcomes] == [0, 1600]
+    (worker,) = [worker for worker in simulation.workers.values() if worker.decode is not None]
+    crossed = 1600 + 2500 - 2399 // 64 * 64
+    assert simulation.world.network.nbytes == worker.build.shape.pages_for(crossed) * worker.build.shape.page_nbytes
     empty(simulation)
 
 

@@ -14,22 +14,23 @@ DOC = Path(__file__).parents[2] / "docs" / "architecture.md"
 BEGIN, END = "<!-- python -m tests.transfer.diagram -->\n", "<!-- end -->\n"
 
 
-def side(name: str, first: str, table: dict[Any, Any]) -> list[str]:
+def side(name: str, table: dict[Any, Any]) -> list[str]:
     """One machine: events that lead from one state to another on one arrow."""
-    arrows: dict[tuple[str, str], list[str]] = {}
+    arrows: dict[tuple[str, ...], list[str]] = {}
     for (state, event), after in table.items():
         for to in after:
             if to is not state:
                 word = "deadline" if event is None else event.__name__
-                arrows.setdefault((f"{name}_{state}", f"{name}_{to}" if to else "[*]"), []).append(word)
-    lines = [f"    state {name} {{", f"        [*] --> {name}_asked: {first}"]
+                ends = tuple(f"{name}_{each}" if each else "[*]" for each in (state, to))
+                arrows.setdefault(ends, []).append(word)
+    lines = [f"    state {name} {{"]
     lines += [f"        {start} --> {stop}: {', '.join(words)}" for (start, stop), words in arrows.items()]
     return [*lines, "    }"]
 
 
 def drawn() -> str:
     """Both machines as Mermaid."""
-    lines = [*side("source", "AskSink", source.TRANSITIONS), *side("sink", "Reserve", sink.TRANSITIONS)]
+    lines = [*side("source", source.TRANSITIONS), *side("sink", sink.TRANSITIONS)]
     return "".join(f"{line}\n" for line in ("```mermaid", "stateDiagram-v2", *lines, "```"))
 
 

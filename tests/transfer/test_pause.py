@@ -15,7 +15,7 @@ STAGES = (Stage("decode", "decode-1", 1.0),)
 
 
 def test_the_pause_is_the_time_since_it_stopped_at_either_end():
-    source, ledger = giving.Source(SHAPE), Pages(20)
+    source, ledger = giving.Source(SHAPE, Pages(20)), Pages(20)
     sink = taking.Sink(SHAPE, ledger)
     source.on(giving.AskToMove(OFFER, 90.0), 1.0)
     source.on(Grant(OFFER.ticket), 2.0)

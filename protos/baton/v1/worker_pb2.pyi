@@ -32,7 +32,7 @@ class PeerResponse(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release", "offer_migration", "caught_up", "moved", "freeness")
+    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release", "offer_migration", "caught_up", "moved", "freeness", "fetch")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class Frame(_message.Message):
     CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     FREENESS_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     heartbeat: Heartbeat
     goodbye: Goodbye
@@ -81,7 +82,8 @@ class Frame(_message.Message):
     caught_up: CaughtUp
     moved: Moved
     freeness: Freeness
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., offer_migration: _Optional[_Union[OfferMigration, _Mapping]] = ..., caught_up: _Optional[_Union[CaughtUp, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., freeness: _Optional[_Union[Freeness, _Mapping]] = ...) -> None: ...
+    fetch: Fetch
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., offer_migration: _Optional[_Union[OfferMigration, _Mapping]] = ..., caught_up: _Optional[_Union[CaughtUp, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., freeness: _Optional[_Union[Freeness, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("minter", "counter", "attempt", "source", "sink")
@@ -420,6 +422,18 @@ class CaughtUp(_message.Message):
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
+
+class Fetch(_message.Message):
+    __slots__ = ("ticket", "prefix", "cached_pages", "timeout_s")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    prefix: _containers.RepeatedScalarFieldContainer[int]
+    cached_pages: int
+    timeout_s: float
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., cached_pages: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("ticket", "moves")
