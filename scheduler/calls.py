@@ -51,7 +51,7 @@ class Flight:
     """Of its last ticket."""
     phase: Phase = Phase.QUEUED
     parked: bool = False
-    """Everyone refused: it waits for a worker that says it has room."""
+    """Everyone refused, or nobody is there: it waits for a worker that says it has room, or for one that comes."""
     called: bool = False
     """Its offer is the answer to such a word."""
     load: Load | None = None

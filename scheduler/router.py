@@ -3,7 +3,8 @@
 Offers a request to prefill workers, in the order of a `Placement`, until one accepts (after P/D-Serve, "on-demand
 forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
 it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
-order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost.
+order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
+finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline.
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -31,7 +32,7 @@ from core.messages import (
 )
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
-from core.worker import Identity, Role
+from core.worker import Identity, Member, Role
 from scheduler.calls import Branch, Call, Flight
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
@@ -89,6 +90,8 @@ class Router:
         self._alarms = Ranked()
         """When each flight needs a look, by the same key."""
         self._parked = Waiting()
+        self._stranded: dict[str, Flight] = {}
+        """Begun flights that no pair of workers can take, by the same key, the first that was stranded first."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -136,9 +139,7 @@ class Router:
                 call = self._calls.get(counter)
                 commands = self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
-                post = self._workers.up(member)
-                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
-                commands = self._has_room(post, post.room) if post is not None and len(self._parked) else []
+                commands = self._worker_up(member, now)
             case WorkerDown(identity):
                 commands = self._worker_down(identity, now)
             case SlotFree(identity, tokens):
@@ -164,10 +165,15 @@ class Router:
             assert flight in flight.call.flights
             assert not flight.phase.ended
             assert flight.live() or flight.finished is not None
-            assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == (key in self._parked)
+            waits = (key in self._parked) + (key in self._stranded)
+            assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == waits
             assert not flight.called or self._called.get(flight.ticket.source) is flight
         parked = [flight for flight in self._flights.values() if flight.parked]
-        assert len(parked) == len(self._parked)
+        assert len(parked) == len(self._parked) + len(self._stranded)
+        for key, flight in self._stranded.items():
+            assert flight is self._flights[key]
+            assert flight.placements
+            assert not flight.refusals
         assert not self._roomy
         for identity, flight in self._called.items():
             assert flight.called
@@ -217,10 +223,14 @@ class Router:
                     continue
                 if sinks := self._placement.sinks(source, need, self._workers):
                     return [self._offer_to(flight, source, sinks, now)]
-        if flight.silent and need.wait_s:
-            flight.tried -= flight.silent  # busy, not lost: they are asked again as long as that is soon enough
+        # Busy, not lost: they are asked again as long as that is soon enough; so is one to blame if no other will do.
+        spared = flight.silent if flight.refusals else flight.tried
+        if spared and need.wait_s:
+            flight.tried -= spared
             flight.silent.clear()
             return self._offer(flight, now)
+        if flight.placements and not flight.refusals and need.wait_s:
+            return self._strand(flight)
         if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
             return self._shed(flight)
         return self._park(flight)
@@ -286,6 +296,35 @@ class Router:
         why = f"{who} prefill workers refused; {best.ticket.source.name}: {best.reason}"
         return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
 
+    # Waiting for a worker.
+    def _strand(self, flight: Flight) -> list[RouterCommand]:
+        """Wait for workers: what was begun is finished as late as it may be. All flights at rest have a ticket, so it
+        has one that nobody was told of."""
+        call = flight.call
+        call.offers += 1
+        flight.placed, flight.second = Ticket(self._me, call.counter, call.offers, self._me, self._me), None
+        flight.key, flight.parked = flight.placed.key, True
+        self._flights[flight.key] = self._stranded[flight.key] = flight
+        self._alarms.put(flight.key, self._until(flight))
+        return []
+
+    def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
+        """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
+        post = self._workers.up(member)
+        commands: list[RouterCommand] = []
+        if self._stranded and member.ready and self._workers.missing() is None:
+            for key, flight in list(self._stranded.items()):
+                if self._stranded.get(key) is flight:
+                    self._leave(flight)
+                    commands += self._offer(flight, now)
+        if len(self._parked) and member.ready:
+            if post is not None:
+                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
+                self._has_room(post, post.room)
+            if member.role.decodes:
+                self._roomy += [each.identity for each in self._workers.free(1)]
+        return commands
+
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
         """Wait; there may be workers that said they have room and have refused nobody since."""
@@ -334,6 +373,8 @@ class Router:
             flight.parked = False
             if flight.key in self._parked:
                 self._parked.remove(flight.key)
+            else:
+                self._stranded.pop(flight.key, None)
 
     # Messages of workers.
     def _heard(self, message: Answer, now: float) -> list[RouterCommand]:
@@ -626,11 +667,20 @@ class Router:
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
-                commands += self._end(call, Phase.FAILED, why, "DEADLINE_EXCEEDED")
+                lacking = self._lacking(flight)
+                code = "UNAVAILABLE" if lacking else "DEADLINE_EXCEEDED"
+                commands += self._end(call, Phase.FAILED, f"{lacking}: {why}" if lacking else why, code)
             else:
                 flight.silent.add(flight.ticket.source)
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
+
+    def _lacking(self, flight: Flight) -> str | None:
+        """What kind of worker a flight still waits for, None if it is at one or waits for room."""
+        if not flight.parked:
+            return None
+        nobody = "no worker with room for it is ready" if flight.key in self._stranded else None
+        return self.missing() or nobody
 
     def _until(self, flight: Flight) -> float:
         deadline = flight.call.deadline
