@@ -65,6 +65,9 @@ class RouterConfig:
     """A worker that does not answer an offer within this time is passed over."""
     max_attempts: int = 4
     """Placements of one request before it fails."""
+    again_s: float = 0.1
+    """After a prefill worker failed it, a request is placed again at once if there is another; where there is none, and
+    after later failures, it waits so long, and twice as long after each. News of why must be faster than attempts."""
     max_tries: int = 4
     """Refusals after which a request that is being placed waits for a worker to say that it has room."""
     offer_pages: int = 1024
@@ -91,7 +94,7 @@ class Router:
         """When each flight needs a look, by the same key."""
         self._parked = Waiting()
         self._stranded: dict[str, Flight] = {}
-        """Begun flights that no pair of workers can take, by the same key, the first that was stranded first."""
+        """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -200,9 +203,16 @@ class Router:
         return self._place(call, tuple(range(len(branches))), 0, set(), now)
 
     def _place(
-        self, call: Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
+        self,
+        call: Call,
+        branches: tuple[int, ...],
+        placements: int,
+        tried: set[Identity],
+        now: float,
+        resumes: float = 0.0,
     ) -> list[RouterCommand]:
-        """Put continuations on their way: all of them with the prompt alone, or one with its tokens so far."""
+        """Put continuations on their way, not before `resumes`: all of them with the prompt alone, or one with its
+        tokens so far."""
         request = call.request
         done = len(call.branches[branches[0]].tokens) if len(branches) == 1 else 0
         # A rest is never more than the whole, and all continuations together are placed without tokens only.
@@ -210,7 +220,7 @@ class Router:
         need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
-        return self._offer(flight, now)
+        return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
 
     def _offer(self, flight: Flight, now: float) -> list[RouterCommand]:
         """Offer to the next best prefill worker; when enough of them refused, wait for room or say early that it is
@@ -297,13 +307,13 @@ class Router:
         return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
 
     # Waiting for a worker.
-    def _strand(self, flight: Flight) -> list[RouterCommand]:
-        """Wait for workers: what was begun is finished as late as it may be. All flights at rest have a ticket, so it
-        has one that nobody was told of."""
+    def _strand(self, flight: Flight, resumes: float = math.inf) -> list[RouterCommand]:
+        """Wait for workers, or for a while: what was begun is finished as late as it may be. All flights at rest have
+        a ticket, so it has one that nobody was told of."""
         call = flight.call
         call.offers += 1
         flight.placed, flight.second = Ticket(self._me, call.counter, call.offers, self._me, self._me), None
-        flight.key, flight.parked = flight.placed.key, True
+        flight.key, flight.parked, flight.resumes = flight.placed.key, True, resumes
         self._flights[flight.key] = self._stranded[flight.key] = flight
         self._alarms.put(flight.key, self._until(flight))
         return []
@@ -314,7 +324,7 @@ class Router:
         commands: list[RouterCommand] = []
         if self._stranded and member.ready and self._workers.missing() is None:
             for key, flight in list(self._stranded.items()):
-                if self._stranded.get(key) is flight:
+                if self._stranded.get(key) is flight and flight.resumes == math.inf:
                     self._leave(flight)
                     commands += self._offer(flight, now)
         if len(self._parked) and member.ready:
@@ -636,16 +646,20 @@ class Router:
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
-        tried = {blamed} if blamed is not None and self._workers.others(blamed) else set()
+        others = blamed is not None and self._workers.others(blamed)
+        tried = {blamed} if blamed is not None and others else set()
+        resumes = 0.0
+        if blamed is not None and (flight.placements > 1 or not others):
+            resumes = now + self._config.again_s * 2 ** max(0, flight.placements - 1)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)
         if not begun:
-            return [*commands, *self._place(call, flight.branches, flight.placements, tried, now)]
+            return [*commands, *self._place(call, flight.branches, flight.placements, tried, now, resumes)]
         for index in full:
             commands += self._complete(call, index, "length")
         for index in live:
             if index not in full and call.counter in self._calls:
-                commands += self._place(call, (index,), flight.placements, set(tried), now)
+                commands += self._place(call, (index,), flight.placements, set(tried), now, resumes)
         return commands
 
     def _again(self, flight: Flight, now: float) -> list[RouterCommand]:
@@ -664,6 +678,9 @@ class Router:
                 commands += self._finish(flight)
             elif flight.parked and not flight.placements:
                 commands += self._shed(flight)
+            elif flight.parked and flight.resumes <= now < call.deadline:
+                self._leave(flight)
+                commands += self._offer(flight, now)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
@@ -679,15 +696,15 @@ class Router:
         """What kind of worker a flight still waits for, None if it is at one or waits for room."""
         if not flight.parked:
             return None
-        nobody = "no worker with room for it is ready" if flight.key in self._stranded else None
-        return self.missing() or nobody
+        stranded = flight.key in self._stranded and flight.resumes == math.inf
+        return self.missing() or ("no worker with room for it is ready" if stranded else None)
 
     def _until(self, flight: Flight) -> float:
         deadline = flight.call.deadline
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
         if flight.parked:
-            return min(self._patience(flight), deadline)
+            return min(self._patience(flight), deadline, flight.resumes)
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(

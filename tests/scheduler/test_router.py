@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -312,6 +313,44 @@ def test_who_is_to_blame_is_asked_again_where_nobody_else_could_do_it():
     key = prefilling(machine)
     commands = machine.on(Failed(key, "UNAVAILABLE", "oh"), 1.0)
     assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 6, 8, 99.0))
+
+
+def test_who_is_to_blame_and_the_only_one_is_asked_again_a_little_later():
+    machine = router(UP[0], UP[2])
+    commands = machine.on(Failed(prefilling(machine), "UNAVAILABLE", "oh"), 1.0)
+    assert not [command for command in commands if isinstance(command.message, Offer)], "not at once"
+    assert machine.deadline() == 1.1
+    assert machine.on(WorkerUp(UP[3]), 1.05) == [], "nor when anybody comes"
+    assert machine.on(None, 1.1) == [ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 98.9))]
+
+
+def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
+    """One prefill and one decode worker: the fourth failure, after 0.7 s, would be the last."""
+    machine = router(UP[0], UP[2], again_s=0.1)
+    now, key = 0.0, prefilling(machine)
+    waits = []
+    for _ in range(3):
+        machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
+        machine.check()
+        due = machine.deadline()
+        assert due is not None
+        waits.append(round(due - now, 6))
+        now = due
+        (offer,) = machine.on(None, now)
+        key = offer.message.ticket
+        machine.on(Accept(key), now)
+    assert waits == [0.1, 0.2, 0.4]
+    assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 4
+
+
+def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
+    machine = router(UP[0], UP[2])
+    machine.on(Failed(prefilling(machine), "UNAVAILABLE", "no lane"), 0.0)
+    machine.on(WorkerUp(replace(UP[2], ready=False)), 0.05)
+    assert machine.on(None, 0.1) == []
+    assert machine.deadline() == 100.0
+    (offer,) = machine.on(WorkerUp(UP[2]), 5.0)
+    assert (offer.worker, offer.message.wait_s) == (P1, 95.0)
 
 
 def test_a_request_that_was_offered_only_does_not_wait_for_a_worker():
@@ -740,7 +779,8 @@ class Deployment(RuleBasedStateMachine):
         live = {counter for counter, client in self.clients.items() if client.end is None}
         assert len(self.router) == len(live) == sum(self.router.phases().values())
         if {P1, P2} & self.up and {D1, D2} & self.up:
-            assert not self.router._stranded, "it waits beside workers that could take it"
+            waits = [flight for flight in self.router._stranded.values() if flight.resumes == math.inf]
+            assert not waits, "it waits beside workers that could take it"
 
     def teardown(self):
         for who in self.people:
