@@ -19,6 +19,7 @@ from core.kv import PageRun
 from core.worker import Identity, Numerics, Role
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodePolicy
+from scheduler.lanes import LanesConfig
 from tests.cast import SHAPE
 from tests.live.cluster import until
 from transfer import thread as lanes
@@ -101,7 +102,7 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
         transports[me.name] = Flaky(str(me))
         return transports[me.name]
 
-    monkeypatch.setattr(working, "RETRY_S", 0.05)
+    monkeypatch.setattr(working, "LANES", LanesConfig(first_s=0.05, most_s=0.05))
     monkeypatch.setattr(lanes, "PROBE_ANSWER_S", 0.05)
 
     async def run() -> None:
