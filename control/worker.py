@@ -405,6 +405,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._met(peer)
             elif self._readers.pop(peer, None) is not None:
                 log.warning("%s cannot read from here for now", peer)
+                self._transfer.boost(LANES.most_s + 1.0)  # it is about to measure its lane anew
                 self._handoff.parted(peer)
             self._changed()
         else:

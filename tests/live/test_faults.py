@@ -88,17 +88,17 @@ def test_a_read_that_fails_costs_an_attempt(live, reference, nth):
 
 
 def test_a_lane_that_breaks_is_made_anew_while_both_its_workers_serve(live, reference):
-    """Every lane breaks in turn, in the middle of a crowd; nobody is lost, and afterwards there are as many as before."""
+    """One of each decode worker's, in the middle of a crowd; nobody is lost, and both lanes are there afterwards."""
     before, remade = len(live.lines()), live.total("baton_lanes_remade")
-    live.fault(sinks(Rule("read", "break", nth=3), Rule("read", "break", nth=20)))
+    live.fault(sinks(Rule("read", "break", nth=2)))
     cases = crowd(16, 8)
     for each, reply in zip(cases, answers(live, cases), strict=True):
         exact(each, reply, reference)
-    assert len(live.acted()) == 4
-    until(lambda: live.total("baton_lanes_remade") == remade + 4, "all are made anew")
+    assert len(live.acted()) == 2
+    until(lambda: live.total("baton_lanes_remade") == remade + 2, "both are made anew")
     said = [line["message"] for line in live.lines()[before:]]
     assert not [line for line in said if line.startswith("lost ")]
-    assert sum("broke: the lane was broken" in line for line in said) == 4
+    assert sum("broke: the lane was broken" in line for line in said) == 2
     live.fault({})
     live.wait_ready()
     each = case(300, 30, 8, forever=True)
