@@ -14,13 +14,14 @@ from transfer import nixl
 
 ROOT = Path(__file__).parents[2]
 TRANSPORT = """
-import os
+import ctypes, os
 from control.worker import make_transport
 from core.worker import Identity
 from tests.transfer.peer import arena
 transport = make_transport("nixl", Identity("one", 1))
 transport.register(arena(8, 4096), 4096)
 print(transport.metadata() != b"", flush=True)
+ctypes.CDLL(None).fflush(None)  # UCX writes its log through a buffered C stream
 os._exit(0)
 """
 
