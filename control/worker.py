@@ -31,6 +31,7 @@ from runtime.registry import Registry
 from scheduler import decode_policy, prefill_policy
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.drain import Begun, Drain, DrainCommand, Drained, Look, Looked
 from scheduler.lanes import (
     Broke,
     DeclareAway,
@@ -59,12 +60,8 @@ log = logging.getLogger("baton.worker")
 SERVICE = "baton.v1.WorkerService"
 ENGINE_NICE = 10
 """On a core that it shares with the loop and the transfer thread, the engine waits: they are never busy long."""
-DRAIN_S = 5.0
-"""A decode worker that is to end gives its rows away for so long at most: its launcher waits a little longer."""
 LAST_TOKENS = 256
 """Of KV that a row which moves may leave for its last stage, while which it stands still: 16 of Llumnix's blocks."""
-LOOK_S = 0.02
-"""Between two looks at what it still has."""
 LANES = LanesConfig()
 """When a lane that failed is made again."""
 SCRATCH_NBYTES = 4 * 2**20
@@ -236,10 +233,20 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._changed()
         self._driver.post("decode", decode_policy.Drain())
         given = policy.moves.given
-        for _ in range(round(DRAIN_S / LOOK_S)):
-            if not (self._sound and policy.giving()):
-                break
-            await asyncio.sleep(LOOK_S)
+        drained = self._loop.create_future()
+
+        def perform(command: DrainCommand) -> None:
+            match command:
+                case Look():
+                    self._driver.post("drain", Looked(self._sound and policy.giving()))
+                case Drained():
+                    drained.set_result(None)
+                case _:
+                    assert_never(command)
+
+        self._driver.seat("drain", Drain(), perform)
+        self._driver.post("drain", Begun())
+        await drained
         left = sum(policy.queue().values())
         log.info("drained: %d rows moved, %d requests are left", policy.moves.given - given, left)
 
