@@ -466,7 +466,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _complain(self, peer: str, reason: str) -> None:
         identity = Identity.parse(peer)
         there = identity == self._me or self._peers.has(identity)
-        log.log(logging.ERROR if there else logging.INFO, "lane from %s: %s", peer, reason)
+        level = logging.WARNING if self._ways.away(identity) else logging.ERROR  # that one is away was said before
+        log.log(level if there else logging.INFO, "lane from %s: %s", peer, reason)
 
     def _members_changed(self, members: tuple[Member, ...]) -> None:
         kept = {who: where for who, where in self._addresses.items() if self._peers.has(who)}
