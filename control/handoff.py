@@ -39,7 +39,8 @@ SOURCE, SINK, DECODE = "source", "sink", "decode"
 class HandOffShell:
     """Seats `source` and `sink` in `driver`. The seats "prefill" and "decode" exist as far as the role needs them.
 
-    `moves`: the policy in the seat "decode" gives and takes running rows.
+    `moves`: the policy in the seat "decode" gives and takes running rows. `away`: whether nothing can be read from a
+    peer for now, though it is there.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class HandOffShell:
         emulated: Callable[[], bool],
         *,
         moves: bool = False,
+        away: Callable[[Identity], bool] = lambda peer: False,
     ) -> None:
         self.source = source
         self.sink = sink
@@ -64,6 +66,7 @@ class HandOffShell:
         self._lane = lane
         self._emulated = emulated
         self._moves = moves
+        self._away = away
         self._lively = False
         self._jobs: dict[int, tuple[str, int]] = {}
         """Digests under way: ticket and first page."""
@@ -86,7 +89,10 @@ class HandOffShell:
         ticket = message.ticket
         ends = ticket.source, ticket.sink
         if isinstance(message, Reserve | Ready | OfferMigration | Refuse) and ends == (peer, self._me):
-            self._driver.post(SINK, message)
+            if isinstance(message, Reserve | OfferMigration) and self._away(peer):
+                self._send(peer, Refuse(ticket, f"the lane from {peer.name} is away"))
+            else:
+                self._driver.post(SINK, message)
         elif isinstance(message, Grant | Refuse | CaughtUp | Taken | Fetch) and ends == (self._me, peer):
             self._driver.post(SOURCE, message)
         elif isinstance(message, Release) and peer in ends:
@@ -97,10 +103,14 @@ class HandOffShell:
         if self._moves:
             self._driver.post(DECODE, PeerCame(peer))
 
-    def lost(self, peer: Identity) -> None:
-        """A peer's life is over."""
+    def parted(self, peer: Identity) -> None:
+        """Rows cannot move to a peer, nor from it, until it is met again: one of the two lanes is away."""
         if self._moves:
             self._driver.post(DECODE, PeerGone(peer))
+
+    def lost(self, peer: Identity) -> None:
+        """A peer's life is over."""
+        self.parted(peer)
         self._driver.post(SOURCE, giving.SinkLost(peer))
         self._driver.post(SINK, taking.SourceLost(peer))
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import assert_never
 
 import grpc
 
@@ -30,6 +31,21 @@ from runtime.registry import Registry
 from scheduler import decode_policy, prefill_policy
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.drain import Begun, Drain, DrainCommand, Drained, Look, Looked
+from scheduler.lanes import (
+    Broke,
+    DeclareAway,
+    DeclareUp,
+    Drop,
+    Lanes,
+    LanesCommand,
+    LanesConfig,
+    Made,
+    Make,
+    Met,
+    NotMade,
+    Parted,
+)
 from scheduler.migration import MigrationConfig
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from transfer import thread as lanes
@@ -42,16 +58,12 @@ from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
 log = logging.getLogger("baton.worker")
 
 SERVICE = "baton.v1.WorkerService"
-RETRY_S = 2.0
-"""A lane that could not be measured is tried again after this time."""
 ENGINE_NICE = 10
 """On a core that it shares with the loop and the transfer thread, the engine waits: they are never busy long."""
-DRAIN_S = 5.0
-"""A decode worker that is to end gives its rows away for so long at most: its launcher waits a little longer."""
 LAST_TOKENS = 256
 """Of KV that a row which moves may leave for its last stage, while which it stands still: 16 of Llumnix's blocks."""
-LOOK_S = 0.02
-"""Between two looks at what it still has."""
+LANES = LanesConfig()
+"""When a lane that failed is made again."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
@@ -109,7 +121,6 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._metrics = Metrics(self._gauges)
         self._step_s = self._metrics.histogram("decode_step_seconds", "Engine time of one decode step.")
         self._healthy = False
-        self._retries: set[str] = set()
         self._lag_s = 0.0
         self.address = self._server.address
         self.metrics_address = ""
@@ -162,11 +173,13 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._registry = Registry(config.coordinator, self.member, self._members_changed)
         self._tasks = [asyncio.create_task(self._registered()), asyncio.create_task(self._watch_lag())]
         if role is Role.MIXED:
-            self._connect(self._greeting)
+            self._driver.post("lanes", Met(self._me))
         log.info("serving %s on %s: %d pages of %d tokens", role, self.address, engine.pages, engine.kv.page_tokens)
 
     def _seat(self, engine: Engine, role: Role) -> None:
         config, driver = self._config, self._driver
+        self._ways = Lanes(LANES)
+        driver.seat("lanes", self._ways, self._lay)
         self._gateways = Gateways(self._base, driver, self._gateway_heard, self._gateway_lost)
         self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
         self._handoff = HandOffShell(
@@ -179,6 +192,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._lanes.get,
             lambda: any("tcp" in lane.transport for lane in self._readers.values()),
             moves=self._base.migrates,
+            away=self._ways.away,
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
@@ -219,10 +233,20 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._changed()
         self._driver.post("decode", decode_policy.Drain())
         given = policy.moves.given
-        for _ in range(round(DRAIN_S / LOOK_S)):
-            if not (self._sound and policy.giving()):
-                break
-            await asyncio.sleep(LOOK_S)
+        drained = self._loop.create_future()
+
+        def perform(command: DrainCommand) -> None:
+            match command:
+                case Look():
+                    self._driver.post("drain", Looked(self._sound and policy.giving()))
+                case Drained():
+                    drained.set_result(None)
+                case _:
+                    assert_never(command)
+
+        self._driver.seat("drain", Drain(), perform)
+        self._driver.post("drain", Begun())
+        await drained
         left = sum(policy.queue().values())
         log.info("drained: %d rows moved, %d requests are left", policy.moves.given - given, left)
 
@@ -351,33 +375,45 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._transfer.boost(1.0)
         member = greeting.member
         if (self._config.role.decodes and member.role.prefills) or self._moves_to(member.identity):
-            self._connect(greeting)
+            self._driver.post("lanes", Met(member.identity))
 
-    def _connect(self, greeting: Greeting) -> None:
-        peer = str(greeting.member.identity)
-        count = min(self._scratch.count, greeting.scratch_pages)
-        self._transfer.connect(peer, greeting.transport_metadata)
-        self._transfer.probe(peer, PageRun(0, count), PageRun(0, count))
-
-    def _retry(self, peer: str) -> None:
-        """Try a lane again in a while, once for all its calls that failed, as long as its peer is there."""
-
-        def again() -> None:
-            self._retries.discard(peer)
-            identity = Identity.parse(peer)
-            greeting = self._greeting if identity == self._me else self._peers.greeting(identity)
-            if greeting is not None and identity not in self._lanes:
-                self._transfer.disconnect(peer)
-                self._connect(greeting)
-
-        if peer not in self._retries:
-            self._retries.add(peer)
-            self._loop.call_later(RETRY_S, again)
+    def _lay(self, command: LanesCommand) -> None:
+        """Do what is decided about the lanes that we read over."""
+        peer = command.peer
+        match command:
+            case Make(_, attempt):
+                greeting = self._greeting if peer == self._me else self._peers.greeting(peer)
+                if greeting is not None:  # else its loss is about to be told
+                    count = min(self._scratch.count, greeting.scratch_pages)
+                    self._transfer.connect(str(peer), greeting.transport_metadata, attempt)
+                    self._transfer.probe(str(peer), PageRun(0, count), PageRun(0, count))
+            case Drop():
+                self._transfer.disconnect(str(peer))
+            case DeclareUp(_, lane):
+                self._lanes[peer] = lane
+                measured = lane.transport, lane.gbytes_per_s, lane.latency_us
+                log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, *measured)
+                self._warn()
+                self._peers.tell_lane(peer, lane)
+                self._met(peer)
+                self._changed()
+            case DeclareAway():
+                del self._lanes[peer]
+                self._peers.tell_lane(peer, Lane(peer, ""))
+                self._handoff.parted(peer)
+                self._changed()
+            case _:
+                assert_never(command)
 
     def _peer_heard(self, peer: Identity, message: ToPeer | Lane) -> None:
         if isinstance(message, Lane):
-            self._readers[peer] = message
-            self._met(peer)
+            if message.transport:
+                self._readers[peer] = message
+                self._met(peer)
+            elif self._readers.pop(peer, None) is not None:
+                log.warning("%s cannot read from here for now", peer)
+                self._transfer.boost(LANES.most_s + 1.0)  # it is about to measure its lane anew
+                self._handoff.parted(peer)
             self._changed()
         else:
             self._handoff.heard(peer, message)
@@ -385,9 +421,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _peer_lost(self, peer: Identity, reason: str) -> None:
         log.warning("lost %s: %s", peer, reason)
         # First, so that the fence which the loss asks for does not make a lane to it anew.
-        self._transfer.disconnect(str(peer))
+        self._driver.post("lanes", Parted(peer))
         self._handoff.lost(peer)
-        self._lanes.pop(peer, None)
         self._readers.pop(peer, None)
         self._changed()
 
@@ -405,16 +440,21 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._opened.set_result(event)
             case lanes.OpenFailed(reason):
                 self._opened.set_exception(SetupError(f"transport {self._config.transport}: {reason}", exit_code=7))
-            case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports):
-                self._measured(Identity.parse(peer), Lane(self._me, transports, gbytes_per_s, latency_us))
-            case lanes.ConnectFailed(peer, reason):
+            case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports, attempt):
+                source = Identity.parse(peer)
+                measured = Lane(source, transports, gbytes_per_s, latency_us)
+                self._driver.post("lanes", Made(source, attempt, measured))
+            case lanes.ConnectFailed(peer, reason, attempt):
                 self._complain(peer, reason)
-                self._retry(peer)
-            case lanes.ProbeFailed(peer, reason, doubtful, read_id):
+                self._driver.post("lanes", NotMade(Identity.parse(peer), attempt))
+            case lanes.ProbeFailed(peer, reason, doubtful, read_id, attempt):
                 self._complain(peer, reason)
                 if doubtful is not None:
                     self._transfer.fence((read_id,))
-                self._retry(peer)
+                self._driver.post("lanes", NotMade(Identity.parse(peer), attempt))
+            case lanes.LaneBroke(peer, reason, attempt):
+                log.warning("lane from %s broke: %s", peer, reason)
+                self._driver.post("lanes", Broke(Identity.parse(peer), attempt))
             case lanes.Closed(error):
                 if error:
                     self._bug(LocalError(f"transfer thread: {error}"))
@@ -426,17 +466,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _complain(self, peer: str, reason: str) -> None:
         identity = Identity.parse(peer)
         there = identity == self._me or self._peers.has(identity)
-        log.log(logging.ERROR if there else logging.INFO, "lane from %s: %s", peer, reason)
-
-    def _measured(self, peer: Identity, lane: Lane) -> None:
-        if peer != self._me and not self._peers.has(peer):
-            return
-        self._lanes[peer] = replace(lane, source=peer)
-        log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, lane.transport, lane.gbytes_per_s, lane.latency_us)
-        self._warn()
-        self._peers.tell_lane(peer, self._lanes[peer])
-        self._met(peer)
-        self._changed()
+        level = logging.WARNING if self._ways.away(identity) else logging.ERROR  # that one is away was said before
+        log.log(level if there else logging.INFO, "lane from %s: %s", peer, reason)
 
     def _members_changed(self, members: tuple[Member, ...]) -> None:
         kept = {who: where for who, where in self._addresses.items() if self._peers.has(who)}
@@ -486,6 +517,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             yield "lane_latency_seconds", "Measured latency of a lane.", labels, lane.latency_us / 1e6
             fell = float(peer in self._fallen)
             yield "lane_fallback", "1: UCX reads over TCP from a worker of the same host.", labels, fell
+        yield "lanes_remade", "Lanes that broke and were made anew.", {}, float(self._ways.remade)
         yield "pulled_bytes", "KV bytes pulled.", {}, float(self._handoff.pulled_nbytes)
         yield "digest_mismatches", "Pages that differed from their digest.", {}, float(self._handoff.sink.mismatches)
         ignored = {"source": self._handoff.source.ignored, "sink": self._handoff.sink.ignored}

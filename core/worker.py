@@ -75,9 +75,9 @@ class Lane:
     source: Identity
     """The worker whose pages are read."""
     transport: str
-    """What carries the bytes, such as "ucx: cma" or "zeromq: tcp"."""
-    gbytes_per_s: float
-    latency_us: float
+    """What carries the bytes, such as "ucx: cma" or "zeromq: tcp"; empty: nothing does, the lane is away."""
+    gbytes_per_s: float = 0.0
+    latency_us: float = 0.0
 
 
 def fell_back(transport: str, reader: str, source: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from core.messages import Answer, Finished, Reject
@@ -51,7 +52,9 @@ class Flight:
     """Of its last ticket."""
     phase: Phase = Phase.QUEUED
     parked: bool = False
-    """Everyone refused: it waits for a worker that says it has room."""
+    """Everyone refused, or nobody is there: it waits for a worker that says it has room, or for one that comes."""
+    resumes: float = math.inf
+    """When it is placed again, if it waits for no more than its time."""
     called: bool = False
     """Its offer is the answer to such a word."""
     load: Load | None = None

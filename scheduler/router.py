@@ -3,7 +3,8 @@
 Offers a request to prefill workers, in the order of a `Placement`, until one accepts (after P/D-Serve, "on-demand
 forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
 it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
-order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost.
+order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
+finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline.
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -31,7 +32,7 @@ from core.messages import (
 )
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
-from core.worker import Identity, Role
+from core.worker import Identity, Member, Role
 from scheduler.calls import Branch, Call, Flight
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
@@ -64,6 +65,9 @@ class RouterConfig:
     """A worker that does not answer an offer within this time is passed over."""
     max_attempts: int = 4
     """Placements of one request before it fails."""
+    again_s: float = 0.1
+    """After a prefill worker failed it, a request is placed again at once if there is another; where there is none, and
+    after later failures, it waits so long, and twice as long after each. News of why must be faster than attempts."""
     max_tries: int = 4
     """Refusals after which a request that is being placed waits for a worker to say that it has room."""
     offer_pages: int = 1024
@@ -89,6 +93,8 @@ class Router:
         self._alarms = Ranked()
         """When each flight needs a look, by the same key."""
         self._parked = Waiting()
+        self._stranded: dict[str, Flight] = {}
+        """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -136,9 +142,7 @@ class Router:
                 call = self._calls.get(counter)
                 commands = self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
-                post = self._workers.up(member)
-                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
-                commands = self._has_room(post, post.room) if post is not None and len(self._parked) else []
+                commands = self._worker_up(member, now)
             case WorkerDown(identity):
                 commands = self._worker_down(identity, now)
             case SlotFree(identity, tokens):
@@ -164,10 +168,15 @@ class Router:
             assert flight in flight.call.flights
             assert not flight.phase.ended
             assert flight.live() or flight.finished is not None
-            assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == (key in self._parked)
+            waits = (key in self._parked) + (key in self._stranded)
+            assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == waits
             assert not flight.called or self._called.get(flight.ticket.source) is flight
         parked = [flight for flight in self._flights.values() if flight.parked]
-        assert len(parked) == len(self._parked)
+        assert len(parked) == len(self._parked) + len(self._stranded)
+        for key, flight in self._stranded.items():
+            assert flight is self._flights[key]
+            assert flight.placements
+            assert not flight.refusals
         assert not self._roomy
         for identity, flight in self._called.items():
             assert flight.called
@@ -194,9 +203,16 @@ class Router:
         return self._place(call, tuple(range(len(branches))), 0, set(), now)
 
     def _place(
-        self, call: Call, branches: tuple[int, ...], placements: int, tried: set[Identity], now: float
+        self,
+        call: Call,
+        branches: tuple[int, ...],
+        placements: int,
+        tried: set[Identity],
+        now: float,
+        resumes: float = 0.0,
     ) -> list[RouterCommand]:
-        """Put continuations on their way: all of them with the prompt alone, or one with its tokens so far."""
+        """Put continuations on their way, not before `resumes`: all of them with the prompt alone, or one with its
+        tokens so far."""
         request = call.request
         done = len(call.branches[branches[0]].tokens) if len(branches) == 1 else 0
         # A rest is never more than the whole, and all continuations together are placed without tokens only.
@@ -204,7 +220,7 @@ class Router:
         need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
-        return self._offer(flight, now)
+        return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
 
     def _offer(self, flight: Flight, now: float) -> list[RouterCommand]:
         """Offer to the next best prefill worker; when enough of them refused, wait for room or say early that it is
@@ -217,10 +233,14 @@ class Router:
                     continue
                 if sinks := self._placement.sinks(source, need, self._workers):
                     return [self._offer_to(flight, source, sinks, now)]
-        if flight.silent and need.wait_s:
-            flight.tried -= flight.silent  # busy, not lost: they are asked again as long as that is soon enough
+        # Busy, not lost: they are asked again as long as that is soon enough; so is one to blame if no other will do.
+        spared = flight.silent if flight.refusals else flight.tried
+        if spared and need.wait_s:
+            flight.tried -= spared
             flight.silent.clear()
             return self._offer(flight, now)
+        if flight.placements and not flight.refusals and need.wait_s:
+            return self._strand(flight)
         if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
             return self._shed(flight)
         return self._park(flight)
@@ -286,6 +306,35 @@ class Router:
         why = f"{who} prefill workers refused; {best.ticket.source.name}: {best.reason}"
         return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
 
+    # Waiting for a worker.
+    def _strand(self, flight: Flight, resumes: float = math.inf) -> list[RouterCommand]:
+        """Wait for workers, or for a while: what was begun is finished as late as it may be. All flights at rest have
+        a ticket, so it has one that nobody was told of."""
+        call = flight.call
+        call.offers += 1
+        flight.placed, flight.second = Ticket(self._me, call.counter, call.offers, self._me, self._me), None
+        flight.key, flight.parked, flight.resumes = flight.placed.key, True, resumes
+        self._flights[flight.key] = self._stranded[flight.key] = flight
+        self._alarms.put(flight.key, self._until(flight))
+        return []
+
+    def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
+        """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
+        post = self._workers.up(member)
+        commands: list[RouterCommand] = []
+        if self._stranded and member.ready and self._workers.missing() is None:
+            for key, flight in list(self._stranded.items()):
+                if self._stranded.get(key) is flight and flight.resumes == math.inf:
+                    self._leave(flight)
+                    commands += self._offer(flight, now)
+        if len(self._parked) and member.ready:
+            if post is not None:
+                # Whoever waits was refused by others: a worker that has just come may take all that it holds.
+                self._has_room(post, post.room)
+            if member.role.decodes:
+                self._roomy += [each.identity for each in self._workers.free(1)]
+        return commands
+
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
         """Wait; there may be workers that said they have room and have refused nobody since."""
@@ -334,6 +383,8 @@ class Router:
             flight.parked = False
             if flight.key in self._parked:
                 self._parked.remove(flight.key)
+            else:
+                self._stranded.pop(flight.key, None)
 
     # Messages of workers.
     def _heard(self, message: Answer, now: float) -> list[RouterCommand]:
@@ -595,16 +646,20 @@ class Router:
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
-        tried = {blamed} if blamed is not None and self._workers.others(blamed) else set()
+        others = blamed is not None and self._workers.others(blamed)
+        tried = {blamed} if blamed is not None and others else set()
+        resumes = 0.0
+        if blamed is not None and (flight.placements > 1 or not others):
+            resumes = now + self._config.again_s * 2 ** max(0, flight.placements - 1)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)
         if not begun:
-            return [*commands, *self._place(call, flight.branches, flight.placements, tried, now)]
+            return [*commands, *self._place(call, flight.branches, flight.placements, tried, now, resumes)]
         for index in full:
             commands += self._complete(call, index, "length")
         for index in live:
             if index not in full and call.counter in self._calls:
-                commands += self._place(call, (index,), flight.placements, set(tried), now)
+                commands += self._place(call, (index,), flight.placements, set(tried), now, resumes)
         return commands
 
     def _again(self, flight: Flight, now: float) -> list[RouterCommand]:
@@ -623,21 +678,33 @@ class Router:
                 commands += self._finish(flight)
             elif flight.parked and not flight.placements:
                 commands += self._shed(flight)
+            elif flight.parked and flight.resumes <= now < call.deadline:
+                self._leave(flight)
+                commands += self._offer(flight, now)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
-                commands += self._end(call, Phase.FAILED, why, "DEADLINE_EXCEEDED")
+                lacking = self._lacking(flight)
+                code = "UNAVAILABLE" if lacking else "DEADLINE_EXCEEDED"
+                commands += self._end(call, Phase.FAILED, f"{lacking}: {why}" if lacking else why, code)
             else:
                 flight.silent.add(flight.ticket.source)
                 commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
         return commands
+
+    def _lacking(self, flight: Flight) -> str | None:
+        """What kind of worker a flight still waits for, None if it is at one or waits for room."""
+        if not flight.parked:
+            return None
+        stranded = flight.key in self._stranded and flight.resumes == math.inf
+        return self.missing() or ("no worker with room for it is ready" if stranded else None)
 
     def _until(self, flight: Flight) -> float:
         deadline = flight.call.deadline
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
         if flight.parked:
-            return min(self._patience(flight), deadline)
+            return min(self._patience(flight), deadline, flight.resumes)
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(

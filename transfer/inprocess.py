@@ -68,6 +68,9 @@ class InProcess:
         self._peers: dict[str, Card] = {}
         self._reads: dict[int, _Read] = {}
         self._ended: deque[Completion] = deque()
+        self._broken: dict[str, str] = {}
+        """Why peers cannot be read any more."""
+        self._untold: list[str] = []
 
     def register(self, memory: memoryview, unit_nbytes: int) -> None:
         if self._arena is not None:
@@ -92,6 +95,7 @@ class InProcess:
     def disconnect(self, peer: str) -> None:
         if self._peers.pop(peer, None) is None:
             raise LocalError(f"disconnect: {peer} is not connected")
+        self._broken.pop(peer, None)
         for read_id in [read_id for read_id, read in self._reads.items() if read.peer == peer]:
             self._fail(read_id, "disconnected")
 
@@ -116,6 +120,11 @@ class InProcess:
         ended = list(self._ended)
         self._ended.clear()
         return ended
+
+    def broken(self) -> list[tuple[str, str]]:
+        told = [(peer, self._broken[peer]) for peer in self._untold if peer in self._broken]
+        self._untold.clear()
+        return told
 
     def abandon(self, read_id: int) -> None:
         if read_id in self._reads:
@@ -169,7 +178,11 @@ class InProcess:
     def _copy(self, read_id: int, read: _Read) -> int:
         theirs = self._exchange.arena(self._peers[read.peer].token)
         if theirs is None:
-            self._fail(read_id, f"{read.peer} is gone")
+            reason = f"{read.peer} is gone"
+            if read.peer not in self._broken:
+                self._broken[read.peer] = reason
+                self._untold.append(read.peer)
+            self._fail(read_id, reason)
             return 0
         mine = self._mine().bytes
         nbytes = 0

@@ -189,13 +189,17 @@ class _Peer:
     immediate: bool = False
     """A read ended in its posting call."""
     lost: str = ""
-    """Why it cannot be read any more; empty while it can."""
+    """Why no agent of ours knows it any more; empty while one does."""
+    broken: str = ""
+    """Why it cannot be read any more, though it is known; empty while it can."""
 
 
 @dataclass(slots=True, eq=False)
 class _Read:
     read_id: int
     peer: str
+    lane: _Peer
+    """The connection that it began on: what it meets says nothing of a later one."""
     reader: _Agent
     spans: list[Span]
     nbytes: int
@@ -230,6 +234,8 @@ class Nixl:
         self._reads: dict[int, _Read] = {}
         self._doubtful: dict[int, _Read] = {}
         self._ended: deque[Completion] = deque()
+        self._untold: list[tuple[str, _Peer]] = []
+        """Lanes that broke since `broken` was asked."""
 
     def register(self, memory: memoryview, unit_nbytes: int) -> None:
         self._here()
@@ -320,6 +326,10 @@ class Nixl:
         self._ended.clear()
         return ended
 
+    def broken(self) -> list[tuple[str, str]]:
+        untold, self._untold = self._untold, []
+        return [(name, peer.lost or peer.broken) for name, peer in untold if self._peers.get(name) is peer]
+
     def abandon(self, read_id: int) -> None:
         self._here()
         read = self._reads.get(read_id)
@@ -395,7 +405,9 @@ class Nixl:
             raise LocalError(f"read: id {read_id} is in flight or in doubt")
         spans = make(arena, known.card)
         whole = sum(span.nbytes for span in spans)
-        self._reads[read_id] = _Read(read_id, peer, known.reader, spans, whole, pieces(spans), time.perf_counter())
+        self._reads[read_id] = _Read(
+            read_id, peer, known, known.reader, spans, whole, pieces(spans), time.perf_counter()
+        )
 
     def _create(self) -> _Agent:
         arena = self._arena
@@ -449,6 +461,7 @@ class Nixl:
                 peer.remote = self._introduce(fresh, name, peer.card)
             except RemoteError as error:
                 peer.lost = str(error)
+                self._breaks(name, peer, peer.lost)
         for read in self._reads.values():
             if read.reader is reader:
                 read.reader = fresh
@@ -466,8 +479,8 @@ class Nixl:
     def _post(self, read: _Read) -> int:
         """Post the read's next piece; returns its bytes, 0 if there was nothing to post."""
         peer = self._peers[read.peer]
-        if peer.lost:
-            read.failure = peer.lost
+        if peer.lost or peer.broken:
+            read.failure = peer.lost or peer.broken
             return 0
         piece = next(read.left, None)
         if piece is None:
@@ -483,6 +496,7 @@ class Nixl:
             state = nixl.transfer(handle)
         except Exception as error:
             read.failure = _why(error)
+            self._breaks(read.peer, read.lane, read.failure)
             return 0
         if state == "DONE":
             peer.immediate = True
@@ -512,8 +526,16 @@ class Nixl:
             read.read += nbytes
         else:
             read.failure = read.failure or "the lane reported an error"
+            self._breaks(read.peer, read.lane, read.failure)
         with contextlib.suppress(Exception):
             handle.release()
+
+    def _breaks(self, name: str, peer: _Peer, reason: str) -> None:
+        """Nothing is wrong with what was asked for, that was looked at before: UCX has given up its way to the peer,
+        and goes back to none that it gave up."""
+        if not peer.broken:
+            peer.broken = reason
+            self._untold.append((name, peer))
 
     def _finish(self, read: _Read) -> None:
         """End the read if no piece is in flight any more and none is to come."""

@@ -73,6 +73,8 @@ class ConnectFailed:
 
     peer: str
     reason: str
+    attempt: int = 0
+    """As it was given to `connect`, here and below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class LaneProbed:
     latency_us: float
     """Median of reads of 4 KiB, from posting to the poll that saw the end."""
     transports: str
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,16 @@ class ProbeFailed:
     doubtful: PageRun | None = None
     read_id: int = 0
     """Pass it to `fence` to end the doubt; its `ReadFenced` is posted."""
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaneBroke:
+    """No page of `peer` can be read any more, and why, until it is disconnected and connected anew."""
+
+    peer: str
+    reason: str
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +157,7 @@ Event = (
     | ConnectFailed
     | LaneProbed
     | ProbeFailed
+    | LaneBroke
     | Pulled
     | Digested
     | DigestFailed
@@ -229,6 +243,8 @@ class TransferThread:
         self._checks: dict[int, _Digest] = {}
         """Digests to compute when a read is done."""
         self._probes: dict[str, Probe] = {}
+        self._attempts: dict[str, int] = {}
+        """At each peer, the last one."""
         self._own_reads = 0
         self._lively = False
         self._boosted_until = 0.0
@@ -241,12 +257,15 @@ class TransferThread:
         """Start the thread; it ends in `OpenFailed`, or goes on with `Opened` until `Closed`."""
         self._thread.start()
 
-    def connect(self, peer: str, metadata: bytes) -> None:
-        """Make `peer` readable: ends in `Connected` or `ConnectFailed`. Polls at 1 ms for the next second."""
-        self._call(lambda: self._connect(peer, metadata))
+    def connect(self, peer: str, metadata: bytes, attempt: int = 0) -> None:
+        """Make `peer` readable: ends in `Connected` or `ConnectFailed`. Polls at 1 ms for the next second.
+
+        What is told of this connection later, by a probe or in a `LaneBroke`, bears the number of the `attempt`.
+        """
+        self._call(lambda: self._connect(peer, metadata, attempt))
 
     def disconnect(self, peer: str) -> None:
-        """Forget `peer` if it is connected; its unfinished reads end as `ReadFailed`."""
+        """Forget `peer` if it is connected; its unfinished reads end as `ReadFailed`, its probe as `ProbeFailed`."""
         self._call(lambda: self._disconnect(peer))
 
     def read(
@@ -422,6 +441,8 @@ class TransferThread:
                 self._probe_ended(completion)
             else:
                 self._ended(completion)
+        for peer, reason in transport.broken():
+            self._post(LaneBroke(peer, reason, self._attempts.get(peer, 0)))
 
     def _ended(self, completion: Completion) -> None:
         check = self._checks.pop(completion.read_id, None)
@@ -435,12 +456,13 @@ class TransferThread:
         assert self._transport is not None
         return self._transport
 
-    def _connect(self, peer: str, metadata: bytes) -> None:
+    def _connect(self, peer: str, metadata: bytes, attempt: int) -> None:
         started = time.perf_counter()
+        self._attempts[peer] = attempt
         try:
             self._open().connect(peer, metadata)
         except Exception as error:
-            self._post(ConnectFailed(peer, _sentence(error)))
+            self._post(ConnectFailed(peer, _sentence(error), attempt))
             return
         self._boost(BOOST_S)
         self._post(Connected(peer, time.perf_counter() - started))
@@ -449,7 +471,12 @@ class TransferThread:
         try:
             self._open().disconnect(peer)
         except BatonError as error:
-            log.info("transfer: %s", error)
+            log.debug("transfer: %s", error)
+        if peer in self._probes:
+            self._hear(self._open())  # the end of its read says whether that may still land
+        if peer in self._probes:
+            self._no_probe(peer, "disconnected")
+        self._attempts.pop(peer, None)
 
     def _read(
         self, read_id: int, peer: str, source: tuple[PageRun, ...], target: tuple[PageRun, ...], nbytes: int | None
@@ -495,7 +522,7 @@ class TransferThread:
 
     def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
         if peer in self._probes:
-            self._post(ProbeFailed(peer, "a probe of it is running"))
+            self._post(ProbeFailed(peer, "a probe of it is running", attempt=self._attempts.get(peer, 0)))
             return
         self._boost(BOOST_S)
         self._probes[peer] = Probe(peer, scratch, remote, time.monotonic())
@@ -510,14 +537,14 @@ class TransferThread:
         nbytes = probe.next_nbytes(self._unit_nbytes, now)
         if nbytes is None:
             del self._probes[probe.peer]
-            self._post(LaneProbed(probe.peer, *probe.measured(), transport.transports(probe.peer)))
+            lane = transport.transports(probe.peer)
+            self._post(LaneProbed(probe.peer, *probe.measured(), lane, self._attempts.get(probe.peer, 0)))
             return
         self._own_reads -= 1
         try:
             transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
         except Exception as error:
-            del self._probes[probe.peer]
-            self._post(ProbeFailed(probe.peer, _sentence(error)))
+            self._no_probe(probe.peer, _sentence(error))
             return
         probe.posts(self._own_reads, now)
         self._hear(transport)
@@ -529,12 +556,15 @@ class TransferThread:
             case ReadFenced():
                 self._post(completion)
             case ReadFailed() if probe is not None:
-                del self._probes[probe.peer]
                 reason = "no answer" if completion.reason == "abandoned" else completion.reason
                 doubtful = probe.scratch if completion.in_doubt else None
-                self._post(ProbeFailed(probe.peer, reason, doubtful, completion.read_id if doubtful else 0))
+                self._no_probe(probe.peer, reason, doubtful, completion.read_id if doubtful else 0)
             case ReadDone() if probe is not None:
                 probe.took(completion, self._open().immediate(probe.peer))
+
+    def _no_probe(self, peer: str, reason: str, doubtful: PageRun | None = None, read_id: int = 0) -> None:
+        del self._probes[peer]
+        self._post(ProbeFailed(peer, reason, doubtful, read_id, self._attempts.get(peer, 0)))
 
 
 def _sentence(error: Exception) -> str:

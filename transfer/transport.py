@@ -118,6 +118,14 @@ class Transport(Protocol):
         """Make progress, also for peers that read from us, and say what ended since the last call."""
         ...
 
+    def broken(self) -> list[tuple[str, str]]:
+        """Peers whose lanes have broken since the last call, and why. Told once for each connection.
+
+        Each read of such a peer fails, also those to come, until it is disconnected and connected anew. A read that
+        fails alone, because the peer refused it or it was given up, says nothing of the lane.
+        """
+        ...
+
     def abandon(self, read_id: int) -> None:
         """Give a read up: it ends as `ReadFailed`, in doubt unless the lane cannot land it. Ended ids are ignored."""
         ...

@@ -106,6 +106,8 @@ class ZeroMq:
         self._served = 0.0
         self._refused = 0
         self._ended: deque[Completion] = deque()
+        self._untold: list[_Peer] = []
+        """Peers that were lost since `broken` was asked."""
 
     def register(self, memory: memoryview, unit_nbytes: int) -> None:
         if self._arena is not None:
@@ -165,6 +167,10 @@ class ZeroMq:
         ended = list(self._ended)
         self._ended.clear()
         return ended
+
+    def broken(self) -> list[tuple[str, str]]:
+        untold, self._untold = self._untold, []
+        return [(who, peer.lost) for peer in untold for who, known in self._peers.items() if known is peer]
 
     def abandon(self, read_id: int) -> None:
         for peer in self._peers.values():
@@ -366,6 +372,8 @@ class ZeroMq:
             self._ended.append(ReadDone(read.read_id, read.nbytes, time.perf_counter() - read.started))
 
     def _lose(self, peer: _Peer, reason: str) -> None:
+        if not peer.lost:
+            self._untold.append(peer)
         peer.lost = reason
         for read in list(peer.reads.values()):
             self._end(peer, read, reason)

@@ -54,7 +54,7 @@ class Giving(Scripted):
 class Stage:
     """The hand-off shell of D1, between scripted machines; `reached` are those to whom a stream stands."""
 
-    def __init__(self, *, source=(), sink=(), moves=True, reached=(D2, P1)) -> None:
+    def __init__(self, *, source=(), sink=(), moves=True, reached=(D2, P1), away=()) -> None:
         self.bugs: list[BaseException] = []
         self.sent: list = []
         self.driver = Driver(self.bugs.append)
@@ -77,6 +77,7 @@ class Stage:
             lambda peer: lane,
             lambda: True,
             moves=moves,
+            away=lambda peer: peer in away,
         )
 
 
@@ -135,6 +136,29 @@ def test_where_rows_do_not_move_they_are_refused_and_freeness_is_not_heard():
     stage = play(act, moves=False)
     assert stage.sent == [(D2, Refuse(TAKEN, "rows do not move here"))]
     assert stage.decode.events == stage.sink.events == []
+
+
+def test_nothing_new_comes_over_a_lane_that_is_away_and_what_was_begun_goes_on():
+    """The lane may be up again when the next of it is read."""
+    reserve, going = Reserve(ticket(sink=D1), ask()), Ready(ticket(2, sink=D1), 0, (), ())
+
+    def act(stage: Stage) -> None:
+        for peer, message in ((P1, reserve), (D2, OFFERED), (P1, going)):
+            stage.shell.heard(peer, message)
+
+    stage = play(act, away=(P1, D2))
+    assert stage.sent == [
+        (P1, Refuse(reserve.ticket, "the lane from prefill-1 is away")),
+        (D2, Refuse(TAKEN, "the lane from decode-2 is away")),
+    ]
+    assert stage.sink.events == [going]
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_rows_do_not_move_over_a_lane_that_is_away(moves):
+    stage = play(lambda stage: stage.shell.parted(D2), moves=moves)
+    assert stage.decode.events == ([PeerGone(D2)] if moves else [])
+    assert stage.source.events == stage.sink.events == [], "nobody is lost"
 
 
 @pytest.mark.parametrize("moves", [True, False])

@@ -19,8 +19,10 @@ from core.kv import PageRun
 from core.worker import Identity, Numerics, Role
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.decode_policy import DecodePolicy
+from scheduler.lanes import LanesConfig
 from tests.cast import SHAPE
 from tests.live.cluster import until
+from tests.transfer.faults import Faulty, Rule, Rules
 from transfer import thread as lanes
 from transfer.inprocess import InProcess
 from transfer.transport import ReadFailed, ReadFenced
@@ -101,7 +103,7 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
         transports[me.name] = Flaky(str(me))
         return transports[me.name]
 
-    monkeypatch.setattr(working, "RETRY_S", 0.05)
+    monkeypatch.setattr(working, "LANES", LanesConfig(first_s=0.05, most_s=0.05))
     monkeypatch.setattr(lanes, "PROBE_ANSWER_S", 0.05)
 
     async def run() -> None:
@@ -125,6 +127,93 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
     assert reader.faults == []
     assert reader.connected == [f"{roles[0]}#000000000001"] * 5
     assert not reader.silent, "nothing is in doubt"
+    assert not bugs
+
+
+class Gated(InProcess):
+    """Cannot connect while its gate is closed."""
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(owner)
+        self.open = True
+
+    def connect(self, peer: str, metadata: bytes) -> None:
+        if not self.open:
+            raise RemoteError("the gate is closed")
+        super().connect(peer, metadata)
+
+
+@pytest.mark.parametrize("migrate", [False, True])
+def test_a_lane_that_breaks_is_away_for_all_who_ask_until_it_is_made_anew(monkeypatch, migrate):
+    """Both workers live, and no stream ends; two decode workers between which rows move know it, too."""
+    gates: dict[str, Gated] = {}
+    rules = {"d": Rules(), "e": Rules(), "p": Rules()}
+    bugs: list[BaseException] = []
+
+    def make(kind: str, me: Identity) -> Faulty:
+        gates[me.name] = Gated(str(me))
+        return Faulty(gates[me.name], rules[me.name])
+
+    monkeypatch.setattr(working, "LANES", LanesConfig(first_s=0.05, most_s=0.05))
+
+    async def run() -> None:
+        coordinator = Coordinator(CoordinatorConfig())
+        await coordinator.start()
+        where = coordinator.address
+        roles = {"d": Role.DECODE, "p": Role.PREFILL, **({"e": Role.DECODE} if migrate else {})}
+        workers = {}
+        for number, (name, role) in enumerate(roles.items()):
+            config = WorkerConfig(name, role, where, "", "m", transport="inprocess", check=True, migrate=migrate)
+            workers[name] = Worker(config, Identity(name, number + 1), "b", load, bugs.append, make)
+
+        def known() -> dict[str, tuple[bool, set[str]]]:
+            return {
+                m.identity.partition("#")[0]: (m.ready, {lane.source.partition("#")[0] for lane in m.lanes})
+                for m in members(where)
+            }
+
+        async def seen(wanted: dict[str, tuple[bool, set[str]]], what: str) -> None:
+            await asyncio.to_thread(until, lambda: known() == wanted, what, 20.0, known)
+
+        def peers(name: str) -> set[str]:
+            """Those that rows of one may move to."""
+            policy = workers[name]._decode.policy
+            return {peer.name for peer in policy.moves.peers} if isinstance(policy, MigratingPolicy) else set()
+
+        try:
+            for worker in workers.values():
+                await worker.start()
+            first, source = ("d", "e") if migrate else ("d", "p")
+            lanes = {"d": {"p", "e"}, "e": {"p", "d"}} if migrate else {"d": {"p"}}
+            whole = {"p": (True, set()), **{name: (True, each) for name, each in lanes.items()}}
+            await seen(whole, "all are there")
+            if migrate:
+                await asyncio.to_thread(until, lambda: peers("d") == {"e"} and peers("e") == {"d"}, "rows can move")
+            for _ in range(2):
+                gates[first].open = False
+                rules[first].put([Rule("read", "break")])
+                reader = workers[first]
+                reader._transfer.read(1, str(workers[source]._me), [PageRun(0, 1)], [PageRun(PAGES - 1, 1)])
+                less = lanes[first] - {source}
+                broken = {**whole, first: (bool(less), less)}
+                if not migrate:
+                    broken["p"] = (False, set())
+                await seen(broken, "its lane is away")
+                if migrate:
+                    await asyncio.to_thread(until, lambda: not peers("d") and not peers("e"), "none moves")
+                assert reader._ways.away(workers[source]._me)
+                assert reader._peers.has(workers[source]._me)
+                gates[first].open = True
+                await seen(whole, "it is made anew")
+                if migrate:
+                    await asyncio.to_thread(until, lambda: peers("d") == {"e"} and peers("e") == {"d"}, "rows move")
+            assert workers[first]._ways.remade == 2
+        finally:
+            for worker in workers.values():
+                await worker.stop("the test is over")
+            await coordinator.stop("the test is over")
+
+    asyncio.run(run())
     assert not bugs
 
 

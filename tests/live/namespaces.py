@@ -179,6 +179,11 @@ class Namespaces:
         """Where a cut is only silence."""
         return self._all[1]
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """The addresses of the link itself, between which UCX reads."""
+        return tuple(self._data)
+
     def environment(self) -> dict[str, str]:
         """What processes inside must be told: otherwise UCX would read over a link of the tests, or through memory."""
         return {"UCX_TLS": "tcp", "UCX_NET_DEVICES": DATA}

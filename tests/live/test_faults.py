@@ -54,6 +54,26 @@ def sinks(*rules: Rule) -> dict[str, tuple[Rule, ...]]:
     return {"decode-0": rules, "decode-1": rules}
 
 
+def test_a_lane_that_breaks_is_made_anew_while_both_its_workers_serve(live, reference):
+    """One of each decode worker's, in the middle of a crowd; nobody is lost, and both lanes are there afterwards."""
+    before, remade = len(live.lines()), live.total("baton_lanes_remade")
+    live.fault(sinks(Rule("read", "break", nth=2)))
+    cases = crowd(16, 8)
+    for each, reply in zip(cases, answers(live, cases), strict=True):
+        exact(each, reply, reference)
+    assert len(live.acted()) == 2
+    until(lambda: live.total("baton_lanes_remade") == remade + 2, "both are made anew")
+    said = [line["message"] for line in live.lines()[before:]]
+    assert not [line for line in said if line.startswith("lost ")]
+    assert sum("broke: the lane was broken" in line for line in said) == 2
+    live.fault({})
+    live.wait_ready()
+    each = case(300, 30, 8, forever=True)
+    (reply,) = answers(live, [each])
+    exact(each, reply, reference)
+    assert reply.last.attempts == 1
+
+
 def crowd(count: int, number: int) -> list[Case]:
     """More than all arenas hold: whatever is given back is taken at once."""
     return [case(30 + 13 * n % 120, 40, 100 * number + n, forever=True) for n in range(count)]

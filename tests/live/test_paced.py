@@ -122,6 +122,37 @@ def test_workers_killed_in_mid_stream_and_in_mid_prefill_change_no_token(paced, 
     paced.wait_empty()
 
 
+def test_streams_wait_for_a_decode_worker_when_for_a_while_there_is_none(paced, reference):
+    cases = [case(30 + 60 * n, 150 + 20 * n, 20 + n, forever=True, **SAMPLINGS[n % 3]) for n in range(5)]
+
+    async def run():
+        async with Client(paced.gateway) as client:
+            first = Reply()
+            stream = client.responses(cases[0].request, first)
+            others = asyncio.create_task(together(*(client.generate(each.request) for each in cases[1:])))
+            while len(first.tokens) < 20:
+                first.take(await anext(stream))
+            for each in paced.workers:
+                if each.name.startswith("decode") and each.process.poll() is None:
+                    paced.kill(each.name, signal.SIGKILL)
+            waiting = {"queued": float(len(cases))}
+            await asyncio.to_thread(until, lambda: paced.phases() == waiting, "all wait", more=paced.phases)
+            refused = await client.generate(cases[0].request)
+            assert (refused.code, refused.tokens) == ("UNAVAILABLE", []), "what is new does not wait"
+            gone = [each.name for each in paced.workers if each.process.poll() is not None]
+            back = asyncio.create_task(asyncio.to_thread(paced.restart, *gone))
+            async for response in stream:
+                first.take(response)
+            await back
+            return [first, *await others]
+
+    replies = asyncio.run(run())
+    for each, reply in zip(cases, replies, strict=True):
+        exact(each, reply, reference)
+    assert min(reply.last.attempts for reply in replies) > 1
+    paced.wait_empty()
+
+
 def test_text_is_made_of_its_tokens(paced, reference, tokenizer):
     async def run():
         async with Client(paced.gateway) as client:

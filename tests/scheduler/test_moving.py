@@ -167,7 +167,7 @@ def test_rows_move_and_no_token_is_lost_or_repeated(seeds, faults):
     for seed in seeds:
         for what, count in live(seed, faults).items():
             total[what] = total.get(what, 0) + count
-    assert min(total["moved"], total["stayed"]) > len(seeds), total
+    assert min(total["moved"], total["stayed"]) >= len(seeds), total
     if len(seeds) > 100:
         assert total["again"], total
         assert not faults or total["in doubt"], total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import deque
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -239,6 +241,161 @@ def test_a_prefill_worker_that_is_lost_before_the_hand_over_is_replaced(first_to
     assert machine.on(Tokens(again, 0, (101,)), 3.0) == [Deliver(1, (101,), ())]
 
 
+@pytest.mark.parametrize(
+    ("lost", "first", "reason"),
+    [
+        ([D2, D1], D1, "no decode worker is ready"),
+        ([D2, D1], D2, "no decode worker is ready"),
+        ([P1, P2, D1], P2, "no prefill worker is ready"),
+        ([D2, P2, P1, D1], P1, "no prefill and no decode worker is ready"),
+    ],
+)
+def test_a_request_that_was_begun_waits_for_workers_until_its_deadline(lost, first, reason):
+    """`first` is the first of its kind that is back; then whoever else it needs comes."""
+    machine, roles = router(), {up.identity: up for up in UP}
+    key = decoding(machine)
+    for who in lost:
+        commands = machine.on(WorkerDown(who), 1.0)
+        assert not [command for command in commands if isinstance(command, End)]
+        machine.check()
+    assert machine.phases()[Phase.QUEUED] == 1
+    assert machine.deadline() == 100.0
+    late = copy.deepcopy(machine)
+    end = only_end(late.on(None, 100.0))
+    assert (end.phase, end.code) == (Phase.FAILED, "UNAVAILABLE")
+    assert end.reason == f"{reason}: not done within 100 s, 2 tokens were sent"
+    assert late.deadline() is None
+    assert machine.on(Tokens(key, 2, (102,)), 2.0) == [], "a late word of the worker that is lost"
+    commands = machine.on(WorkerUp(roles[first]), 3.0)
+    for who in lost:
+        if who != first and not commands:
+            commands = machine.on(WorkerUp(roles[who]), 3.0)
+        machine.check()
+    (offer,) = (command.message for command in commands)
+    assert isinstance(offer, Offer)
+    assert (offer.prompt_tokens, offer.wait_s) == (8, 97.0)
+    (prompt,) = machine.on(Accept(offer.ticket), 3.0)
+    assert prompt.message.request.prompt == (*range(6), 100, 101)
+    assert machine.on(Tokens(offer.ticket, 0, (102,)), 3.5) == [Deliver(1, (102,), ())]
+    end = only_end(machine.on(Finished(offer.ticket, "length", 1), 4.0))
+    assert (end.phase, end.attempts) == (Phase.DONE, 2)
+
+
+def test_a_worker_that_comes_and_is_not_ready_is_not_waited_for_and_one_that_becomes_ready_is():
+    machine = router(UP[0], UP[2])
+    decoding(machine)
+    machine.on(WorkerDown(D1), 1.0)
+    assert machine.on(WorkerUp(replace(UP[2], ready=False)), 2.0) == []
+    assert machine.on(WorkerUp(UP[1]), 2.0) == [], "there was a prefill worker all the time"
+    assert machine.phases()[Phase.QUEUED] == 1
+    (offer,) = machine.on(WorkerUp(UP[2]), 3.0)
+    assert (offer.worker, offer.message.wait_s) == (P1, 97.0)
+    machine.check()
+
+
+def test_a_request_that_was_begun_waits_for_a_worker_with_room_for_it():
+    machine = router(UP[0], worker(D1, Role.DECODE), worker(D2, Role.DECODE, pages=3))
+    decoding(machine)
+    machine.on(WorkerDown(D1), 1.0)
+    assert machine.phases()[Phase.QUEUED] == 1
+    assert machine.missing() is None
+    end = only_end(copy.deepcopy(machine).on(None, 100.0))
+    assert (end.code, end.reason) == (
+        "UNAVAILABLE",
+        "no worker with room for it is ready: not done within 100 s, 2 tokens were sent",
+    )
+    (offer,) = machine.on(WorkerUp(worker(D1, Role.DECODE)), 3.0)
+    assert offer.message.ticket.sink == D1
+
+
+def test_who_is_to_blame_is_asked_again_where_nobody_else_could_do_it():
+    machine = router(UP[0], worker(P2, Role.PREFILL, pages=1), UP[2])
+    key = prefilling(machine)
+    commands = machine.on(Failed(key, "UNAVAILABLE", "oh"), 1.0)
+    assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 6, 8, 99.0))
+
+
+def test_who_is_to_blame_and_the_only_one_is_asked_again_a_little_later():
+    machine = router(UP[0], UP[2])
+    commands = machine.on(Failed(prefilling(machine), "UNAVAILABLE", "oh"), 1.0)
+    assert not [command for command in commands if isinstance(command.message, Offer)], "not at once"
+    assert machine.deadline() == 1.1
+    assert machine.on(WorkerUp(UP[3]), 1.05) == [], "nor when anybody comes"
+    assert machine.on(None, 1.1) == [ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 98.9))]
+
+
+def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
+    """One prefill and one decode worker: the fourth failure, after 0.7 s, would be the last."""
+    machine = router(UP[0], UP[2], again_s=0.1)
+    now, key = 0.0, prefilling(machine)
+    waits = []
+    for _ in range(3):
+        machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
+        machine.check()
+        due = machine.deadline()
+        assert due is not None
+        waits.append(round(due - now, 6))
+        now = due
+        (offer,) = machine.on(None, now)
+        key = offer.message.ticket
+        machine.on(Accept(key), now)
+    assert waits == [0.1, 0.2, 0.4]
+    assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 4
+
+
+def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
+    machine = router(UP[0], UP[2])
+    machine.on(Failed(prefilling(machine), "UNAVAILABLE", "no lane"), 0.0)
+    machine.on(WorkerUp(replace(UP[2], ready=False)), 0.05)
+    assert machine.on(None, 0.1) == []
+    assert machine.deadline() == 100.0
+    (offer,) = machine.on(WorkerUp(UP[2]), 5.0)
+    assert (offer.worker, offer.message.wait_s) == (P1, 95.0)
+
+
+def test_a_request_that_was_offered_only_does_not_wait_for_a_worker():
+    machine = router(UP[0], UP[2])
+    machine.on(Arrived(1, ask()), 0.0)
+    end = only_end(machine.on(WorkerDown(P1), 1.0))
+    assert (end.phase, end.code, end.reason) == (Phase.REJECTED, "UNAVAILABLE", "no prefill worker is ready")
+
+
+def test_whoever_leaves_or_has_enough_while_it_waits_for_a_worker_leaves_nothing_behind():
+    for event, phase in ((ClientGone(1, "left"), Phase.CANCELLED), (Satisfied(1), Phase.DONE)):
+        machine = router(UP[0], UP[2])
+        decoding(machine)
+        machine.on(WorkerDown(D1), 1.0)
+        (end,) = machine.on(event, 2.0)
+        assert end.phase is phase
+        assert machine.deadline() is None
+        machine.check()
+        assert machine.on(WorkerUp(UP[2]), 3.0) == []
+
+
+def test_who_waits_for_room_is_offered_what_nobody_could_use_while_decode_workers_were_away():
+    machine = router(UP[0], UP[2])
+    machine.on(Arrived(1, ask()), 0.0)
+    machine.on(Reject(ticket(1), "busy", 5.0), 0.0)
+    machine.on(WorkerDown(D1), 1.0)
+    assert machine.on(SlotFree(P1, 10), 2.0) == []
+    (offer,) = machine.on(WorkerUp(UP[2]), 3.0)
+    assert (offer.worker, offer.message.ticket.attempt) == (P1, 2)
+    machine.check()
+
+
+def test_continuations_wait_for_a_worker_each_for_itself():
+    machine = router(UP[0], UP[2])
+    several(machine, n=3, decodes=True)
+    machine.on(WorkerDown(D1), 1.0)
+    machine.check()
+    assert machine.phases()[Phase.QUEUED] == 3
+    assert machine.on(Satisfied(1, 1), 2.0) == [Complete(1, 1, "stop")]
+    machine.check()
+    offers = [command.message for command in machine.on(WorkerUp(UP[2]), 3.0)]
+    assert [type(offer) for offer in offers] == [Offer, Offer]
+    machine.check()
+
+
 def test_a_prefill_worker_that_is_lost_after_the_hand_over_is_not_missed():
     machine = router()
     key = decoding(machine)
@@ -290,8 +447,9 @@ def test_the_second_choice_counts_once_it_has_the_kv():
     taken = replace(key, sink=D2)
     assert machine.on(Handed(taken, ()), 0.0) == []
     assert machine.on(WorkerDown(D1), 0.0) == []
-    (lost,) = [c for c in machine.on(WorkerDown(D2), 0.0) if isinstance(c, End)]
-    assert lost.reason == "no decode worker is ready"
+    assert machine.on(WorkerDown(D2), 0.0) == [ToOne(P1, Cancel(taken, "decode-2 was lost"))]
+    assert machine.missing() == "no decode worker is ready"
+    assert machine.phases()[Phase.QUEUED] == 1
 
 
 def test_both_choices_are_recalled_after_the_second_took_the_kv():
@@ -415,6 +573,7 @@ class Client:
     request: Request
     got: list[int] = field(default_factory=list)
     end: End | None = None
+    due: float = 0.0
 
 
 def token_at(position: int) -> int:
@@ -463,6 +622,8 @@ class Deployment(RuleBasedStateMachine):
                     if command.phase is Phase.REJECTED:
                         assert not client.got, "a request whose tokens were sent was not rejected but failed"
                     assert command.reason != "cancelled"
+                    if client.got and command.code == "UNAVAILABLE":
+                        assert self.now >= client.due or "attempts, the last" in command.reason, "it was to wait"
                     if command.phase is Phase.DONE and command.reason == "length":
                         assert len(client.got) == client.request.sampling.max_tokens
 
@@ -500,7 +661,7 @@ class Deployment(RuleBasedStateMachine):
     def arrive(self, prompt, max_tokens, timeout_s):
         counter = len(self.clients) + 1
         request = Request("r", tuple(token_at(i) for i in range(prompt)), ask(1, max_tokens).sampling, timeout_s)
-        self.clients[counter] = Client(request)
+        self.clients[counter] = Client(request, due=self.now + timeout_s)
         self.give(Arrived(counter, request))
 
     @precondition(lambda self: self.clients)
@@ -617,6 +778,9 @@ class Deployment(RuleBasedStateMachine):
         self.router.check()
         live = {counter for counter, client in self.clients.items() if client.end is None}
         assert len(self.router) == len(live) == sum(self.router.phases().values())
+        if {P1, P2} & self.up and {D1, D2} & self.up:
+            waits = [flight for flight in self.router._stranded.values() if flight.resumes == math.inf]
+            assert not waits, "it waits beside workers that could take it"
 
     def teardown(self):
         for who in self.people:

@@ -389,6 +389,47 @@ class Conformance:
         assert [failed(end).read_id for end in found if not isinstance(end, ReadFenced)] == ids
         assert sink.transport.in_doubt() == frozenset()
 
+    def test_nothing_of_a_dropped_lane_is_believed_of_the_one_that_is_made_anew(self, workers):
+        """Its reads end as failures, land nowhere once they are fenced, and none of it says that the new one broke."""
+        sink, source = Worker(self.kind, "sink#01"), Worker(self.kind, "source#02", seed=5)
+        workers += [sink, source]
+        sink.bytes[:] = 0x55
+        for _ in range(3):
+            sink.transport.connect(source.owner, source.transport.metadata())
+            old = [sink.read(source.owner, [PageRun(0, 8)], [PageRun(8 * i, 8)]) for i in range(4)]
+            sink.transport.disconnect(source.owner)
+            sink.transport.connect(source.owner, source.transport.metadata())
+            sink.transport.fence(old)
+            ends = drive(sink, source, want=4)
+            ends += quiet(sink, 0.05)
+            assert sorted(end.read_id for end in ends if isinstance(end, ReadFailed)) == old
+            assert {end.read_id for end in ends} == {*old}
+            assert not [end for end in ends if isinstance(end, ReadDone)]
+            assert sink.transport.in_doubt() == frozenset()
+            sink.bytes[:] = 0x66
+            new = sink.read(source.owner, [PageRun(5, 2)], [PageRun(40, 2)])
+            (done,) = drive(sink, source)
+            assert isinstance(done, ReadDone), done
+            assert done.read_id == new
+            assert np.array_equal(sink.bytes[40:42], source.bytes[5:7])
+            assert (sink.bytes[:40] == 0x66).all()
+            assert (sink.bytes[42:] == 0x66).all()
+            assert sink.transport.broken() == []
+            sink.transport.disconnect(source.owner)
+
+    def test_a_read_that_is_given_up_or_refused_breaks_no_lane(self, pair):
+        sink, source = pair
+        given_up = sink.read(source.owner, [PageRun(0, 8)], [PageRun(0, 8)])
+        sink.transport.abandon(given_up)
+        sink.transport.fence([given_up])
+        failed(drive(sink, source)[0])
+        with pytest.raises(RemoteError):
+            sink.transport.read(990, source.owner, [PageRun(UNITS, 1)], [PageRun(0, 1)])
+        quiet(sink, 0.05)
+        sink.read(source.owner, [PageRun(3, 1)], [PageRun(9, 1)])
+        assert isinstance(drive(sink, source)[0], ReadDone)
+        assert sink.transport.broken() == []
+
     def test_closing_is_final_and_can_be_repeated(self):
         sink, source = Worker(self.kind, "sink#01"), Worker(self.kind, "source#02", seed=5)
         sink.transport.connect(source.owner, source.transport.metadata())
@@ -448,6 +489,11 @@ class Deaths(Conformance):
         assert np.array_equal(sink.bytes[20], pattern(2, 0, unit))
         again = sink.read(idle.owner, [PageRun(0, 1)], [PageRun(0, 1)])
         assert failed(drive(sink)[0]).read_id == again
+        broken = dict(sink.transport.broken())
+        assert idle.owner in broken
+        assert alive.owner not in broken
+        assert all(broken.values()), "each with a reason"
+        assert sink.transport.broken() == [], "told once"
         for child in (idle, busy):
             sink.transport.disconnect(child.owner)
         assert sink.transport.in_doubt() == frozenset()

@@ -30,13 +30,13 @@ FAULTS = "BATON_TEST_FAULTS"
 """The environment variable that names the file with the workers' rules."""
 LANE = "BATON_TEST_LANE"
 """The environment variable with their lanes' bytes a second."""
-TRANSPORT_DEEDS = ("flip", "fail", "doubt", "delay", "stall", "kill")
+TRANSPORT_DEEDS = ("flip", "fail", "break", "doubt", "delay", "stall", "kill")
 """What a rule can do to a read.
 
-flip: one bit of what was read is wrong. fail: nothing is read, and the target holds noise. doubt: the same, but the
-read fails in doubt, and the noise lands `seconds` later, at 0 never, unless the read is fenced before. delay: it is
-told `seconds` after it was posted. stall: it begins `seconds` later, with the bytes that the source has then. kill: the
-process is killed.
+flip: one bit of what was read is wrong. fail: nothing is read, and the target holds noise. break: the same, and nothing
+is read of this peer any more until it is connected anew. doubt: as fail, but in doubt, and the noise lands `seconds`
+later, at 0 never, unless the read is fenced before. delay: it is told `seconds` after it was posted. stall: it begins
+`seconds` later, with the bytes that the source has then. kill: the process is killed.
 """
 MESSAGE_DEEDS = ("drop", "delay", "twice", "kill")
 """What a rule can do to a message: lose it, hold it for `seconds`, deliver it twice, kill the process."""
@@ -166,6 +166,9 @@ class Faulty:
     _late: dict[int, _Late] = field(default_factory=dict)
     _ended: list[Completion] = field(default_factory=list)
     _free_at: float = 0.0
+    _severed: set[str] = field(default_factory=set)
+    """Peers whose lanes are broken."""
+    _untold: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -183,6 +186,8 @@ class Faulty:
 
     def disconnect(self, peer: str) -> None:
         self.inner.disconnect(peer)
+        self._severed.discard(peer)
+        self._untold = [each for each in self._untold if each[0] != peer]
         for read_id, read in list(self._reads.items()):
             if read.peer == peer and (read.done or not read.begun):
                 self._fail(read_id, "disconnected")
@@ -231,6 +236,10 @@ class Faulty:
                 self._tell(read_id, read, read.done, now)
         ended, self._ended = self._ended, []
         return ended
+
+    def broken(self) -> list[tuple[str, str]]:
+        untold, self._untold = self._untold, []
+        return untold + [each for each in self.inner.broken() if each[0] not in self._severed]
 
     def abandon(self, read_id: int) -> None:
         read = self._reads.get(read_id)
@@ -286,6 +295,9 @@ class Faulty:
             raise LocalError(f"read: id {read_id} is in flight already")
         now = self.clock()
         read = _Read(peer, targets, now, now, now, begin)
+        if peer in self._severed:
+            self._ended.append(ReadFailed(read_id, "the lane was broken", in_doubt=False))
+            return
         for rule in self.rules.on("read") if read_id > 0 else ():
             match rule.do:
                 case "flip":
@@ -297,6 +309,15 @@ class Faulty:
                 case "fail":
                     self._noise(read_id, targets)
                     self._ended.append(ReadFailed(read_id, "a fault was injected", in_doubt=False))
+                    return
+                case "break":
+                    self._severed.add(peer)
+                    self._untold.append((peer, "the lane was broken"))
+                    self._noise(read_id, targets)
+                    self._ended.append(ReadFailed(read_id, "the lane was broken", in_doubt=False))
+                    for other_id, other in list(self._reads.items()):
+                        if other.peer == peer and (other.done or not other.begun):
+                            self._fail(other_id, "the lane was broken")
                     return
                 case "doubt":
                     self._late[read_id] = _Late(targets, now + rule.seconds if rule.seconds else math.inf)

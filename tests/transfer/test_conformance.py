@@ -15,9 +15,10 @@ from core.errors import LocalError
 from core.kv import PageRun
 from tests.transfer.conformance import UNIT, Child, Conformance, Deaths, Worker, drive, failed, quiet
 from tests.transfer.peer import pattern
+from tests.transfer.sever import connections, sever
 from transfer import nixl
 from transfer.inprocess import Exchange, InProcess
-from transfer.transport import ReadDone, ReadFenced
+from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced
 
 needs_nixl = pytest.mark.skipif(nixl.available() is not None, reason=f"needs NIXL: {nixl.available()}")
 
@@ -32,6 +33,10 @@ class TestInProcess(Conformance):
         source.transport.close()
         sink.read(source.owner, [PageRun(0, 1)], [PageRun(0, 1)])
         assert failed(drive(sink)[0]).reason == "source#02 is gone"
+        assert sink.transport.broken() == [("source#02", "source#02 is gone")]
+        sink.read(source.owner, [PageRun(0, 1)], [PageRun(0, 1)])
+        failed(drive(sink)[0])
+        assert sink.transport.broken() == [], "told once"
 
     def test_exchanges_are_apart(self):
         one = InProcess("one#01", Exchange())
@@ -45,7 +50,8 @@ class TestZeroMq(Deaths):
         children.append(Child(self.kind, "child#01", 3, UNIT, 8))
         sink = Worker(self.kind, "sink#02")
         workers.append(sink)
-        sink.transport.connect("child#01", children[0].metadata())
+        metadata = children[0].metadata()
+        sink.transport.connect("child#01", metadata)
         sink.read("child#01", [PageRun(0, 1)], [PageRun(0, 1)])
         assert isinstance(drive(sink)[0], ReadDone)
         children[0].send(signal.SIGSTOP)
@@ -53,6 +59,18 @@ class TestZeroMq(Deaths):
         end = failed(drive(sink, timeout_s=3)[0])
         assert not end.in_doubt
         assert "connection ended" in end.reason
+        assert sink.transport.broken() == [("child#01", end.reason)]
+        assert sink.transport.broken() == [], "told once"
+        sink.read("child#01", [PageRun(0, 1)], [PageRun(0, 1)])
+        assert failed(drive(sink)[0]).reason == end.reason, "it stays broken"
+        children[0].send(signal.SIGCONT)
+        sink.transport.disconnect("child#01")
+        sink.transport.connect("child#01", metadata)
+        sink.read("child#01", [PageRun(3, 4)], [PageRun(4, 4)])
+        (done,) = drive(sink)
+        assert isinstance(done, ReadDone), done
+        assert np.array_equal(sink.bytes[4], pattern(3, 3, UNIT))
+        assert sink.transport.broken() == []
 
 
 @needs_nixl
@@ -63,6 +81,53 @@ class TestNixl(Deaths):
     def test_a_peer_killed_in_the_middle_of_a_read_over_tcp(self, workers, children):
         self.child_env = {"UCX_TLS": "tcp"}
         self.test_a_killed_peer_fails_reads_in_time_and_disturbs_nobody(workers, children)
+
+    @pytest.mark.parametrize("agents", [1, 16])
+    def test_a_lane_whose_connections_break_is_made_anew(self, workers, children, agents):
+        """Both sides live on. With one agent for all, the other peer's lane is in it, too."""
+        unit, units = 1 << 20, 16
+        tcp = {"UCX_TLS": "tcp"}
+        children += [Child(self.kind, f"child{i}#0{i}", i, unit, units, tcp) for i in range(2)]
+        sink = Worker(self.kind, "sink#0f", unit=unit, units=units, agents=agents)
+        workers.append(sink)
+        metadata = {child.owner: child.metadata() for child in children}
+        first, other = children
+        sink.transport.connect(other.owner, metadata[other.owner])
+        sink.read(other.owner, [PageRun(0, 1)], [PageRun(0, 1)])
+        assert isinstance(drive(sink)[0], ReadDone)
+        before = {*connections(os.getpid())}
+        sink.transport.connect(first.owner, metadata[first.owner])
+        for _ in range(2):
+            sink.read(first.owner, [PageRun(1, 1)], [PageRun(1, 1)])
+            assert isinstance(drive(sink)[0], ReadDone)
+            assert sink.transport.broken() == []
+            assert sever(os.getpid(), lambda fd, ends: fd not in before)
+            end = failed(self.fails(sink, first.owner))
+            assert not end.in_doubt
+            ((peer, reason),) = sink.transport.broken()
+            assert (peer, reason) == (first.owner, end.reason)
+            for page in (2, 3):
+                sink.read(first.owner, [PageRun(page, 1)], [PageRun(page, 1)])
+                assert failed(drive(sink)[0]).reason == reason, "it stays broken"
+            assert sink.transport.broken() == [], "told once"
+            sink.read(other.owner, [PageRun(4, 1)], [PageRun(4, 1)])
+            assert isinstance(drive(sink)[0], ReadDone), "another peer's lane does not care"
+            sink.transport.disconnect(first.owner)
+            sink.transport.connect(first.owner, metadata[first.owner])
+        sink.read(first.owner, [PageRun(5, 8)], [PageRun(5, 8)])
+        assert isinstance(drive(sink)[0], ReadDone)
+        assert np.array_equal(sink.bytes[12], pattern(0, 12, unit))
+        assert sink.transport.broken() == []
+
+    @staticmethod
+    def fails(sink: Worker, peer: str) -> Completion:
+        """The first read that fails; one may have been over before the end of its connection was seen."""
+        for _ in range(20):
+            sink.read(peer, [PageRun(0, 8)], [PageRun(8, 8)])
+            (end,) = drive(sink)
+            if isinstance(end, ReadFailed):
+                break
+        return end
 
     def test_calls_of_another_thread_are_refused(self, pair):
         errors: list[Exception] = []

@@ -85,6 +85,23 @@ def test_a_failed_read_leaves_noise():
     assert not pair.faulty.busy
 
 
+def test_a_broken_lane_fails_every_read_until_it_is_connected_anew():
+    pair = Pair(Rule("read", "stall", seconds=5.0), Rule("read", "break", nth=2))
+    stalled, who = pair.read(), pair.read()
+    ends = pair.polled()
+    assert ends == [ReadFailed(each, "the lane was broken", in_doubt=False) for each in (who, stalled)]
+    assert pair.faulty.broken() == [("source#01", "the lane was broken")]
+    assert pair.faulty.broken() == []
+    again = pair.read()
+    assert pair.polled() == [ReadFailed(again, "the lane was broken", in_doubt=False)]
+    pair.faulty.disconnect("source#01")
+    pair.faulty.connect("source#01", pair.source.transport.metadata())
+    pair.read()
+    assert isinstance(pair.polled()[0], ReadDone)
+    assert pair.wrong() == 0
+    assert not pair.faulty.busy
+
+
 def test_a_read_in_doubt_lands_late_and_only_then_is_fenced():
     pair = Pair(Rule("read", "doubt", seconds=3.0))
     who = pair.read()

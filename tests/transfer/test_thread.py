@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from core.errors import RemoteError
 from core.kv import KvShape, PageRun
 from tests.transfer.conformance import Child
+from tests.transfer.faults import Faulty, Rule, Rules
 from tests.transfer.peer import arena, make
 from transfer import nixl
 from transfer.digest import digests
@@ -24,6 +26,7 @@ from transfer.thread import (
     Digested,
     DigestFailed,
     Event,
+    LaneBroke,
     LaneProbed,
     Opened,
     OpenFailed,
@@ -207,6 +210,64 @@ def test_a_transport_that_cannot_be_made():
     owner = Owner("one#01", broken)
     assert owner.event() == OpenFailed("no lane today")
     assert owner.thread.close()
+
+
+def test_a_broken_lane_is_told_with_its_attempt_and_one_that_is_made_anew_has_its_own():
+    rules = Rules([Rule("read", "break")])
+    sink = Owner("sink#01", lambda: Faulty(InProcess("sink#01"), rules))
+    source = Owner("source#02", lambda: InProcess("source#02"), seed=3)
+    sink.opened()
+    metadata = source.opened()
+    for attempt in (7, 9):
+        sink.thread.disconnect("source#02")
+        sink.thread.connect("source#02", metadata, attempt)
+        sink.thread.probe("source#02", PageRun(0, 1), PageRun(0, 1))
+        assert isinstance(sink.event(), Connected)
+        lane = sink.event()
+        assert isinstance(lane, LaneProbed)
+        assert lane.attempt == attempt
+        sink.thread.pull(attempt, "source#02", [PageRun(0, 1)], [PageRun(1, 1)], 0, 16)
+        end = sink.event()
+        if attempt == 9:
+            assert isinstance(end, Pulled)
+            break
+        assert isinstance(end, ReadFailed)
+        assert sink.event() == LaneBroke("source#02", "the lane was broken", attempt)
+    for owner in (sink, source):
+        assert owner.thread.close()
+
+
+def test_a_disconnect_ends_a_probe_at_once_and_the_next_one_is_another():
+    """Without that, a lane that is dropped and made anew in one breath would share the old probe."""
+
+    class Silent(InProcess):
+        def poll(self):
+            if "source#02" in self._peers and self._peers["source#02"] is self.first:
+                ended, self._ended = list(self._ended), deque()
+                return ended
+            return super().poll()
+
+        first = None
+
+        def connect(self, peer, metadata):
+            super().connect(peer, metadata)
+            self.first = self.first or self._peers[peer]
+
+    sink = Owner("sink#01", lambda: Silent("sink#01"))
+    source = Owner("source#02", lambda: InProcess("source#02"), seed=3)
+    sink.opened()
+    metadata = source.opened()
+    for attempt in (1, 2):
+        sink.thread.disconnect("source#02")
+        sink.thread.connect("source#02", metadata, attempt)
+        sink.thread.probe("source#02", PageRun(0, 1), PageRun(0, 1))
+    events = [sink.event() for _ in range(4)]
+    assert [type(event) for event in events] == [Connected, ProbeFailed, Connected, LaneProbed]
+    assert events[1] == ProbeFailed("source#02", "disconnected", attempt=1)
+    assert isinstance(events[3], LaneProbed)
+    assert events[3].attempt == 2
+    for owner in (sink, source):
+        assert owner.thread.close()
 
 
 def test_digests_without_a_shape_are_refused():
