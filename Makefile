@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check slow bench protos venv venv-test
+.PHONY: help demo test check slow bench compiled protos venv venv-test
 
 help:
 	@echo "make demo    start a small cluster on this machine and talk to it"
@@ -11,6 +11,7 @@ help:
 	@echo "make check   formatting, lint, types, protocol compatibility"
 	@echo "make slow    the tests that take minutes"
 	@echo "make bench   the quick form of every benchmark"
+	@echo "make compiled  the simulator and its machines through a C compiler, into build/compiled"
 	@echo "make protos  generate the gRPC stubs anew"
 
 venv:
@@ -42,6 +43,9 @@ bench: venv-test
 	  name=$$(basename $$file .py); \
 	  if grep -q '^def main' $$file; then $(BIN)/python -m bench.$$name --quick || exit 1; fi; \
 	done
+
+compiled: venv-test
+	@$(BIN)/python -m deploy.compiled
 
 protos: venv-test
 	@$(BIN)/python -m deploy.protos generate

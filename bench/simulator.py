@@ -1,6 +1,6 @@
 """How fast the simulator is: requests a second of CPU time on one core, through all the classes that run live.
 
-    python -m bench.simulator [--quick] [--json FILE] [--search] [--peer DIR --peer-python PYTHON]
+    python -m bench.simulator [--quick] [--json FILE] [--search] [--peer DIR --peer-python PYTHON] [--compiled DIR]
 
 4 prefill and 4 decode workers under "baton" (two queues, admission by future memory), prompts of the Azure conversation
 trace (its shipped shape where there is no trace: BATON_TRACES), 200 tokens of output each, Poisson arrivals at 70 % and
@@ -13,11 +13,13 @@ every 1,000 events and the tally of outcomes included; no profiler runs meanwhil
 Beside the seconds, which other work on the machine disturbs: calls a request, of Python and of built-in functions.
 `--peer` is a checkout of DistServe's repository, `--peer-python` an interpreter with what its simulator needs: it is
 run in turn with ours, on the same lengths (cut to the 2,048 tokens of its models), and only its event loop is timed.
-`--search` finds the goodput again.
+`--compiled` is a folder that `python -m deploy.compiled` made: the cases are run in turn there and here, each time in a
+process of its own, and have the same outcomes or there is no figure. `--search` finds the goodput again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -70,6 +72,7 @@ simpy.Environment.run = timed
 simulate_dist.main(simulate_dist.parse_args(sys.argv[1:]))
 print(json.dumps(sum(spent)))
 """
+ROOT = Path(__file__).resolve().parent.parent
 PEER_RATE = 2.0
 """Requests a second: about 70 % of what its table says two devices sustain."""
 PEER_CONTEXT = 2048
@@ -218,6 +221,43 @@ def peer(folder: str, python: str, lengths: Sequence[int], count: int) -> float:
     return count / seconds
 
 
+def one(lengths: Sequence[int], share: float, kv: int | None, count: int) -> tuple[float, str]:
+    """Requests a CPU second, and a digest of the outcomes of the first 2,000 requests to the last digit."""
+    run(lengths, share, kv, min(count, 300))  # warm
+    speed = count / run(lengths, share, kv, count)[1]
+    seen = hashlib.sha256()
+    arrivals = stream(lengths, share * CAPACITY, 1, min(count, 2000))
+    result = simulate(arrivals, fleet(kv), BATON, SETTINGS, over=lambda outcome: seen.update(repr(outcome).encode()))
+    return speed, f"{seen.hexdigest()} {result.events} {result.steps} {result.seconds!r}"
+
+
+def child(folder: Path, share: float, kv: int | None, count: int) -> tuple[float, str]:
+    """`one`, by the code in `folder`, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.simulator", "--one", json.dumps([share, kv, count])],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    speed, digest = json.loads(done.stdout)
+    return speed, digest
+
+
+def compiled(folder: Path, count: int, repeats: int) -> Iterator[Row]:
+    """What mypyc gains, in turn."""
+    for share, tight in TIGHT.items():
+        for kv in (None, tight):
+            name = f"{share:.0%} of the goodput, {'ample' if kv is None else 'tight'} KV: compiled, best of {repeats}"
+            pairs = [(child(folder, share, kv, count), child(ROOT, share, kv, count)) for _ in range(repeats)]
+            if len({digest for pair in pairs for _, digest in pair}) > 1:
+                raise SystemExit(f"bench.simulator: {folder}: got other outcomes than here")
+            ours, theirs = (max(speed for speed, _ in side) for side in zip(*pairs, strict=True))
+            progress(f"{name}: {ours:.0f}, in Python {theirs:.0f} requests/s")
+            yield Row(name, ours, theirs, "in Python", "requests/CPU s")
+
+
 def find(lengths: Sequence[int], count: int) -> float:
     """The goodput, as CAPACITY was found."""
     builds, goal = fleet(None), Goal(share=0.9, least=1)
@@ -234,7 +274,12 @@ def main() -> None:
     flags.add_argument("--peer", metavar="DIR", help="a checkout of DistServe's repository, to run its simulator, too")
     flags.add_argument("--peer-python", metavar="PYTHON", default=sys.executable, help="with simpy and pandas")
     flags.add_argument("--resident", metavar="COUNTS", help="only print resident memory after so many requests")
+    flags.add_argument("--compiled", metavar="DIR", type=Path, help="where deploy.compiled was told to build")
+    flags.add_argument("--one", metavar="JSON", help="only print the speed and a digest of [load, KV tokens, requests]")
     options = flags.parse_args()
+    if options.one:
+        print(json.dumps(one(prompts(), *json.loads(options.one))))
+        return
     if options.resident:
         watch_memory([int(count) for count in options.resident.split(",")])
         return
@@ -247,6 +292,8 @@ def main() -> None:
         rows += case(lengths, share, None, count, repeats)
         rows += case(lengths, share, kv, count, repeats)
     rows += orders(lengths, min(count, 2000), repeats)
+    if options.compiled:
+        rows += compiled(options.compiled.resolve(), min(count, 5000), repeats)
     if options.peer:
         pairs = []
         for _ in range(repeats):

@@ -41,7 +41,7 @@ class Ranked:
         heappush(heap, entry)
         if before is None:
             return
-        if heap[0] is before:
+        if heap[0][1] == before[1]:
             self._surface()
         elif len(heap) > 2 * len(entries) + _SPARE:
             self._rebuild()
@@ -52,9 +52,9 @@ class Ranked:
         entry = entries.pop(key, None)
         if entry is None:
             return False
-        if heap[0] is entry:
+        if heap[0][1] == entry[1]:
             heappop(heap)
-            if heap and entries.get(heap[0][2]) is not heap[0]:
+            if heap:
                 self._surface()
         elif len(heap) > 2 * len(entries) + _SPARE:
             self._rebuild()
@@ -91,7 +91,11 @@ class Ranked:
     def _surface(self) -> None:
         """Entries at the top that are none any more go."""
         heap, entries = self._heap, self._entries
-        while heap and entries.get(heap[0][2]) is not heap[0]:
+        while heap:
+            _, serial, key = heap[0]
+            entry = entries.get(key)
+            if entry is not None and entry[1] == serial:
+                break
             heappop(heap)
 
     def _rebuild(self) -> None:

@@ -64,7 +64,7 @@ class Need:
     """The first token is wanted within this time from now."""
     gap_s: float = 0.0
     """Tail of the gaps between tokens that was promised; 0: none."""
-    note: object = None
+    note: Any = None
     """A strategy's own, from one try to the next."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ from sim.workload import Arrival, Workload, answered, groups
 CALM = Scenario("none")
 SALT = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
+YOUNG = 100_000
+"""Objects that come while a simulation runs before Python looks for cycles among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,13 @@ class Simulation:
 
     def run(self) -> Result:
         """Until every request is over."""
-        self.loop.run()
+        # What a request leaves behind is in no cycles, and looking for some takes a thirtieth of the time.
+        young, *older = gc.get_threshold()
+        gc.set_threshold(max(young, YOUNG) if young else 0, *older)
+        try:
+            self.loop.run()
+        finally:
+            gc.set_threshold(young, *older)
         lives = [worker.orders() for worker in self.workers.values()]
         runs, steps = (sum(column) for column in zip((0, 0), *lives, *self._past, strict=True))
         return Result(

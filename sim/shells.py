@@ -232,7 +232,7 @@ class DecodeShell:
 
     def _end(self, order: tuple[int, int]) -> None:
         worker, batch = self._worker, self.batch
-        if not worker.alive or self._run is not order:
+        if not worker.alive or self._run != order:
             return
         self._run = None
         before = batch.steps
@@ -314,7 +314,7 @@ class MixedShell:
 
     def _end(self, order: tuple[mixing.Step, int]) -> None:
         worker, batch, command = self._worker, self.batch, order[0]
-        if not worker.alive or self._order is not order:
+        if not worker.alive or self._order != order:
             return
         self._order = None
         before, now = batch.steps, worker.loop.now
