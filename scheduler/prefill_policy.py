@@ -271,6 +271,7 @@ class PrefillPolicy:
         assert self._ungranted == sum(ungranted)
         asked = [held for held in self._requests.values() if held.grant is not Grant.NOT_ASKED and not held.begun]
         assert self._vast.items() <= {held.key: held.pages for held in asked}.items()
+        assert max((held.pages for held in asked), default=0) + self._ungranted <= self._capacity, "a ring may come"
         for state in State:
             assert self._counts[state] == sum(held.state is state for held in self._requests.values())
         assert self._suspended is None or self._config.preempt
@@ -406,8 +407,8 @@ class PrefillPolicy:
         """Ask the sink before the start, unless the first token is all that is wanted.
 
         A sink that has promised memory waits for the KV, so the KV's pages here must never wait for memory of a sink:
-        one that finds no room beside those ungranted is asked for when they are, and then none starts in its way.
-        (What a sink gives back later may still be in its way, until its second sink or its deadline.)
+        one that finds no room beside those ungranted is asked for when they are, and then none starts in its way, and
+        none that has begun and loses its sink stays there (`_stands_in_the_way`).
         """
         assert held.request is not None
         if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
@@ -437,6 +438,13 @@ class PrefillPolicy:
         ungranted = self._ungranted + held.pages
         vast = max((pages for key, pages in self._vast.items() if key != held.key), default=0) if self._vast else 0
         return ungranted <= min(self._config.ungranted_share * self._capacity, self._capacity - vast)
+
+    def _stands_in_the_way(self, held: _Held) -> bool:
+        """Whether its pages, ungranted again, leave too little for somebody whose sink holds memory already."""
+        if not held.begun:
+            return False
+        asked = (each for each in self._requests.values() if each.grant is not Grant.NOT_ASKED and not each.begun)
+        return max((each.pages for each in asked), default=0) + self._ungranted + held.pages > self._capacity
 
     def _asks_nobody(self, held: _Held) -> bool:
         """The first token is all that is wanted."""
@@ -553,7 +561,7 @@ class PrefillPolicy:
         if event.taken:
             stages = self._stages(held, now, event.taken_s)
             return [Answer(Handed(held.ticket, stages)), *self._cancel(held, "taken")]
-        if held.second is not None:
+        if held.second is not None and not self._stands_in_the_way(held):
             held.ticket, held.second = replace(held.ticket, sink=held.second), None
             commands = self._ask(held)
             if held.done:

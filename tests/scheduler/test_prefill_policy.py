@@ -312,6 +312,21 @@ def test_a_refusal_in_the_middle_shows_the_second_choice_what_is_there():
     assert machine.on(HandOffOver(KEY, taken=True), 2.0)[0].message.ticket == again
 
 
+@pytest.mark.parametrize(("other", "stays"), [(16, True), (24, False)])
+def test_a_loss_of_a_sink_leaves_nobody_in_the_way_of_one_whose_sink_holds_memory(other, stays):
+    """With 8 pages: three of a prompt that would wait for memory again, beside four or six that somebody else needs."""
+    machine = policy(pages=8)
+    queued(machine, 1, 12, second=D2)
+    machine.on(Granted(KEY), 0.1)
+    assert AskForSink(ticket(2), ask(other), 100.0) in queued(machine, 2, other)
+    commands = machine.on(HandOffOver(KEY, taken=False, reason="lost"), 0.2)
+    machine.check()
+    if stays:
+        assert commands[0] == AskForSink(replace(ticket(), sink=D2), ask(12), 100.0)
+    else:
+        assert commands[0].message == Failed(ticket(), "UNAVAILABLE", "no decode worker took it: lost")
+
+
 def test_a_refusal_after_the_last_choice_waits_for_the_running_step():
     machine = policy()
     queued(machine, 1, 12)
