@@ -239,7 +239,7 @@ class Router:
             flight.tried -= spared
             flight.silent.clear()
             return self._offer(flight, now)
-        if flight.placements and not flight.refusals and need.wait_s:
+        if flight.placements and not flight.refusals and need.wait_s and self._awaits(flight.call):
             return self._strand(flight)
         if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
             return self._shed(flight)
@@ -317,6 +317,10 @@ class Router:
         self._flights[flight.key] = self._stranded[flight.key] = flight
         self._alarms.put(flight.key, self._until(flight))
         return []
+
+    def _awaits(self, call: Call) -> bool:
+        """Whether workers that could take it are away; if those that are there could, its rest has grown too large."""
+        return self._workers.missing() is not None or self._workers.too_large(call.request) is not None
 
     def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
         """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""

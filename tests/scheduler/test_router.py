@@ -360,6 +360,20 @@ def test_a_request_that_was_offered_only_does_not_wait_for_a_worker():
     assert (end.phase, end.code, end.reason) == (Phase.REJECTED, "UNAVAILABLE", "no prefill worker is ready")
 
 
+def test_a_rest_that_has_grown_too_large_for_all_workers_that_there_are_waits_for_none():
+    """A mixed worker alone holds a prompt twice while it hands over to itself, and the tokens so far are prompt now."""
+    machine = Router(GATEWAY, RouterConfig())
+    machine.on(WorkerUp(worker(MIXED, Role.MIXED, pages=11)), 0.0)
+    key = machine.on(Arrived(1, ask(16, 12)), 0.0)[0].message.ticket
+    machine.on(Accept(key), 0.0)
+    machine.on(Tokens(key, 0, (100, 101)), 0.0)
+    assert machine.on(WorkerDown(MIXED), 1.0) == []
+    (end,) = machine.on(WorkerUp(worker(Identity(MIXED.name, 2), Role.MIXED, pages=11)), 2.0)
+    assert (end.phase, end.code) == (Phase.FAILED, "UNAVAILABLE")
+    assert end.reason == "no worker with room for it answers"
+    machine.check()
+
+
 def test_whoever_leaves_or_has_enough_while_it_waits_for_a_worker_leaves_nothing_behind():
     for event, phase in ((ClientGone(1, "left"), Phase.CANCELLED), (Satisfied(1), Phase.DONE)):
         machine = router(UP[0], UP[2])
