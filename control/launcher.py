@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -106,6 +107,27 @@ def pick_transport(wanted: str) -> tuple[str, str]:
             exit_code=7,
         )
     return "zeromq", reason
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM that come meanwhile are handled at its end.
+
+    A process whose start is interrupted before its launcher has noted it would be nobody's to end.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in that one
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    kept = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    for each in came:
+        signal.raise_signal(each)
 
 
 class Log:
@@ -333,19 +355,19 @@ class Deployment:
             case _:
                 pass
         place = self._places.get(config.name)
-        process = subprocess.Popen(
-            [*(place.command if place else ()), sys.executable, "-m", entry, to_json(config)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
-            env={**environment(threads), **self._reach(), **self._env},
-            cwd=Path(__file__).resolve().parent.parent,
-            start_new_session=True,
-        )
-        running = Running(config, process)
-        self.running[config.name] = running
+        with uninterrupted():
+            process = subprocess.Popen(
+                [*(place.command if place else ()), sys.executable, "-m", entry, to_json(config)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
+                env={**environment(threads), **self._reach(), **self._env},
+                cwd=Path(__file__).resolve().parent.parent,
+                start_new_session=True,
+            )
+            running = self.running[config.name] = Running(config, process)
         threading.Thread(target=_listen, args=(running,), daemon=True).start()
         running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
         running.relay.start()

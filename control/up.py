@@ -9,15 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from control import state
 from control.client import members
 from control.http import require
 from control.hub import model_name, resolve_model
-from control.launcher import Deployment
+from control.launcher import Deployment, uninterrupted
 from core.config import DeploymentConfig
-from core.errors import SetupError
+from core.errors import RpcFailure, SetupError
 
 READY_S = 60.0
 
@@ -73,7 +74,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
     deployment = Deployment(config, model, name, log_path=log, say=say)
     if deployment.transport_reason:
         say(f"KV goes over {deployment.transport}, not UCX: {deployment.transport_reason}")
-    with held, deployment:
+    with _interrupted_if(stop), held, deployment:
         wait_ready(deployment)
         deployment.open_http()
         url = f"http://{deployment.http}" if deployment.http else ""
@@ -110,6 +111,17 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
     return 0
 
 
+@contextlib.contextmanager
+def _interrupted_if(came: list[int]) -> Iterator[None]:
+    """An error after a signal came is an interrupt, whose own exception a library's callback may have swallowed."""
+    try:
+        yield
+    except (SetupError, RpcFailure):
+        if came:
+            raise KeyboardInterrupt from None
+        raise
+
+
 def down(where: Path, timeout_s: float = 30.0) -> int:
     """End the running deployment and wait for it."""
     running = state.read(where)
@@ -128,22 +140,24 @@ def _detached(where: Path, argv: list[str], *, as_json: bool) -> int:
     """Run the same command behind, and return when it is ready or has failed."""
     words = [word for word in argv if word != "--detach"]
     said = where / "up.log"
-    with said.open("w") as out:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "control.cli", *words, "-o", "json"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=out,
-            text=True,
-            start_new_session=True,
-        )
+    child: subprocess.Popen[str] | None = None
     # It prints one JSON document when it is ready; what it says to people goes to a file, so nobody has to stay.
     try:
+        with uninterrupted(), said.open("w") as out:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "control.cli", *words, "-o", "json"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=out,
+                text=True,
+                start_new_session=True,
+            )
         with child.stdout as answers:  # type: ignore[union-attr]
             word = answers.readline()
     except KeyboardInterrupt:
-        child.terminate()
-        child.wait()
+        if child is not None:
+            child.terminate()
+            child.wait()
         raise
     code = 0 if word.strip() else child.wait()
     say(said.read_text().rstrip())

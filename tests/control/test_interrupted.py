@@ -14,7 +14,9 @@ import pytest
 
 from control import state
 from control import up as upping
+from control.launcher import Deployment
 from core.config import DeploymentConfig
+from core.errors import RpcFailure
 from tests.live.cluster import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,3 +188,44 @@ def test_an_interrupt_in_the_moment_of_becoming_ready_leaves_no_word(tmp_path, m
         upping.up(DeploymentConfig(model=str(DEMO)), tmp_path, as_json=False, detach=False, argv=[])
     assert not [*tmp_path.glob("deployment.json*")]
     assert not state.taken(tmp_path)
+
+
+@pytest.mark.parametrize("came", [True, False])
+def test_an_interrupt_that_is_swallowed_is_one_all_the_same(tmp_path, monkeypatch, handlers, came):
+    """What gRPC calls back may be where it is raised; the call then fails in its own way."""
+
+    def asked(deployment):
+        if came:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        raise RpcFailure("DEADLINE_EXCEEDED")
+
+    monkeypatch.setattr(upping, "Deployment", Empty)
+    monkeypatch.setattr(upping, "wait_ready", asked)
+    with pytest.raises(KeyboardInterrupt if came else RpcFailure):
+        upping.up(DeploymentConfig(model=str(DEMO)), tmp_path, as_json=False, detach=False, argv=[])
+    assert not state.taken(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_interrupted_while_a_process_is_being_made_ends_that_one_too(monkeypatch, handlers, number):
+    """It would be nobody's: its launcher has no name for it yet."""
+
+    made: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *words, **settings):
+            super().__init__(*words, **settings)
+            made.append(self)
+            os.kill(self.pid, signal.SIGSTOP)  # it would end by itself as it sees its launcher gone
+            signal.raise_signal(number)
+
+    def interrupted(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    signal.signal(number, interrupted)
+    deployment = Deployment(DeploymentConfig(model=str(DEMO)), DEMO, "demo")
+    with pytest.raises(KeyboardInterrupt), deployment:
+        pass
+    assert [process.returncode for process in made] == [-signal.SIGTERM]
