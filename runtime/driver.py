@@ -41,6 +41,7 @@ class Driver:
         self._queue: deque[tuple[str, Any]] = deque()
         self._draining = False
         self._timer: asyncio.TimerHandle | None = None
+        self._arming: asyncio.Handle | None = None
         self._due = 0.0
         self._patient_until = float("-inf")
         self._on_bug = on_bug
@@ -72,9 +73,9 @@ class Driver:
 
     def close(self) -> None:
         """No more deadlines."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for handle in (self._timer, self._arming):
+            if handle is not None:
+                handle.cancel()
 
     def _drain(self) -> None:
         self._draining = True
@@ -84,7 +85,10 @@ class Driver:
                 self._step(name, event)
         finally:
             self._draining = False
-        self._arm()
+        if self._arming is None:
+            # In the loop's next turn: what the events led to, a message to be written for one, goes first.
+            self._arming = self._loop.call_soon(self._arm)
+            self._due = self.now() if self._timer is None else min(self._due, self.now())
 
     def _step(self, name: str, event: object) -> None:
         self.turns += 1
@@ -102,8 +106,9 @@ class Driver:
                 self._on_bug(error)
 
     def _arm(self) -> None:
+        self._arming = None
+        self._stalled()
         if self._timer is not None:
-            self._stalled()
             self._timer.cancel()
             self._timer = None
         # All of them: machines that share a ledger may be woken by what another freed.
@@ -126,7 +131,7 @@ class Driver:
             self._drain()
 
     def _stalled(self) -> bool:
-        """True if the timer is so late that we were stopped, not the others.
+        """True if we are so late, for the timer or to set it, that we were stopped, not the others.
 
         What they said meanwhile is heard, whoever comes first, before anybody is judged silent. This is put off once.
         """
