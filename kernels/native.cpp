@@ -275,23 +275,50 @@ inline uint64_t mix64(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+typedef uint64_t Four __attribute__((vector_size(32)));
+
+template <int64_t kWords>
+inline uint64_t row_sum(const uint64_t* row, int64_t words) {
+  if (kWords) words = kWords;
+  Four four = {};
+  int64_t word = 0;
+  for (; word + 4 <= words; word += 4) {
+    Four next;
+    std::memcpy(&next, row + word, sizeof next);
+    four += next;
+  }
+  uint64_t sum = four[0] + four[1] + four[2] + four[3];
+  for (; word < words; word++) sum += row[word];
+  return sum;
+}
+
+// Sums of several rows first, then their mixing: each is a loop of its own that the compiler turns into vectors.
+template <int64_t kWords>
+void page_sums_of(const uint64_t* pages, int64_t count, int64_t lanes, int64_t page_tokens, int64_t words,
+                  int64_t tokens, const uint64_t* lane_keys, const uint64_t* keys, uint64_t* out) {
+  constexpr int64_t kRows = 16;
+  for (int64_t page = 0; page < count; page++, keys += page_tokens) {
+    uint64_t total = 0;
+    for (int64_t lane = 0; lane < lanes; lane++) {
+      const uint64_t* row = pages + (page * lanes + lane) * page_tokens * words;
+      for (int64_t first = 0; first < tokens; first += kRows) {
+        const int64_t rows = tokens - first < kRows ? tokens - first : kRows;
+        uint64_t sums[kRows];
+        for (int64_t n = 0; n < rows; n++, row += words) sums[n] = row_sum<kWords>(row, words);
+        for (int64_t n = 0; n < rows; n++) total += mix64(sums[n] + lane_keys[lane] + keys[first + n]);
+      }
+    }
+    out[page] = total;
+  }
+}
+
 }  // namespace
 
 // pages: [count, lanes, page_tokens, words], of whose tokens the first `tokens` are summed; `keys`: of count * page_tokens.
 extern "C" void page_sums(const uint64_t* pages, int64_t count, int64_t lanes, int64_t page_tokens, int64_t words,
                           int64_t tokens, const uint64_t* lane_keys, const uint64_t* keys, uint64_t* out) {
-  for (int64_t page = 0; page < count; page++) {
-    uint64_t total = 0;
-    for (int64_t lane = 0; lane < lanes; lane++) {
-      const uint64_t* row = pages + (page * lanes + lane) * page_tokens * words;
-      for (int64_t token = 0; token < tokens; token++, row += words) {
-        uint64_t sum = lane_keys[lane] + keys[page * page_tokens + token];
-        for (int64_t word = 0; word < words; word++) sum += row[word];
-        total += mix64(sum);
-      }
-    }
-    out[page] = total;
-  }
+  auto sums = words == 16 ? page_sums_of<16> : words == 32 ? page_sums_of<32> : page_sums_of<0>;  // heads of 64, 128
+  sums(pages, count, lanes, page_tokens, words, tokens, lane_keys, keys, out);
 }
 
 // arena: [page, lanes, page_tokens, words], weights: of one page; of each of `count` pages the first `slots` tokens.
