@@ -38,8 +38,8 @@ PROBE_ANSWER_S = 2.0
 """A lane that answers no read within this is not up."""
 SETTLE_S = 10.0
 """Most time spent at the start on memory for the arena's pages; the ledger gives the first pages out first."""
-DIGEST_NBYTES = 4 << 20
-"""Bytes digested between two looks at the queue and the transport: well under a millisecond."""
+DIGEST_NBYTES = 8 << 20
+"""Bytes digested between two looks at the queue and the transport: under a millisecond."""
 
 log = logging.getLogger(__name__)
 
