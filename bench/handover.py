@@ -3,8 +3,8 @@
 One prefill and one decode worker, a core each; eight requests decode all the while, and probe requests join one after
 the other. The gap is taken at the client and held against max(two decode steps, 5 ms) plus the time that the bytes take
 at the lane's measured speed; from the last Ready sent to Taken heard (digest check and both messages included) against
-3 ms plus the same. The lane was measured when nothing else ran, so the fixed part stands alone, too: without the time of
-the read itself, against 3 ms. The digest of the source runs before Ready and is part of the gap.
+3 ms plus the same. The lane was measured when nothing else ran, so the fixed part stands alone, too: without the time
+of the read itself, against 3 ms. The digest of the source runs before Ready and is part of the gap.
 """
 
 from __future__ import annotations
