@@ -280,10 +280,14 @@ class Live:
 
     def restart(self, *names: str) -> None:
         """Start killed processes again and wait until all serve."""
+        self.revive(*names)
+        self.wait_ready()
+
+    def revive(self, *names: str) -> None:
+        """Start ended processes again, under their addresses."""
         with ThreadPoolExecutor(max(1, len(names))) as together:
             list(together.map(self.deployment.restart, names))
         self._note()
-        self.wait_ready()
 
     def wait_empty(self, within_s: float = LATE_S) -> float:
         """Until no worker holds or promised a page; the seconds that took."""

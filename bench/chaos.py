@@ -1,0 +1,372 @@
+"""Chaos: what clients lose while processes are killed, stopped, restarted and drained, and reads of KV fail.
+
+    python -m bench.chaos [--minutes 10] [--engine paced|torch] [--seed N] [--quick] [--json FILE]
+
+Two prefill and two decode workers. First the deployment is measured in peace: its capacity by clients that always have
+a request each, then latency at 60 % of that by Poisson arrivals. Then the same load comes again, with the deadline at
+ten times the median latency, while three hands work beside each other, one for each phase and one for the coordinator:
+every few seconds each kills a process, stops it for a while, or has it drain and end; it touches nobody else of its
+phase before that is whole again. Meanwhile workers' reads fail, stall, hang and bring flipped bits, and their messages
+are late or come twice. Some clients leave.
+
+Each reply is compared with what its tokens imply (`tests/engine/chain.py`; for `torch` with one engine of this
+process), token by token and by the hash that each token was drawn from. Failed is who ended otherwise than well, by
+leaving, or by a refusal before the first token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.report import Row, emit, parser, progress
+from core.config import DeploymentConfig
+from tests.checkpoints import make_llama
+from tests.engine.chain import Chain
+from tests.live.asks import ENDS, Case, case
+from tests.live.cluster import Client, Live, Reference, Reply
+from tests.transfer.faults import Rule
+
+VOCAB, CONTEXT = 320, 8192
+SHARE = 0.6
+"""Of the capacity."""
+PATIENCE = 10.0
+"""The deadline, in median latencies of the undisturbed run."""
+LEAVES = 0.03
+"""Share of clients that leave in the middle."""
+CLIENTS = 32
+"""At once, while the capacity is measured."""
+BETWEEN_S = (1.0, 4.0)
+"""From the time that a phase is whole again to its next disturbance."""
+AWAY_S = (0.2, 2.0)
+"""How long a killed process stays dead."""
+STILL_S = (0.5, 5.0)
+"""How long a stopped one stands still."""
+BACK_S = 60.0
+"""Nobody takes longer to drain, or to serve again."""
+SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 11}, {"temperature": 1.2, "seed": 5})
+RULES_S = 3.0
+"""New faults of reads and messages come this often."""
+READS = ("flip", "fail", "delay", "stall", "doubt", "break")
+WORDS = ("Reserve", "Grant", "Ready", "Taken", "Release")
+
+
+@dataclass(slots=True)
+class Asked:
+    """One request, and what its client saw."""
+
+    case: Case
+    leaves_at: int = 0
+    """Tokens after which its client leaves; 0: it stays."""
+    reply: Reply = field(default_factory=Reply)
+    times: list[float] = field(default_factory=list)
+    """When tokens came, the time of asking first."""
+    left: bool = False
+
+    @property
+    def fate(self) -> str:
+        """good, left, rejected or failed."""
+        if self.left:
+            return "left"
+        if self.reply.code == "OK":
+            return "good"
+        return "rejected" if self.reply.code == "RESOURCE_EXHAUSTED" and not self.reply.tokens else "failed"
+
+    @property
+    def latency_s(self) -> float:
+        """From asking to the last token."""
+        return self.times[-1] - self.times[0]
+
+    @property
+    def pause_s(self) -> float:
+        """The longest time without a token, once there was one."""
+        return max((b - a for a, b in zip(self.times[1:], self.times[2:], strict=False)), default=0.0)
+
+
+def some(number: int, draw: random.Random) -> Case:
+    """A request of its own."""
+    return case(draw.randint(8, 400), draw.randint(40, 160), number, **SAMPLINGS[number % len(SAMPLINGS)])
+
+
+async def go(client: Client, asked: Asked, timeout_s: float) -> None:
+    """Ask, and read until the end, or until its client leaves."""
+    asked.times.append(time.monotonic())
+    with contextlib.suppress(Exception):  # what it was is in the reply
+        async for response in client.responses(asked.case.request, asked.reply, timeout_s):
+            asked.reply.take(response)
+            if response.token_ids:
+                asked.times.append(time.monotonic())
+            if asked.leaves_at and len(asked.reply.tokens) >= asked.leaves_at and asked.reply.end is None:
+                asked.left = True
+                return
+
+
+async def capacity(live: Live, seconds: float, draw: random.Random) -> float:
+    """Requests a second that clients get done who always have one each."""
+    done = 0
+    until = time.monotonic() + seconds
+
+    async def always(client: Client, number: int) -> None:
+        nonlocal done
+        while time.monotonic() < until:
+            asked = Asked(some(number, draw))
+            await go(client, asked, 60.0)
+            if time.monotonic() < until:
+                done += 1
+
+    async with Client(live.gateway) as client:
+        await asyncio.gather(*(always(client, number) for number in range(CLIENTS)))
+    return done / seconds
+
+
+async def load(live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random) -> list[Asked]:
+    """Poisson arrivals for so long; returns when all have ended."""
+    asked: list[Asked] = []
+    tasks: list[asyncio.Task[None]] = []
+    async with Client(live.gateway) as client:
+        due = time.monotonic()
+        until = due + seconds
+        while due < until:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            each = Asked(some(len(asked), draw), draw.randint(1, 30) if draw.random() < LEAVES else 0)
+            asked.append(each)
+            tasks.append(asyncio.create_task(go(client, each, timeout_s)))
+            due += draw.expovariate(rate)
+        await asyncio.gather(*tasks)
+    return asked
+
+
+class Hand:
+    """Disturbs the processes `names`, one after the other, until `stop`; counts what it did."""
+
+    def __init__(self, live: Live, names: Sequence[str], deeds: Sequence[str], draw: random.Random) -> None:
+        self._live = live
+        self._names = list(names)
+        self._deeds = list(deeds)
+        self._draw = draw
+        self.did: Counter[str] = Counter()
+
+    async def work(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set, and then until all of its own are back."""
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), self._draw.uniform(*BETWEEN_S))
+                return
+            name, deed = self._draw.choice(self._names), self._draw.choice(self._deeds)
+            self.did[deed] += 1
+            match deed:
+                case "kill":
+                    await asyncio.to_thread(self._live.kill, name, signal.SIGKILL)
+                    await self._back(name)
+                case "drain":
+                    await asyncio.to_thread(self._live.kill, name, signal.SIGTERM)
+                    await asyncio.to_thread(self._live.deployment.running[name].process.wait, BACK_S)
+                    await self._back(name)
+                case "stop":
+                    self._live.kill(name, signal.SIGSTOP)
+                    await asyncio.sleep(self._draw.uniform(*STILL_S))
+                    self._live.kill(name, signal.SIGCONT)
+            await _until(self._whole)
+
+    async def _back(self, name: str) -> None:
+        await asyncio.sleep(self._draw.uniform(*AWAY_S))
+        await asyncio.to_thread(self._live.revive, name)
+
+    def _whole(self) -> bool:
+        names = {*self._names} - {"coordinator"}
+        return names <= self._live.usable(self._live.gateway)
+
+
+class Faults:
+    """Gives all workers new faults of their next reads and messages, again and again; counts which came about."""
+
+    def __init__(self, live: Live, draw: random.Random) -> None:
+        self._live = live
+        self._draw = draw
+        self.did: Counter[str] = Counter()
+
+    async def work(self, stop: asyncio.Event) -> None:
+        """Until `stop` is set; then nobody has any."""
+        while not stop.is_set():
+            self._put({each.name: self._some() for each in self._live.workers})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RULES_S)
+        self._put({})
+
+    def _put(self, rules: dict[str, list[Rule]]) -> None:
+        self.did.update(line.partition(": ")[2] for line in self._live.acted())
+        self._live.fault(rules)
+
+    def _some(self) -> list[Rule]:
+        draw = self._draw
+        reads = [Rule("read", draw.choice(READS), draw.randint(1, 20), 1, draw.uniform(0.05, 0.5)) for _ in range(2)]
+        word, deed = f"send {draw.choice(WORDS)}", draw.choice(("delay", "twice"))
+        return [*reads, Rule(word, deed, draw.randint(1, 20), 1, draw.uniform(0.05, 0.5))]
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + BACK_S
+    while not await asyncio.to_thread(true):
+        if time.monotonic() > end:
+            raise TimeoutError("a disturbed process is not back")
+        await asyncio.sleep(0.2)
+
+
+async def disturbed(
+    live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random
+) -> tuple[list[Asked], Counter[str]]:
+    """The load beside all hands; what was asked, and what was done to whom."""
+    kinds = {"prefill": ("kill", "stop", "drain"), "decode": ("kill", "stop", "drain"), "coordinator": ("kill", "stop")}
+    hands = {
+        kind: Hand(live, [name for name in live.deployment.running if name.startswith(kind)], deeds, draw)
+        for kind, deeds in kinds.items()
+    }
+    faults = Faults(live, draw)
+    stop = asyncio.Event()
+    hurting = asyncio.gather(*(each.work(stop) for each in (*hands.values(), faults)))
+    asked = await load(live, rate, seconds, timeout_s, draw)
+    stop.set()
+    await hurting
+    did = Counter({f"{deed} {kind}": count for kind, hand in hands.items() for deed, count in hand.did.items()})
+    return asked, did + Counter({f"rule: {what}": count for what, count in faults.did.items()})
+
+
+def wrong(asked: Sequence[Asked], reference: Chain | Reference) -> int:
+    """Requests with a token that is not what it should be, of whatever end."""
+    count = 0
+    for each in asked:
+        want = reference.tokens(each.case.prompt, each.case.sampling)
+        got = each.reply.tokens
+        same = got == (want if each.fate == "good" else want[: len(got)])
+        if same and each.fate == "good":
+            same = each.reply.hashes == reference.hashes(each.case.prompt, each.case.sampling)
+        count += not same
+    return count
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """By the nearest rank; 0 of nothing."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))] if ordered else 0.0
+
+
+@dataclass(slots=True)
+class Report:
+    """A run in peace and one in chaos."""
+
+    rate: float
+    timeout_s: float
+    calm: list[Asked]
+    chaos: list[Asked]
+    did: Counter[str]
+    wrong: int
+    held: list[str]
+    errors: list[str]
+
+    def share(self, asked: Sequence[Asked], fate: str) -> float:
+        """Percent of those asked."""
+        return 100 * sum(each.fate == fate for each in asked) / max(1, len(asked))
+
+    def count(self, fate: str) -> int:
+        """Of those asked in chaos."""
+        return sum(each.fate == fate for each in self.chaos)
+
+    def rows(self, name: str) -> list[Row]:
+        """What is promised, and what is reported."""
+        good = [each for each in self.chaos if each.fate == "good"]
+        hit = [each for each in good if each.reply.last.attempts > 1]
+        calm = [each.pause_s for each in self.calm if each.fate == "good"]
+        peace = self.share(self.calm, "rejected")
+
+        def told(case: str, ours: float, unit: str, peer: float | None = None, peer_name: str = "") -> Row:
+            return Row(f"{name}: {case}", ours, peer, peer_name, unit, False)
+
+        processes = sum(count for deed, count in self.did.items() if not deed.startswith("rule"))
+        rules = sum(count for deed, count in self.did.items() if deed.startswith("rule"))
+        return [
+            told("requests", len(self.chaos), ""),
+            told("processes killed, stopped or drained", processes, ""),
+            told("faults of reads and messages", rules, ""),
+            told("failed", self.count("failed"), "", 0, "while one worker of each phase lives"),
+            told("with a wrong token", self.wrong, "", 0, "none"),
+            told("pages held afterwards", len(self.held), "", 0, "none"),
+            told("rejected", self.share(self.chaos, "rejected"), "%", peace + 2, "undisturbed + 2 points"),
+            told("placed again at least once", 100 * len(hit) / max(1, len(good)), "%"),
+            told("longest pause of a stream, p50", quantile([e.pause_s for e in good], 0.5) * 1e3, "ms"),
+            told("longest pause of a stream, p99", quantile([e.pause_s for e in good], 0.99) * 1e3, "ms"),
+            told("the same undisturbed, p99", quantile(calm, 0.99) * 1e3, "ms"),
+            told("longest pause of one placed again, p99", quantile([e.pause_s for e in hit], 0.99) * 1e3, "ms"),
+            told("arrivals", self.rate, "requests/s"),
+            told("deadline", self.timeout_s, "s"),
+        ]
+
+
+def run(engine: str, seconds: float, seed: int, scratch: Path, say: Callable[[str], None] = progress) -> Report:
+    """Peace, then chaos for so long."""
+    model = make_llama(
+        scratch / "tiny", vocab=VOCAB, context=CONTEXT, dtype="bfloat16", tokenizer=True, eos=[1, *ENDS[1:]]
+    )
+    how = {"engine": "paced", "pace": 2.0, "stop_rate": 0.002} if engine == "paced" else {"exact": True}
+    config = DeploymentConfig(
+        model=str(model), port=0, prefill=2, decode=2, page_tokens=16, chunk_tokens=64, max_rows=12, threads=1,
+        kv_memory="1M", hash_logits=True, **how,
+    )  # fmt: skip
+    live = Live(config, model, scratch / "log", faults=scratch / "rules")
+    live.torn, live.expected = True, [".*"]
+    draw = random.Random(seed)
+    live.fault({})
+    live.start()
+    try:
+        most = asyncio.run(capacity(live, min(15.0, seconds), draw))
+        rate = SHARE * most
+        calm = asyncio.run(load(live, rate, min(30.0, seconds), 60.0, random.Random(seed + 1)))
+        timeout_s = PATIENCE * quantile([each.latency_s for each in calm if each.fate == "good"], 0.5)
+        say(f"  {most:.1f} requests/s at most; {rate:.1f} for {seconds:.0f} s, each within {timeout_s:.1f} s")
+        chaos, did = asyncio.run(disturbed(live, rate, seconds, timeout_s, random.Random(seed + 2)))
+        held = live.held()
+        with contextlib.suppress(AssertionError):
+            live.wait_empty()
+            held = []
+        errors = [line["message"] for line in live.lines() if line["level"] == "critical" or "exception" in line]
+    finally:
+        live.deployment.stop()
+    if engine == "paced":
+        reference: Chain | Reference = Chain.of(model, VOCAB, CONTEXT, (0, *ENDS), 0.002)
+    else:
+        reference = Reference(model, exact=True)
+    return Report(rate, timeout_s, calm, chaos, did, wrong([*calm, *chaos], reference), held, errors)
+
+
+def main() -> None:
+    """Exit code 1 where a promise does not hold."""
+    words = parser("chaos", "what clients lose while processes die, stand still and drain, and reads fail")
+    words.add_argument("--minutes", type=float, default=10.0, help="of chaos")
+    words.add_argument("--engine", choices=("paced", "torch"), default="paced")
+    words.add_argument("--seed", type=int, default=0)
+    args = words.parse_args()
+    seconds = 20.0 if args.quick else 60 * args.minutes
+    with tempfile.TemporaryDirectory() as scratch:
+        report = run(args.engine, seconds, args.seed, Path(scratch))
+    for deed, count in sorted(report.did.items()):
+        progress(f"  {count:5} x {deed}")
+    for each in report.chaos:
+        if each.fate == "failed":
+            progress(f"  failed after {each.latency_s:.1f} s: {each.reply.code}: {each.reply.details}")
+    for error in report.errors[:20]:
+        progress(f"  logged: {error}")
+    emit("chaos", report.rows(args.engine), args.json)
+    if report.count("failed") or report.wrong or report.held:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
