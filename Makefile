@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check slow bench compiled protos venv venv-test
+.PHONY: help demo test check slow chaos bench compiled protos venv venv-test
 
 help:
 	@echo "make demo    start a small cluster on this machine and talk to it"
 	@echo "make test    all tests that take seconds"
 	@echo "make check   formatting, lint, types, protocol compatibility"
 	@echo "make slow    the tests that take minutes"
+	@echo "make chaos   load while workers are killed, for MINUTES=10"
 	@echo "make bench   the quick form of every benchmark"
 	@echo "make compiled  the simulator and its machines through a C compiler, into build/compiled"
 	@echo "make protos  generate the gRPC stubs anew"
@@ -31,6 +32,9 @@ test: venv-test
 slow: venv-test
 	@$(BIN)/python -m pytest -n 2 -m "slow and not live" --timeout 1800
 	@$(BIN)/python -m pytest -m "slow and live" --timeout 1800
+
+chaos: venv-test
+	$(BIN)/python -m bench.chaos --minutes $(or $(MINUTES),10)
 
 check: venv-test
 	$(BIN)/ruff check

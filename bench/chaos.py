@@ -232,7 +232,8 @@ async def disturbed(
     }
     faults = Faults(live, draw)
     stop = asyncio.Event()
-    hurting = asyncio.gather(*(each.work(stop) for each in (*hands.values(), faults)))
+    all_hands: list[Hand | Faults] = [*hands.values(), faults]
+    hurting = asyncio.gather(*(each.work(stop) for each in all_hands))
     asked = await load(live, rate, seconds, timeout_s, draw)
     stop.set()
     await hurting
@@ -310,8 +311,8 @@ class Report:
         ]
 
 
-def run(engine: str, seconds: float, seed: int, scratch: Path, say: Callable[[str], None] = progress) -> Report:
-    """Peace, then chaos for so long."""
+def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 20.0) -> Report:
+    """Peace twice for so long, then chaos."""
     model = make_llama(
         scratch / "tiny", vocab=VOCAB, context=CONTEXT, dtype="bfloat16", tokenizer=True, eos=[1, *ENDS[1:]]
     )
@@ -326,11 +327,11 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, say: Callable[[st
     live.fault({})
     live.start()
     try:
-        most = asyncio.run(capacity(live, min(15.0, seconds), draw))
+        most = asyncio.run(capacity(live, peace_s, draw))
         rate = SHARE * most
-        calm = asyncio.run(load(live, rate, min(30.0, seconds), 60.0, random.Random(seed + 1)))
+        calm = asyncio.run(load(live, rate, peace_s, 60.0, random.Random(seed + 1)))
         timeout_s = PATIENCE * quantile([each.latency_s for each in calm if each.fate == "good"], 0.5)
-        say(f"  {most:.1f} requests/s at most; {rate:.1f} for {seconds:.0f} s, each within {timeout_s:.1f} s")
+        progress(f"  {most:.1f} requests/s at most; {rate:.1f} for {seconds:.0f} s, each within {timeout_s:.1f} s")
         chaos, did = asyncio.run(disturbed(live, rate, seconds, timeout_s, random.Random(seed + 2)))
         held = live.held()
         with contextlib.suppress(AssertionError):
