@@ -79,7 +79,9 @@ class Asked:
             return "left"
         if self.reply.code == "OK":
             return "good"
-        return "rejected" if self.reply.code == "RESOURCE_EXHAUSTED" and not self.reply.tokens else "failed"
+        nobody = self.reply.code == "UNAVAILABLE" and "attempts" not in self.reply.details
+        refused = self.reply.code == "RESOURCE_EXHAUSTED" or nobody
+        return "rejected" if refused and not self.reply.tokens else "failed"
 
     @property
     def latency_s(self) -> float:
@@ -318,8 +320,8 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
     )
     how = {"engine": "paced", "pace": 2.0, "stop_rate": 0.002} if engine == "paced" else {"exact": True}
     config = DeploymentConfig(
-        model=str(model), port=0, prefill=2, decode=2, page_tokens=16, chunk_tokens=64, max_rows=12, threads=1,
-        kv_memory="1M", hash_logits=True, **how,
+        model=str(model), port=0, prefill=2, decode=2, page_tokens=16, chunk_tokens=64, max_rows=24, threads=1,
+        kv_memory="2M", hash_logits=True, **how,
     )  # fmt: skip
     live = Live(config, model, scratch / "log", faults=scratch / "rules")
     live.torn, live.expected = True, [".*"]

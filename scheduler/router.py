@@ -63,11 +63,13 @@ class RouterConfig:
     """A request without a TTFT goal is accepted while its wait stays under this."""
     offer_s: float = 1.0
     """A worker that does not answer an offer within this time is passed over."""
-    max_attempts: int = 4
+    max_attempts: int = 8
     """Placements of one request before it fails."""
     again_s: float = 0.1
     """After a prefill worker failed it, a request is placed again at once if there is another; where there is none, and
     after later failures, it waits so long, and twice as long after each. News of why must be faster than attempts."""
+    again_most_s: float = 1.0
+    """It never waits longer than this."""
     max_tries: int = 4
     """Refusals after which a request that is being placed waits for a worker to say that it has room."""
     offer_pages: int = 1024
@@ -654,7 +656,8 @@ class Router:
         tried = {blamed} if blamed is not None and others else set()
         resumes = 0.0
         if blamed is not None and (flight.placements > 1 or not others):
-            resumes = now + self._config.again_s * 2 ** max(0, flight.placements - 1)
+            wait_s = self._config.again_s * 2 ** max(0, flight.placements - 1)
+            resumes = now + min(wait_s, self._config.again_most_s)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)
         if not begun:
