@@ -325,11 +325,11 @@ def test_who_is_to_blame_and_the_only_one_is_asked_again_a_little_later():
 
 
 def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
-    """One prefill and one decode worker: the fourth failure, after 0.7 s, would be the last."""
+    """One prefill and one decode worker: the eighth failure, after 4.5 s, would be the last."""
     machine = router(UP[0], UP[2], again_s=0.1)
     now, key = 0.0, prefilling(machine)
     waits = []
-    for _ in range(3):
+    for _ in range(7):
         machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
         machine.check()
         due = machine.deadline()
@@ -339,8 +339,8 @@ def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
         (offer,) = machine.on(None, now)
         key = offer.message.ticket
         machine.on(Accept(key), now)
-    assert waits == [0.1, 0.2, 0.4]
-    assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 4
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
+    assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 8
 
 
 def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
