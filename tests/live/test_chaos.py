@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from bench.chaos import run
 
 
+@pytest.mark.slow
 def test_nobody_fails_while_processes_die_stand_still_and_drain_and_reads_fail(tmp_path):
     report = run("paced", 40.0, 1, tmp_path, peace_s=6.0)
     failed = [f"{each.reply.code}: {each.reply.details}" for each in report.chaos if each.fate == "failed"]
