@@ -186,7 +186,7 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self, rows: Seq[Row]) -> list[Sampled]:
         """See `engine.api`. A `LocalError` is raised before anything is changed."""
-        return whole(self._parts(rows, self._sequences.of(rows), self._at_once)) if rows else []
+        return whole(self._parts(rows, self._sequences.of(rows), self._at_once))
 
     def begin(self, rows: Seq[Row]) -> Step:
         """See `engine.api`."""
@@ -201,6 +201,8 @@ class TorchEngine:
     def _parts(
         self, rows: Seq[Row], sequences: list[_Sequence], forward: Callable[[Batch], Parts[Logits]]
     ) -> Parts[list[Sampled]]:
+        if not rows:
+            return []
         if any(known.prompt_logprobs for known in sequences):
             told = []
             for row, known in zip(rows, sequences, strict=True):

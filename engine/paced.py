@@ -256,7 +256,7 @@ class PacedEngine:
 
     def step(self, rows: Seq[Row]) -> list[Sampled]:
         """See `engine.api`. A `LocalError` is raised before anything is changed."""
-        return whole(self._parts(rows, self._sequences.of(rows), 1)) if rows else []
+        return whole(self._parts(rows, self._sequences.of(rows), 1))
 
     def begin(self, rows: Seq[Row]) -> Step:
         """See `engine.api`. Its parts are `LAYERS` layers, whose time it passes one by one."""
