@@ -62,10 +62,11 @@ def alone(
     return out
 
 
-def with_stops(engine: Engine, rows: Sequence[Row], rng: random.Random) -> list[Sampled]:
+def with_stops(engine: Engine, rows: Sequence[Row], rng: random.Random, often: float | None = None) -> list[Sampled]:
     """A step of some of `rows` that stops now and then, and steps of the others while it does."""
     count = rng.randint(1, len(rows)) if rows else 0
-    step, others, often = engine.begin(rows[:count]), list(rows[count:]), rng.choice([0.05, 0.3, 1.0])
+    step, others = engine.begin(rows[:count]), list(rows[count:])
+    often = often or rng.choice([0.05, 0.3, 1.0])
     out: list[Sampled] = []
     while (found := step.run(lambda: rng.random() < often)) is None:
         now = rng.randint(0, len(others))
