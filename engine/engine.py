@@ -21,7 +21,7 @@ from engine.api import Row, Sampled
 from engine.arena import Arena
 from engine.backend import Logits
 from engine.config import ModelConfig
-from engine.host import HostPool
+from engine.host import HostPool, runs
 from engine.model import Decoder
 from engine.penalties import Penalties
 from engine.sampler import Sampler, logprobs
@@ -89,8 +89,8 @@ class TorchEngine:
         ops, self.backend = backend.choose(self.config, device, exact, native)
         where = backend.place(device)
         self._arena = Arena(self._kv, kv_memory, device=where)
-        self._host = Arena(self._kv, host_memory, setting="host_memory") if host_memory else None
-        self._pool = HostPool(self._host.count if self._host else 0)
+        self._host = Arena(self._kv, host_memory, setting="host_memory").pages if host_memory else self._arena.pages[:0]
+        self._pool = HostPool(len(self._host))
         self._skips_unwritten = device == "cuda"
         """Its kernels never read a slot behind a sequence's newest token."""
         with torch.inference_mode():
@@ -160,18 +160,16 @@ class TorchEngine:
 
     def swap_out(self, sequence: str, pages: Seq[int]) -> None:
         """See `engine.api`."""
-        table = torch.from_numpy(self._sequences.table(sequence, pages))
-        held = torch.tensor(self._pool.take(sequence, len(table)), dtype=torch.int64)
-        if self._host is not None:
-            self._host.pages[held] = self._arena.pages[table].cpu()
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.take(sequence, len(table))):
+            self._host[there].copy_(self._arena.pages[here])
         self._sequences.close(sequence)
 
     def swap_in(self, sequence: str, pages: Seq[int]) -> None:
         """See `engine.api`."""
-        table = torch.from_numpy(self._sequences.table(sequence, pages))
-        held = torch.tensor(self._pool.of(sequence, len(table)), dtype=torch.int64)
-        if self._host is not None:
-            self._arena.pages[table] = self._host.pages[held].to(self._arena.pages.device)
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.of(sequence, len(table))):
+            self._arena.pages[here].copy_(self._host[there])
         self._pool.drop(sequence)
 
     def close(self, sequence: str) -> None:

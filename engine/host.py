@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from core.errors import LocalError
 
 
@@ -40,3 +42,13 @@ class HostPool:
     def drop(self, sequence: str) -> None:
         """Free the pages of a sequence; one that has none is ignored."""
         self._free += reversed(self._held.pop(sequence, ()))
+
+
+def runs(pages: Sequence[int], held: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Pages of an arena and as many of the host, cut where either are not next to each other."""
+    start = 0
+    for at in range(1, len(pages) + 1):
+        if at == len(pages) or pages[at] != pages[at - 1] + 1 or held[at] != held[at - 1] + 1:
+            count = at - start
+            yield slice(pages[start], pages[start] + count), slice(held[start], held[start] + count)
+            start = at

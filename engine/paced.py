@@ -51,7 +51,7 @@ from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
 from engine.api import Row, Sampled
 from engine.config import ModelConfig
-from engine.host import HostPool
+from engine.host import HostPool, runs
 from engine.memory import anonymous_memory, page_count
 from engine.sequences import Sequence, Sequences
 from engine.steps import Parts, Step, whole
@@ -235,14 +235,16 @@ class PacedEngine:
 
     def swap_out(self, sequence: str, pages: Seq[int]) -> None:
         """See `engine.api`."""
-        table = self._sequences.table(sequence, pages)
-        self._host[self._pool.take(sequence, len(table))] = self._arena[table]
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.take(sequence, len(table))):
+            self._host[there] = self._arena[here]
         self._sequences.close(sequence)
 
     def swap_in(self, sequence: str, pages: Seq[int]) -> None:
         """See `engine.api`."""
-        table = self._sequences.table(sequence, pages)
-        self._arena[table] = self._host[self._pool.of(sequence, len(table))]
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.of(sequence, len(table))):
+            self._arena[here] = self._host[there]
         self._pool.drop(sequence)
 
     def close(self, sequence: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.errors import LocalError, SetupError
 from core.sampling import Sampling
 from engine.api import Row
-from engine.host import HostPool
+from engine.host import HostPool, runs
 from tests.checkpoints import MODELS
 from tests.engine.conftest import ENGINES
 from tests.engine.play import Dealer, alone, chunks, poison
@@ -176,3 +176,18 @@ def test_pages_of_the_pool_are_used_again_and_never_twice():
         out = [page for pages in held.values() for page in pages]
         assert len(out) == len(set(out)) == pool.used
         assert set(out) <= set(range(20))
+
+
+@pytest.mark.parametrize(
+    ("pages", "held", "found"),
+    [
+        ([], [], []),
+        ([5], [0], [((5, 6), (0, 1))]),
+        ([5, 6, 7], [1, 2, 3], [((5, 8), (1, 4))]),
+        ([5, 6, 8], [1, 2, 3], [((5, 7), (1, 3)), ((8, 9), (3, 4))]),
+        ([5, 6, 7], [1, 3, 4], [((5, 6), (1, 2)), ((6, 8), (3, 5))]),
+        ([2, 1, 0], [0, 1, 2], [((2, 3), (0, 1)), ((1, 2), (1, 2)), ((0, 1), (2, 3))]),
+    ],
+)
+def test_pages_that_are_neighbours_on_both_sides_are_copied_at_once(pages, held, found):
+    assert [((a.start, a.stop), (b.start, b.stop)) for a, b in runs(pages, held)] == found

@@ -224,7 +224,7 @@ def test_without_preemption_nobody_overtakes(engine):
     _, one = engine
 
     async def scene() -> Stage:
-        stage = Stage(one, preempt=False)
+        stage = Stage(Slow(one, 1, 0.0), preempt=False)
         for counter in PROMPTS:
             stage.ask(counter, Sampling(1))
         await stage.until(lambda: len(stage.over()) == 3)
@@ -234,6 +234,7 @@ def test_without_preemption_nobody_overtakes(engine):
     stage = play(scene)
     assert stage.over() == [1, 2, 3]
     assert stage.policy.suspensions == 0
+    assert not stage.engine.waits, "its steps ask nobody whether they are to stop"
 
 
 def test_a_worker_that_ends_while_a_step_has_stopped_ends(engine):
