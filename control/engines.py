@@ -24,6 +24,7 @@ def _torch(config: WorkerConfig) -> Loaded:
     engine = TorchEngine(
         config.model,
         kv_memory=config.kv_memory,
+        host_memory=config.host_memory,
         page_tokens=config.page_tokens,
         dtype=config.dtype or None,
         exact=config.exact,
@@ -46,6 +47,7 @@ def _paced(config: WorkerConfig) -> Loaded:
     engine = PacedEngine(
         config.model,
         kv_memory=config.kv_memory,
+        host_memory=config.host_memory,
         page_tokens=config.page_tokens,
         dtype=config.dtype or None,
         cost=cost,

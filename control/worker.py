@@ -197,14 +197,15 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
         if role.prefills:
-            settings = PrefillConfig(chunk_tokens=config.chunk_tokens, max_rows=config.max_rows)
+            settings = PrefillConfig(config.chunk_tokens, config.max_rows, preempt=config.preempt)
             policy = PrefillPolicy(self._me, engine.kv, self._ledger, settings)
-            self._prefill = PrefillShell(policy, driver, engine, self._engine_thread, self._gateways.tell)
+            tell, preempt = self._gateways.tell, config.preempt
+            self._prefill = PrefillShell(policy, driver, engine, self._engine_thread, tell, preempt)
         if role.decodes:
             # A mixed worker's prompts wait for the running order, so it gives short ones.
             steps = 1 if role is Role.MIXED else config.max_steps
             self._decode = DecodeShell(
-                self._batch(engine, DecodeConfig(config.max_rows, steps)),
+                self._batch(engine, DecodeConfig(config.max_rows, steps, host_pages=engine.host_pages)),
                 driver,
                 engine,
                 self._engine_thread,
@@ -503,14 +504,22 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             for where, count in self._prefill.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "prefill", "state": where}, float(count)
             yield "prefill_tokens", "Prompt tokens computed.", {}, float(self._prefill.computed_tokens)
+            yield "prefill_suspensions", "Prefill steps suspended.", {}, float(self._prefill.policy.suspensions)
         if self._decode is not None:
             for state_, count in self._decode.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "decode", "state": state_}, float(count)
-            if isinstance(self._decode.policy, MigratingPolicy):
-                moves = self._decode.policy.moves
+            policy = self._decode.policy
+            host = {"used": self._engine.host_pages_used, "all": self._engine.host_pages}
+            for what, count in host.items():
+                yield "host_pages", "KV pages in host memory, those in use and all.", {"what": what}, float(count)
+            for how, count in {"swapped": policy.swapped, "evicted": policy.evicted}.items():
+                yield "rows_retired", "Rows whose memory was taken, by what became of their KV.", {"how": how}, count
+            yield "recomputed_tokens", "Positions computed again at decode.", {}, float(policy.recomputed_tokens)
+            if isinstance(policy, MigratingPolicy):
+                moves = policy.moves
                 yield "rows_offered", "Running rows offered to others.", {"outcome": "moved"}, float(moves.given)
                 yield "rows_offered", "Running rows offered to others.", {"outcome": "stayed"}, float(moves.stayed)
-                yield "freeness_steps", "Steps until memory is used up.", {}, self._decode.policy.freeness()
+                yield "freeness_steps", "Steps until memory is used up.", {}, policy.freeness()
         for peer, lane in self._lanes.items():
             labels = {"source": peer.name, "transport": lane.transport}
             yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s

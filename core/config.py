@@ -36,6 +36,8 @@ class WorkerConfig:
     """host:port of the gRPC service; port 0 takes any free one."""
     kv_memory: int = 256 * 2**20
     """Bytes of KV cache."""
+    host_memory: int = 0
+    """Bytes beside it for KV of rows that are swapped out; 0: they are computed again."""
     page_tokens: int = 64
     """Tokens in a page."""
     dtype: str = ""
@@ -48,6 +50,8 @@ class WorkerConfig:
     """nixl or zeromq."""
     chunk_tokens: int = 512
     """Most prompt tokens in one engine step."""
+    preempt: bool = False
+    """A prefill step may be suspended for a more urgent prompt, and goes on afterwards."""
     max_rows: int = 64
     """Most sequences in one engine step."""
     max_steps: int = 16
@@ -172,6 +176,8 @@ class DeploymentConfig:
     """Address that the gateways and HTTP listen on; coordinator and workers stay on loopback."""
     kv_memory: str = "256M"
     """KV cache of each worker, in bytes or with K, M, G."""
+    host_memory: str = "0"
+    """Memory beside it, of each decode worker, for rows that are swapped out; 0: they are computed again."""
     page_tokens: int = 64
     """Tokens in a page."""
     dtype: str = ""
@@ -184,6 +190,8 @@ class DeploymentConfig:
     """nixl (UCX), zeromq, or auto: nixl, and zeromq only where nixl has no wheel."""
     chunk_tokens: int = 512
     """Most prompt tokens in one engine step."""
+    preempt: bool = False
+    """A prefill step may be suspended for a more urgent prompt, and goes on afterwards."""
     max_rows: int = 64
     """Most sequences in one engine step."""
     max_steps: int = 16
@@ -258,6 +266,7 @@ class DeploymentConfig:
         if 256 % self.page_tokens:
             raise bad("page_tokens", "a divisor of 256")
         nbytes(self.kv_memory)
+        nbytes(self.host_memory, "host_memory", least=0)
 
     @property
     def workers(self) -> int:
@@ -265,17 +274,17 @@ class DeploymentConfig:
         return self.prefill + self.decode + self.mixed
 
 
-def nbytes(text: str) -> int:
-    """Bytes from "1048576", "64K", "256M" or "2G"; raises SetupError on anything else."""
+def nbytes(text: str, setting: str = "kv_memory", least: int = 1) -> int:
+    """Bytes from "1048576", "64K", "256M" or "2G"; raises SetupError on anything else, and on less than `least`."""
     number, unit = text.strip().rstrip("iB"), ""
     if number and number[-1].upper() in _UNITS:
         number, unit = number[:-1], number[-1].upper()
     try:
         value = int(float(number) * _UNITS[unit])
     except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise SetupError(f"kv_memory: got {text!r}, want bytes such as 64M or 2G")
+        value = -1
+    if value < least:
+        raise SetupError(f"{setting}: got {text!r}, want bytes such as 64M or 2G")
     return value
 
 

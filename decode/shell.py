@@ -40,6 +40,8 @@ from scheduler.decode_events import (
     SealRow,
     SwapIn,
     SwapOut,
+    SwappedIn,
+    SwappedOut,
     Tell,
     TellMoved,
     TellPeer,
@@ -136,8 +138,10 @@ class DecodeShell:
                 self._thread.do(lambda: self._leave(key))
             case Evict(key):
                 self._thread.do(lambda: self._engine.close(key))
-            case SwapOut(key) | SwapIn(key):
-                raise LocalError(f"{key}: got a swap, but this worker has no host memory for KV: want host_pages = 0")
+            case SwapOut(key, pages):
+                self._thread.do(lambda: self._swap_out(key, pages))
+            case SwapIn(key, pages):
+                self._thread.do(lambda: self._swap_in(key, pages))
             case OfferRow(offer, deadline):
                 self._driver.post("source", AskToMove(offer, deadline))
             case SealRow(key, pages, tokens):
@@ -255,6 +259,15 @@ class DecodeShell:
         carried = Carried(said, command.stages, hashes, tuple(sequence.logprobs), stopped_s)
         sealed = Sealed(command.key, command.pages, command.tokens, (first,), carried)
         self._driver.post_threadsafe("source", sealed)
+
+    def _swap_out(self, key: str, pages: tuple[int, ...]) -> None:
+        """Its tokens stay, as when it is evicted."""
+        self._engine.swap_out(key, pages)
+        self._driver.post_threadsafe(SEAT, SwappedOut(key))
+
+    def _swap_in(self, key: str, pages: tuple[int, ...]) -> None:
+        self._engine.swap_in(key, pages)
+        self._driver.post_threadsafe(SEAT, SwappedIn(key))
 
     def _leave(self, key: str) -> None:
         self._sequences.pop(key, None)

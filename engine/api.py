@@ -6,7 +6,7 @@ made on one thread (the worker's engine thread).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +42,19 @@ class Sampled:
     """Of each prompt token, the first None, with the token right after the prompt; if asked for."""
 
 
+class Step(Protocol):
+    """A step that was begun. Until it is over its sequences take no other one; steps of others may come in between."""
+
+    def run(self, pause: Callable[[], bool]) -> list[Sampled] | None:
+        """Begin or go on, until the step is over or `pause`, asked between two operators, says yes: then None.
+
+        However often it stops, it samples what `Engine.step` would have: to the bit, if the engine is exact. What it
+        keeps meanwhile, besides the pages of its rows, are a few numbers for each row and channel of the model. The
+        pages stay the rows' until it is over. `LocalError` if a sequence was closed in between: then it is over.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Runs a model over page-major KV. Every page of the arena is `kv.page_nbytes` bytes."""
 
@@ -56,6 +69,16 @@ class Engine(Protocol):
     @property
     def arena(self) -> memoryview:
         """The arena's bytes, `pages * kv.page_nbytes` long, writable, its address fixed for life."""
+        ...
+
+    @property
+    def host_pages(self) -> int:
+        """Pages that fit into host memory beside the arena; 0: it keeps none there."""
+        ...
+
+    @property
+    def host_pages_used(self) -> int:
+        """Those that hold KV of sequences."""
         ...
 
     def open(
@@ -86,6 +109,21 @@ class Engine(Protocol):
         """One forward over prefill chunks and decode rows together; appends each sampled token to its sequence."""
         ...
 
+    def begin(self, rows: Sequence[Row]) -> Step:
+        """The same as a step that can stop on its way; nothing is computed yet."""
+        ...
+
+    def swap_out(self, sequence: str, pages: Sequence[int]) -> None:
+        """Copy these pages into host memory, as the sequence's, and forget all else of it; the pages are the caller's.
+
+        `LocalError`, and nothing is changed, if there is no room for them.
+        """
+        ...
+
+    def swap_in(self, sequence: str, pages: Sequence[int]) -> None:
+        """Copy what host memory holds of the sequence into as many pages, in the same order, and keep it no longer."""
+        ...
+
     def close(self, sequence: str) -> None:
-        """Forget a sequence; its pages are the caller's again. Unknown names are ignored."""
+        """Forget a sequence, also what host memory holds of it; its pages are the caller's. Ignores unknown names."""
         ...

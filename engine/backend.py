@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from core.errors import ModelError, SetupError
 from engine.arena import TORCH_DTYPES
 from engine.config import ModelConfig
 from engine.model import Decoder
+from engine.steps import Parts
 from engine.weights import Weights
 from kernels.batch import Batch
 from kernels.exact_cpu import ExactOps, row_independent
@@ -29,9 +33,20 @@ DEVICES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "floa
 """Devices, and the dtypes that each computes in."""
 STEP_ROWS, STEP_SEQUENCES = 8192, 256
 """Room on a GPU for one step."""
+AHEAD = 4
+"""Operators that the host may launch before a GPU has done the first of them, in a step that can be stopped."""
 
-Forward = Callable[[Batch], NDArray[np.float32] | None]
+Logits = NDArray[np.float32] | None
 """fp32 logits ``[samples, vocab]`` of a step, None if no row is sampled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A model's forward pass, from a step's description on the host to logits on the host."""
+
+    whole: Callable[[Batch], Logits]
+    parts: Callable[[Batch], Parts[Logits]]
+    """The same between whose operators other passes may come."""
 
 
 def choose(config: ModelConfig, device: str, exact: bool, native: bool) -> tuple[Ops, str]:
@@ -58,18 +73,20 @@ def place(device: str) -> torch.device:
 
 
 def forward(model: Decoder, device: str, tables: int) -> Forward:
-    """The model's forward pass, from a step's description on the host to logits on the host.
+    """The model's forward pass. `tables` is the length of the longest page table.
 
-    `tables` is the length of the longest page table. On a GPU decode steps are recorded as graphs here, once.
+    On a GPU decode steps are recorded as graphs here, once.
     """
     if device == "cuda":
         return _on_gpu(model, tables)
 
-    def on_host(batch: Batch) -> NDArray[np.float32] | None:
-        logits = model.forward(batch)
-        return None if logits is None else logits.numpy()
+    def on_host(batch: Batch) -> Logits:
+        return _numpy(model.forward(batch))
 
-    return on_host
+    def parts(batch: Batch) -> Parts[Logits]:
+        return _numpy((yield from model.parts(batch)))
+
+    return Forward(on_host, parts)
 
 
 def default_dtype(checkpoint: str, device: str) -> str:
@@ -114,10 +131,38 @@ def _on_gpu(model: Decoder, tables: int) -> Forward:
     static = StaticBatch(STEP_ROWS, STEP_SEQUENCES, tables, where)
     graphs = DecodeGraphs(static, model.forward) if where.type == "cuda" else None
 
-    def on_gpu(batch: Batch) -> NDArray[np.float32] | None:
+    def on_gpu(batch: Batch) -> Logits:
         if graphs is not None and graphs.takes(batch):
             return graphs.run(batch).cpu().numpy()
-        logits = model.forward(static.fill(batch))
-        return None if logits is None else logits.cpu().numpy()
+        return _numpy(model.forward(static.fill(batch)))
 
-    return on_gpu
+    def parts(batch: Batch) -> Parts[Logits]:
+        """One that is recorded as a graph has no parts; it is short."""
+        if graphs is not None and graphs.takes(batch):
+            return on_gpu(batch)
+        steps = model.parts(static.fill(batch))
+        ahead: deque[torch.cuda.Event] = deque()
+        try:
+            while True:
+                next(steps)
+                if where.type == "cuda":
+                    _follow(ahead)
+                if (yield):
+                    static.fill(batch)  # where another step's description is by now
+        except StopIteration as end:
+            return _numpy(end.value)
+
+    return Forward(on_gpu, parts)
+
+
+def _follow(ahead: deque[torch.cuda.Event]) -> None:
+    """Let the host be at most `AHEAD` operators before the GPU: what it has launched can no longer be stopped."""
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    ahead.append(done)
+    if len(ahead) > AHEAD:
+        ahead.popleft().synchronize()
+
+
+def _numpy(logits: Tensor | None) -> Logits:
+    return None if logits is None else logits.cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,14 @@ from core.sampling import Sampling
 from engine import backend
 from engine.api import Row, Sampled
 from engine.arena import Arena
+from engine.backend import Logits
 from engine.config import ModelConfig
+from engine.host import HostPool, runs
 from engine.model import Decoder
 from engine.penalties import Penalties
 from engine.sampler import Sampler, logprobs
 from engine.sequences import Sequence, Sequences
+from engine.steps import Parts, Step, whole
 from engine.weights import Progress, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
@@ -45,8 +48,9 @@ class _Sequence(Sequence):
 class TorchEngine:
     """Runs a Hugging Face checkpoint over page-major KV, on the CPU or on a GPU (`device` "cuda").
 
-    `kv_memory` is the arena's size in bytes. `dtype` is the compute and KV dtype (``float32``, ``bfloat16``, on a GPU
-    also ``float16``); by default the checkpoint's, but on a CPU bf16 only if it is multiplied in hardware, else fp32.
+    `kv_memory` is the arena's size in bytes, `host_memory` that of what is swapped out. `dtype` is the compute and KV
+    dtype (``float32``, ``bfloat16``, on a GPU also ``float16``); by default the checkpoint's, but on a CPU bf16 only if
+    it is multiplied in hardware, else fp32.
     With `exact`, a sequence's logits are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with
     equal `threads`, CPU and `backend`. `native` allows native code where a compiler is at hand; `backend` says what
     came of it. `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
@@ -58,6 +62,7 @@ class TorchEngine:
         model_dir: str | Path,
         *,
         kv_memory: int,
+        host_memory: int = 0,
         page_tokens: int = 64,
         dtype: str | None = None,
         device: str = "cpu",
@@ -84,6 +89,8 @@ class TorchEngine:
         ops, self.backend = backend.choose(self.config, device, exact, native)
         where = backend.place(device)
         self._arena = Arena(self._kv, kv_memory, device=where)
+        self._host = Arena(self._kv, host_memory, setting="host_memory").pages if host_memory else self._arena.pages[:0]
+        self._pool = HostPool(len(self._host))
         self._skips_unwritten = device == "cuda"
         """Its kernels never read a slot behind a sequence's newest token."""
         with torch.inference_mode():
@@ -114,6 +121,16 @@ class TorchEngine:
         return self._arena.memory
 
     @property
+    def host_pages(self) -> int:
+        """See `engine.api`."""
+        return self._pool.pages
+
+    @property
+    def host_pages_used(self) -> int:
+        """See `engine.api`."""
+        return self._pool.used
+
+    @property
     def context(self) -> int:
         """Most tokens of a sequence."""
         return self.config.context
@@ -141,9 +158,24 @@ class TorchEngine:
         """See `engine.api`."""
         self._arena.pages[target] = self._arena.pages[source]
 
-    def close(self, sequence: str) -> None:
-        """Forget a sequence; unknown names are ignored."""
+    def swap_out(self, sequence: str, pages: Seq[int]) -> None:
+        """See `engine.api`."""
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.take(sequence, len(table))):
+            self._host[there].copy_(self._arena.pages[here])
         self._sequences.close(sequence)
+
+    def swap_in(self, sequence: str, pages: Seq[int]) -> None:
+        """See `engine.api`."""
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.of(sequence, len(table))):
+            self._arena.pages[here].copy_(self._host[there])
+        self._pool.drop(sequence)
+
+    def close(self, sequence: str) -> None:
+        """See `engine.api`."""
+        self._sequences.close(sequence)
+        self._pool.drop(sequence)
 
     def tokens(self, sequence: str) -> tuple[int, ...]:
         """All tokens of a sequence so far, prompt first."""
@@ -152,12 +184,29 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self, rows: Seq[Row]) -> list[Sampled]:
         """See `engine.api`. A `LocalError` is raised before anything is changed."""
+        return whole(self._parts(rows, self._sequences.of(rows), self._at_once))
+
+    def begin(self, rows: Seq[Row]) -> Step:
+        """See `engine.api`."""
+        known = self._sequences.of(rows)
+        return Step(self._parts(rows, known, self._forward.parts), rows, known, self._sequences, torch.inference_mode)
+
+    def _at_once(self, batch: Batch) -> Parts[Logits]:
+        """A forward pass in one part."""
+        yield from ()
+        return self._forward.whole(batch)
+
+    def _parts(
+        self, rows: Seq[Row], sequences: list[_Sequence], forward: Callable[[Batch], Parts[Logits]]
+    ) -> Parts[list[Sampled]]:
         if not rows:
             return []
-        sequences = self._sequences.of(rows)
         if any(known.prompt_logprobs for known in sequences):
-            rows = [self._tell(row, known) for row, known in zip(rows, sequences, strict=True)]
-        logits = self._forward(self._batch(rows, sequences))
+            told = []
+            for row, known in zip(rows, sequences, strict=True):
+                told.append((yield from self._tell(row, known, forward)))
+            rows = told
+        logits = yield from forward(self._batch(rows, sequences))
         if logits is None:
             return []
         lines = iter(logits)
@@ -199,13 +248,13 @@ class TorchEngine:
             raise LocalError(f"sequence {row.sequence!r}: the logits at position {row.stop} are not finite")
         return token
 
-    def _tell(self, row: Row, known: _Sequence) -> Row:
+    def _tell(self, row: Row, known: _Sequence, forward: Callable[[Batch], Parts[Logits]]) -> Parts[Row]:
         """Compute the first rows of a prompt whose logprobs are wanted, as long as not all their logits may be held."""
         rows = max(self._model.ops.row_tile, PROMPT_LOGITS_NBYTES // (4 * self.config.vocab))
         start = row.start
         while start + rows < row.stop and start < len(known.prompt_logprobs) - 1:
             part = Row(row.sequence, start, start + rows)
-            logits = self._forward(self._batch([part], [known]))
+            logits = yield from forward(self._batch([part], [known]))
             assert logits is not None
             self._note(part, known, iter(logits))
             start = part.stop

@@ -8,20 +8,20 @@ from core.errors import SetupError
 from core.kv import KvShape
 
 
-def page_count(kv: KvShape, kv_memory: int) -> int:
-    """How many pages fit into `kv_memory` bytes; `SetupError` if not even one does."""
-    count = kv_memory // kv.page_nbytes
+def page_count(kv: KvShape, nbytes: int, setting: str = "kv_memory") -> int:
+    """How many pages fit into `nbytes`; `SetupError`, which names the setting, if not even one does."""
+    count = nbytes // kv.page_nbytes
     if count < 1:
-        raise SetupError(f"kv_memory: got {kv_memory} bytes, want at least one page of {kv.page_nbytes} bytes")
+        raise SetupError(f"{setting}: got {nbytes} bytes, want at least one page of {kv.page_nbytes} bytes")
     return count
 
 
-def host_memory(nbytes: int) -> mmap.mmap:
+def anonymous_memory(nbytes: int, setting: str = "kv_memory") -> mmap.mmap:
     """Anonymous memory, zero at first, in huge pages where the system has them; `SetupError` if it cannot be had."""
     try:
         memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise SetupError(f"kv_memory: {nbytes} bytes cannot be had: {error}") from None
+        raise SetupError(f"{setting}: {nbytes} bytes cannot be had: {error}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.arena import Arena
 from engine.config import ModelConfig
 from engine.rotation import Linear, Llama3, Rotation, Yarn
+from engine.steps import Parts, whole
 from engine.weights import LayerWeights, Weights
 from kernels.batch import Batch
 from kernels.ops import Heads, Ops
@@ -41,6 +42,13 @@ class Decoder:
 
     def forward(self, batch: Batch) -> Tensor | None:
         """fp32 logits ``[samples, vocab]``; None if no row is sampled. Writes all rows' K and V into their pages."""
+        return whole(self.parts(batch))
+
+    def parts(self, batch: Batch) -> Parts[Tensor | None]:
+        """`forward`, which can be stopped between two operators of any layer but the last; `batch` must stay as it is.
+
+        What it keeps while it is stopped are the rows' hidden states and one more tensor of a few times their size.
+        """
         ops, eps, weights = self.ops, self.config.norm_eps, self.weights
         ropes = [Rope(cos[batch.positions], sin[batch.positions]) for cos, sin in self.tables]
         for heads in self.distinct:
@@ -53,18 +61,26 @@ class Decoder:
             q = ops.rope_store(ops.linear(x, layer.qkv), batch, held, heads, rope, layer.qk_norms, eps)
             if last and batch.samples == 0:
                 return None
+            if not last:
+                yield
             x = ops.attend(q, batch, held, heads)
+            if not last:
+                yield
             if last:  # from here on only the sampled rows matter
                 x, residual = x[batch.sample], residual[batch.sample]
             x = ops.linear(x, layer.out)
             if layer.post_norms is not None:
                 x = ops.rms_norm(x, layer.post_norms[0], eps)
             x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, eps)
+            if not last:
+                yield
             x = self.mlp(x, layer)
             if layer.post_norms is not None:
                 x = ops.rms_norm(x, layer.post_norms[1], eps)
             following = weights.final_norm if last else weights.layers[index + 1].input_norm
             x, residual = ops.add_rms_norm(x, residual, following, eps)
+            if not last:
+                yield
         logits = ops.logits(x, weights.lm_head)
         if self.config.logit_cap is not None:
             logits = ops.soft_cap(logits, self.config.logit_cap)

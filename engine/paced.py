@@ -51,8 +51,10 @@ from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
 from engine.api import Row, Sampled
 from engine.config import ModelConfig
-from engine.memory import host_memory, page_count
+from engine.host import HostPool, runs
+from engine.memory import anonymous_memory, page_count
 from engine.sequences import Sequence, Sequences
+from engine.steps import Parts, Step, whole
 from kernels import native, noise
 
 U64 = NDArray[np.uint64]
@@ -64,6 +66,8 @@ DRAW = 0x13198A2E03707344
 STIR = 0xD6E8FEB86659FD93
 STRIDE = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
+LAYERS = 32
+"""A step that can be stopped has so many equal parts, as in the simulator."""
 LATE_S, IDLE_S = 0.05, 0.01
 """The most that a device makes up for, and how long after the end of a step another one follows at once."""
 WORD_NBYTES = 8
@@ -94,9 +98,16 @@ class Pacer:
 
     def wait(self, called: float, seconds: float) -> None:
         """Sleep for what is left of a step of `seconds`."""
+        self.sleep(self.due(called, seconds))
+
+    def due(self, called: float, seconds: float) -> float:
+        """When a step of `seconds` is over."""
         if called - self._woke > IDLE_S:
             self._late_s = 0.0
-        until = called + seconds - self._late_s
+        return called + seconds - self._late_s
+
+    def sleep(self, until: float) -> None:
+        """Sleep until a step, or a part of it, is over."""
         left = until - self.clock()
         if left > 0:
             self._sleep(left)
@@ -110,6 +121,7 @@ class PacedEngine:
     | parameter | unit | default | meaning |
     |---|---|---|---|
     | kv_memory | bytes | | the arena's size |
+    | host_memory | bytes | 0 | for what is swapped out; that takes as long as it takes, not the cost model's time |
     | page_tokens | tokens | 64 | in a page |
     | dtype | | the checkpoint's | of the KV: how many bytes a row has |
     | cost, pace | , factor | None, 1 | a step takes the cost's seconds times this; without a cost, or at 0, no wait |
@@ -125,6 +137,7 @@ class PacedEngine:
         model_dir: str | Path,
         *,
         kv_memory: int,
+        host_memory: int = 0,
         page_tokens: int = 64,
         dtype: str | None = None,
         cost: StepCost | None = None,
@@ -147,10 +160,15 @@ class PacedEngine:
                 f"head_dim: got {kv.head_dim} of {kv.dtype}, want rows of whole words of {WORD_NBYTES} bytes"
             )
         self._pages = page_count(kv, kv_memory)
-        memory = host_memory(self._pages * kv.page_nbytes)
+        memory = anonymous_memory(self._pages * kv.page_nbytes)
         self._memory = memoryview(memory)
         lanes, words = kv.layers * 2 * kv.kv_heads, kv.row_nbytes // WORD_NBYTES
         self._arena = np.frombuffer(memory, _WORD).reshape(self._pages, lanes, page_tokens, words)
+        self._pool = HostPool(page_count(kv, host_memory, "host_memory") if host_memory else 0)
+        self._host = np.empty((0, *self._arena.shape[1:]), _WORD)
+        if host_memory:
+            beside = anonymous_memory(self._pool.pages * kv.page_nbytes, "host_memory")
+            self._host = np.frombuffer(beside, _WORD).reshape(-1, *self._arena.shape[1:])
         self._keys = _keys(kv, words)
         self._weights = _mixed(self._keys.copy()) | np.uint64(1)
         self._last_inverse = np.uint64(pow(int(self._weights[-1]), -1, 2**64))
@@ -181,6 +199,16 @@ class PacedEngine:
         return self._memory
 
     @property
+    def host_pages(self) -> int:
+        """See `engine.api`."""
+        return self._pool.pages
+
+    @property
+    def host_pages_used(self) -> int:
+        """See `engine.api`."""
+        return self._pool.used
+
+    @property
     def context(self) -> int:
         """Most tokens of a sequence."""
         return self.config.context
@@ -205,9 +233,24 @@ class PacedEngine:
         """See `engine.api`."""
         self._arena[target] = self._arena[source]
 
-    def close(self, sequence: str) -> None:
-        """Forget a sequence; unknown names are ignored."""
+    def swap_out(self, sequence: str, pages: Seq[int]) -> None:
+        """See `engine.api`."""
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.take(sequence, len(table))):
+            self._host[there] = self._arena[here]
         self._sequences.close(sequence)
+
+    def swap_in(self, sequence: str, pages: Seq[int]) -> None:
+        """See `engine.api`."""
+        table = self._sequences.table(sequence, pages).tolist()
+        for here, there in runs(table, self._pool.of(sequence, len(table))):
+            self._arena[here] = self._host[there]
+        self._pool.drop(sequence)
+
+    def close(self, sequence: str) -> None:
+        """See `engine.api`."""
+        self._sequences.close(sequence)
+        self._pool.drop(sequence)
 
     def tokens(self, sequence: str) -> tuple[int, ...]:
         """All tokens of a sequence so far, prompt first."""
@@ -215,19 +258,40 @@ class PacedEngine:
 
     def step(self, rows: Seq[Row]) -> list[Sampled]:
         """See `engine.api`. A `LocalError` is raised before anything is changed."""
+        return whole(self._parts(rows, self._sequences.of(rows), 1))
+
+    def begin(self, rows: Seq[Row]) -> Step:
+        """See `engine.api`. Its parts are `LAYERS` layers, whose time it passes one by one."""
+        known = self._sequences.of(rows)
+        return Step(self._parts(rows, known, LAYERS), rows, known, self._sequences)
+
+    def _parts(self, rows: Seq[Row], sequences: list[Sequence], layers: int) -> Parts[list[Sampled]]:
         if not rows:
             return []
         called = self._pacer.clock()
-        sequences = self._sequences.of(rows)
         seconds = self._seconds(rows, sequences)
+        links = self._compute(rows, sequences)
+        over = self._pacer.due(called, seconds)
+        for left in range(layers - 1, 0, -1):
+            left_s = seconds * left / layers
+            self._pacer.sleep(over - left_s)
+            if (yield):
+                # A model's other layers would now read and write the same pages, whosever they are by now.
+                called = self._pacer.clock()
+                links = self._compute(rows, sequences)
+                over = self._pacer.due(called, left_s)
+        sampled: list[Sampled] = []
+        for row, known, link in zip(rows, sequences, links, strict=True):
+            if row.stop == len(known.tokens):
+                sampled += self._sample(row, known, link)
+        self._pacer.sleep(over)
+        return sampled
+
+    def _compute(self, rows: Seq[Row], sequences: list[Sequence]) -> list[int]:
+        """Read all before the rows, write the rows; the last link of each, as its bytes say."""
         bases = [(START + read) & MASK for read in self._read(rows, sequences)]
         added = self._write(rows, sequences, bases)
-        sampled: list[Sampled] = []
-        for row, known, base, more in zip(rows, sequences, bases, added, strict=True):
-            if row.stop == len(known.tokens):
-                sampled += self._sample(row, known, (base + more) & MASK)
-        self._pacer.wait(called, seconds)
-        return sampled
+        return [(base + more) & MASK for base, more in zip(bases, added, strict=True)]
 
     def _seconds(self, rows: Seq[Row], sequences: list[Sequence]) -> float:
         """What the step costs; a row is decoded if it is one token behind the prompt."""

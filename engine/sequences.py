@@ -30,6 +30,8 @@ class Sequence:
     prompt: int
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
     """One for each prompt token, if asked for; None for the first, and for those not computed here so far."""
+    suspended: bool = False
+    """It is in a step that has stopped and is to go on."""
 
     @property
     def made(self) -> int:
@@ -64,6 +66,10 @@ class Sequences(Generic[S]):
         except KeyError:
             raise LocalError(f"sequence {name!r} is not open") from None
 
+    def has(self, name: str, known: Sequence) -> bool:
+        """Whether this very sequence is open under that name."""
+        return self._known.get(name) is known
+
     def open(
         self, name: str, tokens: Seq[int], pages: Seq[int], sampling: Sampling, prompt: int, generated: int = 0
     ) -> S:
@@ -78,7 +84,7 @@ class Sequences(Generic[S]):
             raise LocalError(f"sequence {name!r}: got {len(tokens)} tokens, the context is {self._context}")
         if min(tokens) < 0 or max(tokens) >= self._vocab:
             raise LocalError(f"sequence {name!r}: got a token outside [0, {self._vocab})")
-        table = self._table(name, pages)
+        table = self.table(name, pages)
         known = self._kind(list(tokens), table, sampling, frozenset(sampling.stop_token_ids), prompt)
         if sampling.prompt_logprobs is not None:
             known.prompt_logprobs = [None] * prompt
@@ -88,7 +94,7 @@ class Sequences(Generic[S]):
     def extend(self, name: str, pages: Seq[int]) -> None:
         """Append pages to a sequence's page table."""
         known = self[name]
-        known.pages = np.concatenate([known.pages, self._table(name, pages)])
+        known.pages = np.concatenate([known.pages, self.table(name, pages)])
 
     def close(self, name: str) -> None:
         """Forget a sequence; unknown names are ignored."""
@@ -103,6 +109,8 @@ class Sequences(Generic[S]):
             if row.sequence in seen:
                 raise LocalError(f"sequence {row.sequence!r} is twice in one step")
             seen.add(row.sequence)
+            if known.suspended:
+                raise LocalError(f"sequence {row.sequence!r} is in a suspended step")
             if not 0 <= row.start < row.stop <= len(known.tokens):
                 raise LocalError(
                     f"sequence {row.sequence!r}: got rows [{row.start}, {row.stop}), want some of "
@@ -124,7 +132,8 @@ class Sequences(Generic[S]):
         ends = known.made + 1 >= known.sampling.max_tokens or len(known.tokens) + 1 >= self._context
         return "length" if ends else None
 
-    def _table(self, name: str, pages: Seq[int]) -> NDArray[np.int64]:
+    def table(self, name: str, pages: Seq[int]) -> NDArray[np.int64]:
+        """Pages as an array; `LocalError` if the arena does not have one of them."""
         table = np.asarray(pages, dtype=np.int64).reshape(-1)
         if len(table) and not (table.min() >= 0 and table.max() < self._pages):
             raise LocalError(f"sequence {name!r}: got a page outside [0, {self._pages})")

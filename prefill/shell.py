@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import assert_never
 
+from core.errors import LocalError
 from core.messages import First, Message, Tokens
 from core.request import Request, Ticket
 from core.worker import Identity
-from engine.api import Engine, Row, Sampled
+from engine.api import Engine, Row, Sampled, Step
 from runtime.driver import Driver
 from runtime.jobs import JobThread
 from scheduler.prefill_events import (
@@ -28,6 +29,7 @@ from scheduler.prefill_events import (
     RunChunk,
     SealPages,
     Suspend,
+    Suspended,
     WithdrawHandOff,
 )
 from scheduler.prefill_policy import PrefillPolicy, holder
@@ -39,7 +41,10 @@ SEAT = "prefill"
 
 
 class PrefillShell:
-    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist."""
+    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist.
+
+    With `preempt` steps can be suspended; without, a `Suspend` is answered by the end of the step.
+    """
 
     def __init__(
         self,
@@ -48,12 +53,18 @@ class PrefillShell:
         engine: Engine,
         thread: JobThread,
         tell: Callable[[Identity, Message], None],
+        preempt: bool = False,
     ) -> None:
         self.policy = policy
         self._driver = driver
         self._engine = engine
         self._thread = thread
         self._tell = tell
+        self._preempt = preempt
+        self._stop = 0
+        """The run that is to stop; others do not obey."""
+        self._suspended: tuple[RunChunk, Step] | None = None
+        """The engine thread's own."""
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self.computed_tokens = 0
@@ -72,9 +83,11 @@ class PrefillShell:
                 self._thread.do(lambda: self._open(name, request, pages, prompt))
             case RunChunk():
                 self._thread.do(lambda: self._run(command))
-            case Suspend() | Resume():
-                # This engine stops at the end of a step only: `ChunkDone` says that it came first.
-                pass
+            case Suspend(run_id):
+                self._stop = run_id
+            case Resume(run_id):
+                self._stop = 0
+                self._thread.do(lambda: self._resume(run_id))
             case EndSequence(key):
                 self._tickets.pop(key, None)
                 self._thread.do(lambda: self._engine.close(holder(key)))
@@ -87,16 +100,37 @@ class PrefillShell:
             case _:
                 assert_never(command)
 
-    def _run(self, command: RunChunk) -> None:
-        """On the engine's thread."""
+    def _run(self, command: RunChunk, step: Step | None = None) -> None:
+        """On the engine's thread; `step` is one that goes on."""
         rows = [Row(holder(span.key), span.start, span.stop) for span in command.spans]
+        sampled: list[Sampled] | None
         try:
-            sampled = self._engine.step(rows)
+            if self._preempt:
+                step = step or self._engine.begin(rows)
+                sampled = step.run(lambda: self._stop == command.run_id)
+            else:
+                sampled = self._engine.step(rows)
         except Exception as error:
             log.exception("a step of %s failed", ", ".join(span.key for span in command.spans))
             self._driver.post_threadsafe(SEAT, ChunkFailed(command.run_id, str(error)))
-        else:
+            return
+        if sampled is not None:
             self._loop.call_soon_threadsafe(self._done, command, sampled)
+            return
+        assert step is not None
+        if self._suspended is not None:
+            raise LocalError(f"run {command.run_id} stopped, and run {self._suspended[0].run_id} had: want one of them")
+        self._suspended = command, step
+        self._driver.post_threadsafe(SEAT, Suspended(command.run_id))
+
+    def _resume(self, run_id: int) -> None:
+        """On the engine's thread."""
+        if self._suspended is None or self._suspended[0].run_id != run_id:
+            got = None if self._suspended is None else self._suspended[0].run_id
+            raise LocalError(f"run {run_id} is to go on, want the suspended one, which is {got}")
+        command, step = self._suspended
+        self._suspended = None
+        self._run(command, step)
 
     def _open(self, name: str, request: Request, pages: tuple[int, ...], prompt: int) -> None:
         """On the engine's thread; what cannot be opened fails the step that needs it."""

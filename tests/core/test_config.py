@@ -85,6 +85,9 @@ def test_a_role_is_taken_by_its_name():
         ({"stop_rate": 1.5}, "stop_rate: got 1.5"),
         ({"page_tokens": 48}, "page_tokens: got 48"),
         ({"kv_memory": "plenty"}, "kv_memory: got 'plenty'"),
+        ({"kv_memory": "0"}, "kv_memory: got '0'"),
+        ({"host_memory": "some"}, "host_memory: got 'some'"),
+        ({"host_memory": "-1"}, "host_memory: got '-1'"),
     ],
 )
 def test_a_deployment_that_cannot_work_says_why(values, message):

@@ -30,7 +30,10 @@ from scheduler.decode_events import (
     OfferRow,
     Run,
     SealRow,
+    SwapIn,
     SwapOut,
+    SwappedIn,
+    SwappedOut,
     TellMoved,
     TellPeer,
     WithdrawRow,
@@ -76,8 +79,10 @@ class Known:
 class Reader:
     """An engine whose next token depends on everything that is in a sequence's pages."""
 
-    def __init__(self, pages: int) -> None:
+    def __init__(self, pages: int, host_pages: int = 0) -> None:
         self.arena = [[-1] * PAGE for _ in range(pages)]
+        self.host: dict[str, list[list[int]]] = {}
+        self.host_pages = host_pages
         self.known: dict[str, Known] = {}
         self.longest = 0
         self.opened: list[str] = []
@@ -97,6 +102,20 @@ class Reader:
 
     def close(self, sequence: str) -> None:
         self.known.pop(sequence, None)
+        self.host.pop(sequence, None)
+
+    def swap_out(self, sequence: str, pages: Sequence[int]) -> None:
+        if sum(map(len, self.host.values())) + len(pages) > self.host_pages:
+            raise LocalError("no room")
+        assert sequence not in self.host
+        self.known.pop(sequence, None)
+        self.host[sequence] = [self.arena[page] for page in pages]
+        for page in pages:
+            self.arena[page] = [-1] * PAGE
+
+    def swap_in(self, sequence: str, pages: Sequence[int]) -> None:
+        for page, kept in zip(pages, self.host.pop(sequence), strict=True):
+            self.arena[page] = kept
 
     def rows(self, known: Known, stop: int) -> list[int]:
         return [self.arena[known.table[at // PAGE]][at % PAGE] for at in range(stop)]
@@ -171,13 +190,15 @@ class Stage:
         return tokens
 
 
-@pytest.mark.parametrize("piece", [512, 3])
-def test_a_row_whose_kv_was_given_up_says_what_it_would_have_said(piece, monkeypatch):
+@pytest.mark.parametrize(("piece", "host_pages"), [(512, 0), (3, 0), (3, 20), (3, 4)])
+def test_a_row_whose_memory_was_taken_says_what_it_would_have_said(piece, host_pages, monkeypatch):
+    """Its KV is computed again, or was swapped, or, where there is room for some of them only, both."""
     monkeypatch.setattr(shell, "RECOMPUTE_TOKENS", piece)
-    engine, ledger = Reader(10), Pages(10)
+    engine, ledger = Reader(10, host_pages), Pages(10)
     forecast = Forecast(ForecastConfig(window=4, least=1, least_longer=1))
     forecast.learn(3)
-    machine = DecodePolicy(D1, SHAPE, ledger, DecodeConfig(admission="past_future", max_steps=3), None, forecast)
+    config = DecodeConfig(admission="past_future", max_steps=3, host_pages=host_pages)
+    machine = DecodePolicy(D1, SHAPE, ledger, config, None, forecast)
     requests = {counter: ask(6, 22, start=counter) for counter in (1, 2, 3)}
 
     async def scene() -> None:
@@ -202,11 +223,13 @@ def test_a_row_whose_kv_was_given_up_says_what_it_would_have_said(piece, monkeyp
             assert stage.said(counter) == text(request.prompt, 5, 22)
 
     asyncio.run(asyncio.wait_for(scene(), 20))
-    assert machine.evicted > 0
-    assert machine.recomputed_tokens > 0
+    assert (machine.evicted > 0, machine.swapped > 0) == (host_pages < 20, host_pages > 0)
+    assert (machine.recomputed_tokens > 0) == (host_pages < 20)
     assert engine.longest <= max(piece, 1)
-    assert engine.longest > 1
+    assert (engine.longest > 1) == (host_pages < 20)
     assert not engine.known
+    assert not engine.host
+    assert machine.host_pages == 0
     assert ledger.counts()[Owner.FREE] == 10
 
 
@@ -307,6 +330,57 @@ def test_a_swap_is_a_bug_where_there_is_no_host_memory():
 
     (bug,) = asyncio.run(asyncio.wait_for(scene(), 20))
     assert isinstance(bug, LocalError)
+
+
+def test_a_row_is_swapped_between_the_orders_before_and_after_it():
+    """Another row gets its pages as soon as its copy is told of, and it gets others."""
+    request, key = ask(6, 8), ticket().key
+    other, other_key = ask(6, 4, start=20), ticket(2).key
+    engine = Reader(6, 3)
+    filled(engine, request, (0, 1))
+    joins = Join(key, ticket(), request, First(5), (0, 1, 2))
+    visits = Join(other_key, ticket(2), other, First(5), (0, 1, 2), None, 1, (0, 6))
+    back = Join(key, ticket(), request, First(5), (3, 4, 5, 0), None, 4)
+    machine = Scripted(
+        [Run(1, (key,), (joins,), (), 3)],
+        [SwapOut(key, (0, 1, 2))],
+        [Run(2, (other_key,), (visits,), (), 3)],
+        [Leave(other_key), SwapIn(key, (3, 4, 5))],
+        [Run(3, (key,), (back,), (), 9)],
+        [Leave(key)],
+    )
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 6 and not engine.known)
+        stage.close()
+        assert not stage.bugs
+        assert stage.said(1) == text(request.prompt, 5, 8)
+        assert stage.said(2) == text(other.prompt, 5, 4)
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert (machine.events[2], machine.events[4]) == (SwappedOut(key), SwappedIn(key))
+    assert not engine.host
+
+
+def test_a_row_that_leaves_while_it_is_away_leaves_nothing():
+    request, key = ask(6, 8), ticket().key
+    engine = Reader(3, 3)
+    joins = Join(key, ticket(), request, First(5), (0, 1, 2))
+    machine = Scripted([Run(1, (key,), (joins,), (), 3)], [SwapOut(key, (0, 1, 2))], [Leave(key)])
+
+    async def scene() -> None:
+        stage = Stage(machine, engine)
+        stage.driver.post("decode", Cut(0))
+        await stage.until(lambda: len(machine.events) == 3 and not engine.host)
+        stage.close()
+        assert not stage.bugs
+        assert not stage.shell._sequences
+        assert not stage.shell._rows
+
+    asyncio.run(asyncio.wait_for(scene(), 20))
+    assert not engine.host
 
 
 def test_a_row_that_is_not_what_it_was_is_a_bug():

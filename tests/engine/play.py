@@ -62,6 +62,19 @@ def alone(
     return out
 
 
+def with_stops(engine: Engine, rows: Sequence[Row], rng: random.Random, often: float | None = None) -> list[Sampled]:
+    """A step of some of `rows` that stops now and then, and steps of the others while it does."""
+    count = rng.randint(1, len(rows)) if rows else 0
+    step, others = engine.begin(rows[:count]), list(rows[count:])
+    often = often or rng.choice([0.05, 0.3, 1.0])
+    out: list[Sampled] = []
+    while (found := step.run(lambda: rng.random() < often)) is None:
+        now = rng.randint(0, len(others))
+        others, next_rows = others[now:], others[:now]
+        out += with_stops(engine, next_rows, rng) if rng.random() < 0.3 else engine.step(next_rows)
+    return out + found + engine.step(others)
+
+
 def move(sequence: str, source: Engine, pages: Sequence[int], sink: Engine, into: Sequence[int]) -> None:
     """Copy a sequence's pages into another engine's arena, byte for byte."""
     size = source.kv.page_nbytes

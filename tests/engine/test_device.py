@@ -19,14 +19,31 @@ PROMPTS = {"a": list(range(5, 42)), "b": list(range(60, 63))}
 
 
 def text(folder: str, device: str) -> list[tuple[str, int, int]]:
-    """Two prompts, one in chunks, then both decoded, one from a copied page on: (sequence, position, token)."""
-    engine = TorchEngine(folder, kv_memory=2**20, page_tokens=16, device=device, dtype="float32")
+    """Two prompts, one in chunks, then both decoded, one from a copied page on: (sequence, position, token).
+
+    The last chunk stops wherever it can for another prompt; one of the two goes to host memory and comes back.
+    """
+    engine = TorchEngine(folder, kv_memory=2**20, host_memory=2**16, page_tokens=16, device=device, dtype="float32")
     for page, (name, prompt) in enumerate(PROMPTS.items()):
         pages = [9, 1, 5] if name == "a" else [3, 7]
         engine.open(name, prompt, pages, Sampling(8, temperature=page * 0.7, seed=3), len(prompt))
-    found = engine.step([Row("a", 0, 20), Row("b", 0, 3)]) + engine.step([Row("a", 20, 37)])
+    found = engine.step([Row("a", 0, 20), Row("b", 0, 3)])
+    last, stops = engine.begin([Row("a", 20, 37)]), 0
+    while (end := last.run(lambda: True)) is None:
+        stops += 1
+        engine.open("c", PROMPTS["b"][:stops], [2], Sampling(1), min(stops, 3))
+        found += engine.step([Row("c", 0, min(stops, 3))])
+        engine.close("c")
+    assert stops == 4
+    found += end
     at = {each.sequence: each.position for each in found}
+    at = {name: at[name] for name in "ab"}
     for step in range(6):
+        if step == 1:
+            tokens = engine.tokens("a")
+            engine.swap_out("a", [9, 1, 5])
+            engine.swap_in("a", [8, 0, 10])
+            engine.open("a", tokens, [8, 0, 10], Sampling(8, seed=3), 37)
         if step == 3:
             engine.copy(3, 11)
             tokens = engine.tokens("b")

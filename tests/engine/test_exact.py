@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from core.errors import SetupError
 from core.sampling import Sampling
 from engine.api import Row
-from tests.engine.play import Dealer, alone, chunks, move, poison
+from tests.checkpoints import MODELS
+from tests.engine.play import Dealer, alone, chunks, move, poison, with_stops
 
 PROMPTS = [random.Random(length).choices(range(2, 128), k=length) for length in (1, 7, 8, 33, 90, 300, 515)]
 SAMPLINGS = [
@@ -40,7 +41,11 @@ def strip(samples):
     return [(sample.position, sample.token, sample.finish, sample.logits_hash) for sample in samples]
 
 
-def any_schedule(data, engine, pairs, truth):
+def at_once(engine, rows, rng):
+    return engine.step(rows)
+
+
+def any_schedule(data, engine, pairs, truth, step=at_once):
     """Some of `pairs` at the same time, chunked and interleaved anyhow on shuffled pages of NaN, give their `truth`."""
     rng = random.Random(data.draw(st.integers(0, 2**32)))
     chosen = data.draw(st.lists(st.integers(0, len(pairs) - 1), min_size=1, max_size=8, unique=True))
@@ -60,7 +65,7 @@ def any_schedule(data, engine, pairs, truth):
         rows = [Row(name, *work[name][0]) for name in names]
         for name in names:
             work[name].pop(0)
-        for sample in engine.step(rows):
+        for sample in step(engine, rows, rng):
             name = sample.sequence
             got[name].append(sample)
             if sample.finish is None:
@@ -119,6 +124,22 @@ def test_any_schedule_of_any_architecture_gives_the_same_bits(exact_model, name,
     any_schedule(data, one, pairs, truth)
     number = data.draw(st.integers(0, len(pairs) - 1))
     recomputed(one, pairs[number], truth[number], data.draw(st.sampled_from([(10**9,), (5,), (100, 1)])))
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_steps_that_stop_anywhere_give_the_same_bits(exact, data):
+    engines, truth = exact
+    any_schedule(data, engines[data.draw(st.sampled_from([0, 2]))], PAIRS, truth, with_stops)
+
+
+@pytest.mark.parametrize(("dtype", "native"), KINDS)
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_steps_of_any_architecture_that_stop_anywhere_give_the_same_bits(exact_model, name, dtype, native, data):
+    one, pairs, truth = exact_model(name, dtype, native)
+    any_schedule(data, one, pairs, truth, with_stops)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,8 +20,8 @@ from engine.paced import PacedEngine, Pacer
 from kernels.native import NativeMissing
 from tests.checkpoints import make_llama
 from tests.engine.chain import Chain, rows
-from tests.engine.play import alone, move, poison
-from tests.engine.test_exact import any_schedule, recomputed, strip
+from tests.engine.play import alone, move, poison, with_stops
+from tests.engine.test_exact import any_schedule, at_once, recomputed, strip
 
 VOCAB, CONTEXT = 128, 4096
 ENDS = (0, 1)
@@ -128,7 +128,8 @@ def test_the_bytes_of_a_page_are_what_the_definition_says(make, dtype, words):
 @given(data=st.data())
 def test_any_schedule_gives_the_same(engine, data):
     size, native = data.draw(st.sampled_from([(16, True), (64, True), (8, False)]))
-    any_schedule(data, engine("gqa", "paced", page_tokens=size, native=native), PAIRS, TRUTH)
+    step = data.draw(st.sampled_from([at_once, with_stops]))
+    any_schedule(data, engine("gqa", "paced", page_tokens=size, native=native), PAIRS, TRUTH, step)
     number = data.draw(st.integers(0, len(PAIRS) - 1))
     one = engine("gqa", "paced", page_tokens=size, native=native)
     recomputed(one, PAIRS[number], TRUTH[number], data.draw(st.sampled_from([(10**9,), (5,), (100, 1)])))

@@ -296,7 +296,7 @@ class Live:
         return time.monotonic() - started
 
     def held(self) -> list[str]:
-        """What workers hold, beside free and scratch pages and those that are kept for their prefix."""
+        """What workers hold, also in host memory, beside free and scratch pages and those kept for their prefix."""
         found = []
         for each in self.workers:
             if each.process.poll() is not None:
@@ -304,6 +304,7 @@ class Live:
             for (key, labels), value in self.metrics(each.name).items():
                 state = dict(labels).get("state", "")
                 kept = key == "baton_pages" and state not in ("free", "scratch", "cached")
+                kept |= key == "baton_host_pages" and dict(labels)["what"] == "used"
                 if value and (kept or key == "baton_pages_promised"):
                     found.append(f"{each.name} {key} {state} {value:g}")
         return found
