@@ -23,7 +23,9 @@ from typing import Any, Protocol
 from core.config import CoordinatorConfig, GatewayConfig, HttpConfig, ProcessConfig, WorkerConfig, from_json
 from core.errors import LocalError, SetupError
 from core.worker import Identity
+from runtime import debug
 from runtime import log as logs
+from runtime.inspection import Inspection
 
 log = logging.getLogger("baton.process")
 
@@ -36,6 +38,7 @@ class Service(Protocol):
 
     address: str
     metrics_address: str
+    inspection: Inspection
 
     async def start(self) -> None: ...
 
@@ -76,6 +79,9 @@ async def serve(config: ProcessConfig, me: Identity, make: Make) -> None:
         loop.add_signal_handler(number, end, signal.Signals(number).name)
     watching = asyncio.create_task(_launcher_gone(end))
     service = make(config, me, bug)
+    # In this order: the stacks of all threads come first, even if the loop stands still, then the loop has its turn.
+    loop.add_signal_handler(signal.SIGUSR1, service.inspection.to_log)
+    debug.stacks_at_signal()
     try:
         starting = asyncio.create_task(service.start())
         waited: set[asyncio.Future[Any]] = {starting, over}
@@ -153,6 +159,7 @@ def main(make: Make = make) -> None:
     config = from_json(sys.argv[1])
     me = Identity(config.name, secrets.randbits(48))
     logs.start(me)
+    debug.stacks_at_signal()
     sys.setswitchinterval(SWITCH_S)
     try:
         asyncio.run(serve(config, me, make))

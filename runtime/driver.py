@@ -57,6 +57,11 @@ class Driver:
         """Add a machine under a name, with the shell that performs its commands."""
         self._seats[name] = _Seat(machine, perform)
 
+    @property
+    def machines(self) -> dict[str, Machine[Any, Any]]:
+        """All that were added, by their names, in the order in which they were."""
+        return {name: seat.machine for name, seat in self._seats.items()}
+
     def post(self, name: str, event: object) -> None:
         """Give `event` to the named machine after everything posted before."""
         self._queue.append((name, event))
