@@ -70,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("request", metavar="ID", help="the client's name for it, or the one it was given")
     debug = verbs.add_parser("debug", help="tasks, stacks, policy state and page table of a running process")
     debug.add_argument("process", metavar="NAME", help="such as decode-0, gateway-0, coordinator")
+    replay = verbs.add_parser(
+        "replay", help="give the machines of a recording the same events; do they decide the same?"
+    )
+    replay.add_argument("recording", nargs="+", metavar="FILE|DIR", help="what `baton up --record DIR` wrote")
     verbs.add_parser("down", help="end the local deployment")
     doctor = verbs.add_parser("doctor", help="what this machine can do, and what is missing")
     doctor.add_argument("--model", help="say how much fits for this model directory or hub id")
@@ -130,6 +134,10 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             from control.requests import debug
 
             return debug(state.read(where), args.process, as_json=as_json)
+        case "replay":
+            from control.replay import replay
+
+            return replay(args.recording, as_json=as_json)
         case "simulate":
             from control.simulate import run
 
