@@ -138,8 +138,9 @@ def _made(path: Path, line: int, document: dict[str, Any]) -> dict[str, Machine[
         machines: dict[str, Machine[Any, Any]] = state.load(document, dict)
         for machine in machines.values():
             machine.check()
-    except StateError as error:
-        raise StateError(f"{path}:{line}: {error}; it was written by another version of the code") from None
+    except Exception as error:  # what lacks an attribute is found when somebody looks for it
+        why = f"{type(error).__name__}: {error}"
+        raise StateError(f"{path}:{line}: {why}; it was written by another version of the code") from None
     return machines
 
 

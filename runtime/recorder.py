@@ -23,7 +23,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Head:
     """The process's settings, as its launcher passed them on."""
     started_at: float
     """Seconds since 1970."""
+    clock_at: float
+    """The driver's clock at that moment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,16 +235,16 @@ def _head(path: Path, entry: dict[str, Any], rest: dict[Any, Any]) -> Head:
     try:
         return Head(**rest)
     except TypeError:
-        raise _wrong(path, 1, json.dumps(entry), "process, build, config and started_at") from None
+        raise _wrong(path, 1, json.dumps(entry), "what `Head` has") from None
 
 
 def _fields(head: Head) -> dict[str, Any]:
-    return {"process": head.process, "build": head.build, "config": head.config, "started_at": head.started_at}
+    return {field.name: getattr(head, field.name) for field in fields(head)}
 
 
 def head(process: str, build: str, config: str) -> Head:
     """Of a recording that begins now; `config` is the JSON of the settings."""
-    return Head(process, build, json.loads(config), time.time())
+    return Head(process, build, json.loads(config), time.time(), time.monotonic())
 
 
 def _wrong(path: Path, line: int, got: str, want: str) -> StateError:

@@ -152,7 +152,7 @@ def test_both_ends_of_a_hand_off_say_how_far_it_is():
 def looking(world, held, machine):
     """The same world, in which after each step all are asked, and answers cost nothing but time."""
 
-    class Looked(world):
+    class Looked(world):  # type: ignore[misc, valid-type]
         @invariant()
         def looked_at(self):
             found = machine(self)
