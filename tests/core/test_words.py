@@ -95,9 +95,12 @@ def test_what_has_no_place_in_a_machine_cannot_be_written(value):
         written((1, value))
 
 
+Here = namedtuple("Here", ["x"])
+
+
 def test_a_named_tuple_of_another_room_cannot_be_written():
     with pytest.raises(LocalError, match="want a class of the pure rooms"):
-        written(namedtuple("Here", ["x"])(1))
+        written(Here(1))
 
 
 @pytest.mark.parametrize(
@@ -128,5 +131,5 @@ def test_what_nobody_wrote_is_refused_in_one_sentence(document, sentence):
 
 def test_every_message_has_a_place_in_a_recording():
     """A class that is added to the protocol must be one that is found again by its name."""
-    for each in Message.__args__:  # type: ignore[attr-defined]
+    for each in Message.__args__:
         assert getattr(messages, each.__name__) is each
