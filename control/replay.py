@@ -91,7 +91,7 @@ def replayed(path: Path) -> Replay:
             case Head():
                 done.process = entry.process
             case Machines(line, document):
-                machines = _made(path, line, document)
+                machines |= _made(path, line, document)
             case Ended(_, reason):
                 done.ended = reason
             case Took():

@@ -1,8 +1,8 @@
 """Writes down what the machines of a process heard and decided, so that it can be replayed (`baton replay`).
 
 A recording is JSON lines, which `read` reads. The first line is its head. A line with "machines" is the whole state of
-all machines (`core.state`), written before the first event and again whenever one was added. A line that is a list is
-one event, in the order in which all machines of the process took theirs:
+machines (`core.state`): of all before the first event, and of one that is added later before the next. A line that is a
+list is one event, in the order in which all machines of the process took theirs:
 
     [TIME, "MACHINE", EVENT, [COMMAND, ...]]        (`core.words`; the event is null where a deadline came)
     [TIME, "MACHINE", EVENT, "LocalError: ..."]     (the machine raised)
@@ -35,6 +35,7 @@ log = logging.getLogger("baton.recorder")
 
 FORMAT = "baton.recording"
 VERSION = 1
+LEDGER = "core.pages:Pages"
 FLUSH_S = 0.25
 """A process that is killed leaves all but this much of its recording."""
 MOST_EVENTS = 200_000
@@ -58,7 +59,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """The state of all machines by name, as of now."""
+    """The state of machines by name, as of now; others stay as they are."""
 
     line: int
     document: dict[str, Any]
@@ -99,8 +100,8 @@ class Recorder:
         except OSError as error:
             raise SetupError(f"record: {self.path} cannot be written: {error.strerror}") from None
         self._machines: dict[str, Machine[Any, Any]] = {}
-        self._fresh = False
-        """A machine was added since all were written."""
+        self._fresh: list[str] = []
+        """Those that were added and not written yet."""
         self._waiting: deque[tuple[float, str, Any, Any] | dict[str, Any]] = deque()
         self._waiting.append({"format": FORMAT, "version": VERSION, **_fields(head)})
         self._over = threading.Event()
@@ -112,7 +113,7 @@ class Recorder:
     def around(self, name: str, machine: Machine[Any, Any]) -> Machine[Any, Any]:
         """The same machine, and all that it takes from now on is written down."""
         self._machines[name] = machine
-        self._fresh = True
+        self._fresh.append(name)
         return Recorded(name, machine, self)
 
     def close(self, reason: str) -> None:
@@ -124,9 +125,9 @@ class Recorder:
     def before(self) -> None:
         """An event is about to be taken."""
         if self._fresh:
-            self._fresh = False
+            fresh, self._fresh = self._fresh, []
             try:
-                self._waiting.append({"machines": state.dump(dict(self._machines))})
+                self._waiting.append({"machines": self._states(fresh)})
             except LocalError as error:
                 self._fail(f"a machine cannot be written: {error}")
 
@@ -137,6 +138,13 @@ class Recorder:
         self._waiting.append((now, name, event, commands))
         if len(self._waiting) > MOST_EVENTS:
             self._fail(f"{MOST_EVENTS} events wait to be written")
+
+    def _states(self, fresh: list[str]) -> dict[str, Any]:
+        """Of those that are new; of all if one of these has the ledger, which is what machines share."""
+        document = state.dump({name: self._machines[name] for name in fresh})
+        if len(fresh) < len(self._machines) and any(kind == LEDGER for kind, *_ in document["objects"]):
+            return state.dump(dict(self._machines))
+        return document
 
     def _fail(self, why: str) -> None:
         """Serving goes first."""
