@@ -116,6 +116,11 @@ def test_a_held_request_names_what_holds_it_and_all_are_traced(slow, capsys):
         requests.trace(state(slow), "nobody", as_json=True)
 
     # Both workers wrote their stacks and states at the signal, and served on.
+    def dumped() -> bool:
+        said = {line["worker"] for line in slow.lines() if line["message"].startswith("pages: ")}
+        return {"decode-0", "decode-1"} <= said
+
+    until(dumped, "both wrote what is inside")
     log = slow.log.read_text()
     for number in range(2):
         lines = [line for line in slow.lines() if line["worker"] == f"decode-{number}"]
@@ -191,7 +196,7 @@ def test_a_recording_decides_the_same_again_and_a_changed_policy_is_found(slow, 
     assert by["gateway-0"].events["router"] > 100
 
     workload = traces.read(folder)
-    assert len(workload.arrivals) == 24 + 3
+    assert len(workload.arrivals) in (24, 24 + 3), "the crowd, and those held before if that test ran"
     assert {each.prompt for each in workload.arrivals} >= {len(each.prompt) for each in cases}
     assert lengths <= {each.output for each in workload.arrivals}
     assert {each.block_tokens for each in workload.arrivals} <= {0, 16}
