@@ -61,6 +61,19 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--waterfall", action="store_true", help="show where the time went")
 
     verbs.add_parser("status", help="who is there, ready or not, over which lanes")
+    get = verbs.add_parser("get", help="what is in flight: who has each request, and what it waits for")
+    get.add_argument("what", choices=("requests",))
+    get.add_argument(
+        "--older", type=_duration, default=0.0, metavar="TIME", help="of at least this age: 10s, 500ms, 2m"
+    )
+    trace = verbs.add_parser("trace", help="where the time of a running or finished request went")
+    trace.add_argument("request", metavar="ID", help="the client's name for it, or the one it was given")
+    debug = verbs.add_parser("debug", help="tasks, stacks, policy state and page table of a running process")
+    debug.add_argument("process", metavar="NAME", help="such as decode-0, gateway-0, coordinator")
+    replay = verbs.add_parser(
+        "replay", help="give the machines of a recording the same events; do they decide the same?"
+    )
+    replay.add_argument("recording", nargs="+", metavar="FILE|DIR", help="what `baton up --record DIR` wrote")
     verbs.add_parser("down", help="end the local deployment")
     doctor = verbs.add_parser("doctor", help="what this machine can do, and what is missing")
     doctor.add_argument("--model", help="say how much fits for this model directory or hub id")
@@ -109,6 +122,22 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             from control.status import status
 
             return status(state.read(where), as_json=as_json)
+        case "get":
+            from control.requests import get_requests
+
+            return get_requests(state.read(where), older_s=args.older, as_json=as_json)
+        case "trace":
+            from control.requests import trace
+
+            return trace(state.read(where), args.request, as_json=as_json)
+        case "debug":
+            from control.requests import debug
+
+            return debug(state.read(where), args.process, as_json=as_json)
+        case "replay":
+            from control.replay import replay
+
+            return replay(args.recording, as_json=as_json)
         case "simulate":
             from control.simulate import run
 
@@ -198,6 +227,20 @@ def _policies() -> str:
     from control.simulate import about
 
     return about()
+
+
+def _duration(text: str) -> float:
+    """Seconds; a bare number is one of seconds."""
+    number = text.rstrip("hms")
+    units = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = units.get(text[len(number) :])
+    try:
+        value = float(number) * (unit if unit is not None else -1.0)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, want a time such as 10s, 500ms, 2m")
+    return value
 
 
 def _count(text: str) -> int:

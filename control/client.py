@@ -86,6 +86,8 @@ def waterfall(end: inference_pb2.End) -> Sequence[str]:
                 extra += f", {stage.detail['cached']} were there"
         elif stage.name == "decode":
             extra = f"{stage.detail['steps']} steps"
+        if "attempt" in stage.detail:
+            extra = ", ".join([*([extra] if extra else []), f"attempt {stage.detail['attempt']}"])
         lines.append(f"  {stage.name:<12} {stage.worker:<11} {stage.seconds * 1e3:9.1f} ms  {bar:<28} {extra}".rstrip())
     return lines
 

@@ -10,9 +10,10 @@ import grpc
 
 from core.config import CoordinatorConfig
 from core.errors import RemoteError
-from protos.baton.v1 import registry_pb2, registry_pb2_grpc
-from runtime import rpc, wire
+from protos.baton.v1 import inspect_pb2_grpc, registry_pb2, registry_pb2_grpc
+from runtime import inspection, rpc, wire
 from runtime.driver import Driver
+from runtime.inspection import Inspection
 from runtime.metrics import Gauges, Metrics
 from scheduler.membership import (
     Admitted,
@@ -43,8 +44,10 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         self._watchers: set[asyncio.Event] = set()
         self._closing = False
         self._metrics = Metrics(self._gauges)
-        self._server = rpc.Server(config.listen, [SERVICE])
+        self._server = rpc.Server(config.listen, [SERVICE, inspection.SERVICE])
         registry_pb2_grpc.add_RegistryServiceServicer_to_server(self, self._server.grpc)
+        self.inspection = Inspection(config.name, self._driver)
+        inspect_pb2_grpc.add_InspectServiceServicer_to_server(self.inspection, self._server.grpc)
         self.address = self._server.address
         self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
 

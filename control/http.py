@@ -28,6 +28,7 @@ from control.launcher import LOOPBACK, reached
 from core.config import HttpConfig, from_json
 from core.errors import SetupError
 from core.worker import Identity
+from runtime import debug
 from runtime import log as logs
 
 log = logging.getLogger("baton.http")
@@ -188,6 +189,7 @@ def main() -> None:
     config = from_json(sys.argv[1])
     assert isinstance(config, HttpConfig)
     logs.start(Identity(config.name, secrets.randbits(48)))
+    debug.stacks_at_signal()
     # Before smg minds signals itself, and after.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     try:

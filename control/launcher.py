@@ -195,6 +195,7 @@ class Deployment:
         self._worker_entry = worker_entry
         self._log = Log(log_path, say)
         self.transport, self.transport_reason = pick_transport(config.transport)
+        self._record = str(Path(config.record).resolve()) if config.record else ""  # children run in another directory
         self.running: dict[str, Running] = {}
 
     def __enter__(self) -> Deployment:
@@ -225,7 +226,7 @@ class Deployment:
 
     def start(self) -> None:
         """Start all but HTTP and wait until each process listens; raises SetupError with the child's own sentence."""
-        self._spawn(self._placed(CoordinatorConfig(listen=f"{LOOPBACK}:0")))
+        self._spawn(self._placed(CoordinatorConfig(listen=f"{LOOPBACK}:0", record=self._record)))
         self._await_words(["coordinator"])
         configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
         for config in configs:
@@ -300,6 +301,7 @@ class Deployment:
                 gap_s=c.gap_s,
                 prefix_cache=c.prefix_cache,
                 check=c.check,
+                record=self._record,
             )
             for i in range(c.gateways)
         ]
@@ -339,6 +341,7 @@ class Deployment:
                     pace=c.pace,
                     stop_rate=c.stop_rate,
                     check=c.check,
+                    record=self._record,
                 )
             )
         return workers

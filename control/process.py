@@ -20,10 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.config import CoordinatorConfig, GatewayConfig, HttpConfig, ProcessConfig, WorkerConfig, from_json
+from core.config import CoordinatorConfig, GatewayConfig, HttpConfig, ProcessConfig, WorkerConfig, from_json, to_json
 from core.errors import LocalError, SetupError
 from core.worker import Identity
+from runtime import debug
 from runtime import log as logs
+from runtime.inspection import Inspection
+from runtime.recorder import Recorder, head
 
 log = logging.getLogger("baton.process")
 
@@ -36,6 +39,7 @@ class Service(Protocol):
 
     address: str
     metrics_address: str
+    inspection: Inspection
 
     async def start(self) -> None: ...
 
@@ -76,6 +80,13 @@ async def serve(config: ProcessConfig, me: Identity, make: Make) -> None:
         loop.add_signal_handler(number, end, signal.Signals(number).name)
     watching = asyncio.create_task(_launcher_gone(end))
     service = make(config, me, bug)
+    recorder: Recorder | None = None
+    if not isinstance(config, HttpConfig) and config.record:
+        recorder = Recorder(Path(config.record), head(str(me), build_version(), to_json(config)))
+        service.inspection.driver.record(recorder)
+    # In this order: the stacks of all threads come first, even if the loop stands still, then the loop has its turn.
+    loop.add_signal_handler(signal.SIGUSR1, service.inspection.to_log)
+    debug.stacks_at_signal()
     try:
         starting = asyncio.create_task(service.start())
         waited: set[asyncio.Future[Any]] = {starting, over}
@@ -99,6 +110,8 @@ async def serve(config: ProcessConfig, me: Identity, make: Make) -> None:
         with contextlib.suppress(asyncio.CancelledError, Exception):
             await starting
         await service.stop("shutting down")
+        if recorder is not None:
+            recorder.close("the process ended")
 
 
 def make(config: ProcessConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:
@@ -153,6 +166,7 @@ def main(make: Make = make) -> None:
     config = from_json(sys.argv[1])
     me = Identity(config.name, secrets.randbits(48))
     logs.start(me)
+    debug.stacks_at_signal()
     sys.setswitchinterval(SWITCH_S)
     try:
         asyncio.run(serve(config, me, make))

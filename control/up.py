@@ -19,6 +19,7 @@ from control.hub import model_name, resolve_model
 from control.launcher import Deployment, uninterrupted
 from core.config import DeploymentConfig
 from core.errors import RpcFailure, SetupError
+from runtime import debug
 
 READY_S = 60.0
 
@@ -66,6 +67,7 @@ def up(config: DeploymentConfig, where: Path, *, as_json: bool, detach: bool, ar
             raise KeyboardInterrupt
 
     ready = False
+    debug.stacks_at_signal()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, interrupted)
     if detach:

@@ -22,9 +22,10 @@ from decode.shell import DecodeShell
 from engine.api import Engine
 from kernels import native
 from prefill.shell import PrefillShell
-from protos.baton.v1 import worker_pb2, worker_pb2_grpc
-from runtime import rpc
+from protos.baton.v1 import inspect_pb2_grpc, worker_pb2, worker_pb2_grpc
+from runtime import inspection, rpc
 from runtime.driver import Driver
+from runtime.inspection import Inspection
 from runtime.jobs import JobThread
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
@@ -116,8 +117,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._tasks: list[asyncio.Task[None]] = []
         self._engine_thread = JobThread("engine", self._fault, ENGINE_NICE)
         self._driver = Driver(self._fault, check=config.check)
-        self._server = rpc.Server(config.listen, [SERVICE])
+        self._server = rpc.Server(config.listen, [SERVICE, inspection.SERVICE])
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server.grpc)
+        self.inspection = Inspection(str(me), self._driver, ledger=lambda: getattr(self, "_ledger", None))
+        inspect_pb2_grpc.add_InspectServiceServicer_to_server(self.inspection, self._server.grpc)
         self._metrics = Metrics(self._gauges)
         self._step_s = self._metrics.histogram("decode_step_seconds", "Engine time of one decode step.")
         self._healthy = False

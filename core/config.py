@@ -74,6 +74,8 @@ class WorkerConfig:
     """Chance that the paced engine's next token is an end or stop token; 0: texts end by their length."""
     check: bool = False
     """Check every machine's invariants at every step; for tests."""
+    record: str = ""
+    """Directory to record in what the machines hear and decide, prompts included; empty: nothing is recorded."""
 
     @property
     def process(self) -> str:
@@ -106,6 +108,8 @@ class GatewayConfig:
     """Let workers keep the KV of prompts for others that begin alike, within a tenant."""
     check: bool = False
     """Check the router's invariants at every step; for tests."""
+    record: str = ""
+    """Directory to record in what the machines hear and decide, prompts included; empty: nothing is recorded."""
 
     @property
     def process(self) -> str:
@@ -122,6 +126,8 @@ class CoordinatorConfig:
     """host:port of the gRPC service; port 0 takes any free one."""
     lease_s: float = 3.5
     """A member that is silent this long is dropped from the list."""
+    record: str = ""
+    """Directory to record in what the machines hear and decide; empty: nothing is recorded."""
 
     @property
     def process(self) -> str:
@@ -224,6 +230,8 @@ class DeploymentConfig:
     """Hash the logits of every token, for comparisons."""
     check: bool = False
     """Check every machine's invariants at every step; for tests."""
+    record: str = ""
+    """Directory in which every process records what its machines hear and decide, prompts included, for `replay`."""
 
     def __post_init__(self) -> None:
         def bad(field: str, want: str) -> SetupError:

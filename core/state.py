@@ -47,6 +47,7 @@ from typing import Any, TypeVar
 from core.errors import LocalError, StateError
 
 FORMAT = "baton.state"
+BRIEF = "baton.state.brief"
 VERSION = 1
 """Raised when a document means something else than before."""
 ROOMS = re.compile(r"core\.\w+|scheduler\.\w+|transfer\.(source|sink)")
@@ -57,14 +58,19 @@ EXACT = 2**53
 T = TypeVar("T")
 
 _PLAIN = (type(None), bool, str)
+_INTS = frozenset((int,))
 _ROWS: dict[str, type] = {"list": list, "tuple": tuple, "set": set}
 _TABLES: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict}
 _NAMES = {kind: name for name, kind in (*_ROWS.items(), *_TABLES.items())}
 
 
-def dump(root: object) -> dict[str, Any]:
-    """All that `root` refers to, as JSON; the same state gives the same document, but for the order of sets."""
-    return _Writer().document(root)
+def dump(root: object, *, brief: bool = False) -> dict[str, Any]:
+    """All that `root` refers to, as JSON; the same state gives the same document, but for the order of sets.
+
+    `brief` is for people, who may not see what clients wrote: of a row of whole numbers (a prompt, an answer, a table
+    of pages) only the length is written, as ["numbers", LENGTH]. Such a document cannot be loaded.
+    """
+    return _Writer(brief).document(root)
 
 
 def load(document: object, wanted: type[T]) -> T:
@@ -93,7 +99,8 @@ def slots_of(kind: type) -> tuple[str, ...] | None:
 
 
 class _Writer:
-    def __init__(self) -> None:
+    def __init__(self, brief: bool) -> None:
+        self._brief = brief
         self._numbers: dict[int, int] = {}
         """Of objects, by their address."""
         self._found: list[object] = []
@@ -105,7 +112,7 @@ class _Writer:
         first = self._value(root)
         while len(written) < len(self._found):
             written.append(self._object(self._found[len(written)]))
-        return {"format": FORMAT, "version": VERSION, "root": first, "objects": written}
+        return {"format": BRIEF if self._brief else FORMAT, "version": VERSION, "root": first, "objects": written}
 
     def _value(self, value: object) -> Any:
         kind = type(value)
@@ -129,6 +136,8 @@ class _Writer:
     def _object(self, found: Any) -> list[Any]:
         kind = type(found)
         name = _NAMES.get(kind)
+        if self._brief and (name in _ROWS or kind is deque) and found and _INTS.issuperset(map(type, found)):
+            return ["numbers", len(found)]
         if name in _ROWS:
             return [name, self._values(found)]
         if name is not None:

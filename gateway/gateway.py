@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,15 +17,18 @@ from core.config import GatewayConfig
 from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
+from core.standing import Standing
 from core.worker import Greeting, Identity, Member, Role
 from gateway.intake import Intake, ModelFacts
 from gateway.replies import Batch, Outcome, Replies, Reply
 from gateway.service import SERVICE, InferenceService
 from gateway.sessions import Sessions
 from gateway.text import TextStream, Tokenizer
-from protos.baton.v1 import inference_pb2, inference_pb2_grpc
-from runtime import rpc, wire
+from gateway.traces import Traces
+from protos.baton.v1 import inference_pb2, inference_pb2_grpc, inspect_pb2, inspect_pb2_grpc
+from runtime import inspection, rpc, wire
 from runtime.driver import Driver
+from runtime.inspection import Inspection
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
 from scheduler.router import Router, RouterConfig
@@ -113,7 +116,8 @@ class Gateway:
         self._next = 0
         self._healthy = False
         vllm = vllm_door()
-        self._server = rpc.Server(config.listen, [SERVICE, *([vllm.SERVICE] if vllm else [])])
+        services = [SERVICE, inspection.SERVICE, *([vllm.SERVICE] if vllm else [])]
+        self._server = rpc.Server(config.listen, services)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceService(self), self._server.grpc)
         if vllm:
             vllm.add(self, Path(config.model), build, self._server.grpc)
@@ -139,6 +143,9 @@ class Gateway:
         self._driver = Driver(bug, check=config.check)
         self._router = Router(me, RouterConfig(max_queue_s=config.max_queue_s))
         self._driver.seat("router", self._router, self._perform)
+        self._traces = Traces(self._router, self._driver.now)
+        self.inspection = Inspection(str(me), self._driver, more=self._unread, trace=self._traced, here_only=True)
+        inspect_pb2_grpc.add_InspectServiceServicer_to_server(self.inspection, self._server.grpc)
         self._sessions = Sessions(Greeting(self._me), self._driver, self._changed)
         self._registry = Registry(config.coordinator, self._member, self._sessions.members_changed)
 
@@ -257,7 +264,9 @@ class Gateway:
                 if client is None:
                     self._requests.labels(command.phase, command.code).inc()
                 else:
-                    self._e2e.observe(self._driver.now() - client.arrived_at)
+                    total_s = self._driver.now() - client.arrived_at
+                    self._traces.ended(client.request, command, total_s, client.replies)
+                    self._e2e.observe(total_s)
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
                     client.replies.end(command)
@@ -270,6 +279,24 @@ class Gateway:
                         sum(reply.completion_tokens for reply in client.replies.all),
                         extra={"request": client.request.id},
                     )
+
+    def _traced(self, request_id: str) -> inspect_pb2.TraceResponse | None:
+        """Of a live request, or of one that ended lately."""
+        counter = self._names.get(request_id)
+        client = None if counter is None else self._clients[counter]
+        if counter is None or client is None:
+            return self._traces.past(request_id)
+        return self._traces.live(counter, client.request, client.arrived_at) or self._traces.past(request_id)
+
+    def _unread(self) -> Iterable[tuple[str, Standing]]:
+        """Clients who have something to read."""
+        for client in self._clients.values():
+            unread = sum(reply.unread for reply in client.replies.all)
+            over = all(reply.outcome is not None for reply in client.replies.all)
+            if unread or over:
+                why = f"its client to read {unread} tokens" if unread else "its client to read the end"
+                state = "ended" if over else "delivering"
+                yield "client", Standing("", client.request.id, state, client.arrived_at, waits_for=why)
 
     def _give_up(self, counter: int) -> None:
         """A request that ended long ago and is still not read: its client hangs, and is hung up on."""

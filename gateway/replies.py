@@ -106,6 +106,11 @@ class Reply:
         self._changed.set()
 
     @property
+    def unread(self) -> int:
+        """Tokens that the client has yet to read."""
+        return len(self._tokens)
+
+    @property
     def ends_request(self) -> bool:
         """True for the continuation that the whole request ended with: its last message comes last."""
         return self.outcome is not None and self.outcome.end is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 from core.errors import RemoteError
 from core.machine import Machine
+from runtime.recorder import Recorded, Recorder
 
 log = logging.getLogger("baton.driver")
 
@@ -46,6 +47,7 @@ class Driver:
         self._patient_until = float("-inf")
         self._on_bug = on_bug
         self._check = check
+        self._recorder: Recorder | None = None
         self.turns = 0
         """Events taken; grows while the loop is alive."""
 
@@ -55,7 +57,21 @@ class Driver:
 
     def seat(self, name: str, machine: Machine[Any, Any], perform: Callable[[Any], None]) -> None:
         """Add a machine under a name, with the shell that performs its commands."""
+        if self._recorder is not None:
+            machine = self._recorder.around(name, machine)
         self._seats[name] = _Seat(machine, perform)
+
+    def record(self, recorder: Recorder) -> None:
+        """Write down what all machines take from now on. It stands around them: unused it costs nothing."""
+        self._recorder = recorder
+        for name, seat in self._seats.items():
+            seat.machine = recorder.around(name, seat.machine)
+
+    @property
+    def machines(self) -> dict[str, Machine[Any, Any]]:
+        """All that were added, by their names, in the order in which they were."""
+        machines = {name: seat.machine for name, seat in self._seats.items()}
+        return {name: each.machine if isinstance(each, Recorded) else each for name, each in machines.items()}
 
     def post(self, name: str, event: object) -> None:
         """Give `event` to the named machine after everything posted before."""

@@ -33,6 +33,7 @@ from core.kv import KvShape
 from core.messages import Cancel, Failed, Finished, Freeness
 from core.pages import Pages
 from core.request import Request, Stage
+from core.standing import Standing
 from core.worker import Identity
 from scheduler.cost import CostModel
 from scheduler.decode_events import (
@@ -254,6 +255,22 @@ class DecodePolicy:
                 counts[_STATES[row.place]] += 1
         return counts
 
+    def standing(self) -> list[Standing]:
+        """Of every request that waits for memory or KV, and every row."""
+        line = {guest.key: place for place, guest in enumerate(g for g in self._waiting if self._waits(g))}
+        standing = []
+        for guest in self._guests.values():
+            key, request = guest.ticket.key, guest.request
+            for row in guest.rows.values():
+                left, tokens = _ROW_WAITS[row.place], row.generated(self._batch.step)
+                where = "cancelled" if row.cancelled else _STATES[row.place]
+                standing.append(Standing(key, request.id, where, guest.asked_at, guest.deadline, left, tokens=tokens))
+            if not guest.rows:
+                where = "cancelled" if guest.cancelled else guest.state
+                left = self._waits_for(guest, line.get(guest.key))
+                standing.append(Standing(key, request.id, where, guest.asked_at, guest.deadline, left))
+        return standing
+
     def on(self, event: DecodeEvent | None, now: float) -> list[DecodeCommand]:
         commands: list[DecodeCommand] = []
         match event:
@@ -381,6 +398,20 @@ class DecodePolicy:
                 commands.append(Answer(guest.key, True))
             waiting.popleft()
         return commands
+
+    def _waits_for(self, guest: Guest, place: int | None) -> str:
+        """Of one that has no rows; `place` in the line of those without memory."""
+        if place is None:
+            source = (guest.moving or guest).ticket.source.name
+            return f"the end of its hand-off from {source}" if guest.cancelled else f"its KV from {source}"
+        if place:
+            return f"memory: {place} wait before it"
+        free = self._memory.free
+        if guest.pages > free:
+            return f"memory: {guest.pages} pages, {max(free, 0)} are free"
+        left = guest.request.sampling.n * self._left(guest.request, 1)
+        gaps = ", or the gaps that were promised" if self._cost is not None else ""
+        return f"memory: {guest.pages} pages now and for {left} tokens to come, beside all that was promised{gaps}"
 
     def _yield_pins(self, pages: int) -> bool:
         """Have so many pages more, as far as pins have them, least recent first; whether there was a pin."""
@@ -965,6 +996,18 @@ _STATES = {
     Place.AWAY: State.EVICTED,
     Place.RETURNING: State.EVICTED,
     Place.MOVING: State.RUNNING,
+}
+
+
+_ROW_WAITS = {
+    Place.JOINING: "room in the batch",
+    Place.RUNNING: "",
+    Place.EVICTED: "memory: it ran out, and its KV is to be computed again",
+    Place.LEAVING: "its KV to reach host memory, and memory then",
+    Place.AWAY: "memory: its KV is in host memory",
+    Place.RETURNING: "its KV to come back from host memory",
+    Place.MOVING: "another worker to take it",
+    Place.ENDED: "",
 }
 
 

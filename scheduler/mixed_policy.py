@@ -41,6 +41,7 @@ from core.pages import Owner, Pages
 from core.ranked import Ranked
 from core.request import Stage
 from core.sampling import MAX_N
+from core.standing import Standing
 from core.worker import Identity
 from scheduler.cost import CostModel
 from scheduler.mixed_batch import Batch, Job, Row, State
@@ -214,6 +215,20 @@ class MixedPolicy:
             return self._started_at
         due = self._untils.lowest()
         return due if due != math.inf else None
+
+    def standing(self) -> list[Standing]:
+        """Of every sequence here."""
+        line = {rank: place for place, rank in enumerate(self._line)}
+        standing = []
+        for key, job in self._jobs.items():
+            name = job.request.id if job.request is not None else ""
+            until = self._untils.rank(key) if key in self._untils else math.inf
+            for row in job.rows.values():
+                state = "cancelled" if row.cancelled else row.state
+                tokens = self._batch.generated(row) if row.state is State.DECODING else 0
+                why = self._waits_for(row, line)
+                standing.append(Standing(key, name, state, job.accepted_at, until, why, tokens=tokens))
+        return standing
 
     def check(self) -> None:
         self._ledger.check()
@@ -772,6 +787,20 @@ class MixedPolicy:
         self._batch.leave(row)
         if row.first is not None:
             self._joining.remove(row)
+
+    def _waits_for(self, row: Row, line: dict[int, int]) -> str:
+        match row.state:
+            case State.OFFERED:
+                return f"its prompt from {row.job.ticket.minter.name}"
+            case State.WAITING if before := line.get(row.rank, 0):
+                return f"its turn: {before} are before it"
+            case State.WAITING:
+                pages = self._shape.pages_for(row.goal)
+                return f"memory or a row: {pages} pages, {self._room()} are free; {len(self._running)} rows run"
+            case State.PREFILLING if row not in self._spans:
+                return f"its turn: {row.goal - row.done} tokens are left to compute"
+            case _:
+                return ""
 
     def _hashes(self, prefix: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         """Of pages that may be shared: the last token is computed in any case, for what comes after it."""

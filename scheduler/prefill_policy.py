@@ -18,6 +18,7 @@ from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer
 from core.pages import Owner, Pages
 from core.ranked import Ranked
 from core.request import Request, Stage, Ticket
+from core.standing import Standing
 from core.worker import Identity
 from scheduler.fcfs import Fcfs
 from scheduler.order import Job, Order, Take
@@ -250,6 +251,10 @@ class PrefillPolicy:
             if window is not None and window > self._planned_at:
                 due = min(due, window)
         return None if due == math.inf else due
+
+    def standing(self) -> list[Standing]:
+        """Of every request here."""
+        return [self._stands(held) for held in self._requests.values()]
 
     def check(self) -> None:
         self._ledger.check()
@@ -606,6 +611,38 @@ class PrefillPolicy:
         if taken_s is not None:
             stages.append(Stage("handing_off", me, now - held.computed_at, {"ready_to_taken_s": f"{taken_s:.6f}"}))
         return tuple(stages)
+
+    def _stands(self, held: _Held) -> Standing:
+        ticket, request = held.ticket, held.request
+        return Standing(
+            ticket.key,
+            request.id if request is not None else "",
+            "cancelled" if held.cancelled is not None else held.state,
+            held.accepted_at,
+            held.until,
+            self._waits_for(held),
+            tokens=len(held.firsts),
+        )
+
+    def _waits_for(self, held: _Held) -> str:
+        sink = held.ticket.sink.name
+        if held.cancelled is not None:
+            return "the end of its step" if held.in_step else f"the end of its hand-off to {sink}"
+        match held.state:
+            case State.OFFERED:
+                return f"its prompt from {held.ticket.minter.name}"
+            case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
+                return f"memory: {held.pages} pages, {self._ledger.available} are free"
+            case State.QUEUED if held in self._blocked:
+                return f"memory at {sink}, which promised none yet"
+            case State.QUEUED:
+                return (
+                    f"its turn: {self._counts[State.QUEUED] - 1} others are queued, {self._counts[State.RUNNING]} run"
+                )
+            case State.RUNNING:
+                return "" if held.in_step else f"its turn: {held.prompt_tokens - held.done} tokens are left to compute"
+            case State.HANDING_OFF:
+                return f"{sink} to take its KV" if held.grant is Grant.GIVEN else f"memory at {sink}"
 
     def _invite(self, now: float) -> list[PrefillCommand]:
         """Called when there is less to do, or more memory, than when somebody was refused."""

@@ -32,6 +32,7 @@ from core.messages import (
 )
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
+from core.standing import Standing
 from core.worker import Identity, Member, Role
 from scheduler.calls import Branch, Call, Flight
 from scheduler.least_loaded import LeastLoaded
@@ -80,6 +81,18 @@ class RouterConfig:
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A live request as far as its gateway has heard."""
+
+    phase: Phase
+    stages: tuple[Stage, ...]
+    tokens: int
+    """Delivered, of all continuations."""
+    cached_tokens: int
+    attempts: int
+
+
 class Router:
     """All requests of one gateway. Each `Arrived` ends in exactly one `End`."""
 
@@ -106,6 +119,11 @@ class Router:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    @property
+    def name(self) -> str:
+        """Of the gateway, as it stands in stages."""
+        return self._me.name
 
     def phases(self) -> dict[Phase, int]:
         """Live placements in each phase."""
@@ -161,6 +179,23 @@ class Router:
     def deadline(self) -> float | None:
         due = self._alarms.lowest()
         return None if due == math.inf else due
+
+    def standing(self) -> list[Standing]:
+        """Of every flight, with who has it now."""
+        return [self._stands(flight) for flight in self._flights.values()]
+
+    def trace(self, counter: int) -> Trace | None:
+        """A live request so far; None if it is not."""
+        call = self._calls.get(counter)
+        if call is None:
+            return None
+        stages = list(call.stages)
+        for flight in call.flights:
+            for part in (Role.PREFILL, Role.DECODE):
+                stages += _of_attempt(flight.reports.get(part, ()), flight.placements)
+        sent = sum(len(branch.tokens) for branch in call.branches)
+        phase = call.flights[0].phase if call.flights else Phase.QUEUED
+        return Trace(phase, tuple(stages), sent, call.cached_tokens, max(call.placements, 1))
 
     def check(self) -> None:
         assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
@@ -453,8 +488,9 @@ class Router:
         call.cached_tokens = cached_tokens
         flight.placements += 1
         call.placements = max(call.placements, flight.placements)
-        call.stages.append(Stage("queued", self._me.name, flight.offered_at - flight.queued_at))
-        call.stages.append(Stage("offered", self._me.name, now - flight.offered_at))
+        queued = Stage("queued", self._me.name, flight.offered_at - flight.queued_at)
+        offered = Stage("offered", self._me.name, now - flight.offered_at)
+        call.stages += _of_attempt((queued, offered), flight.placements)
         return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second))]
 
     def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
@@ -773,13 +809,40 @@ class Router:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
         for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
-            flight.call.stages += flight.reports.pop(part, ())
+            flight.call.stages += _of_attempt(flight.reports.pop(part, ()), flight.placements)
         flight.call.flights.remove(flight)
         if flight.load is not None:
             self._workers.over(flight.load)
             flight.load = None
         if flight.key in self._flights:
             self._leave(flight)
+
+    def _stands(self, flight: Flight) -> Standing:
+        call, waits_for, owner = flight.call, "", self._me.name
+        ticket = flight.placed
+        if flight.finished is not None:
+            waits_for = f"stages from {', '.join(who.name for who in flight.owing.values())}"
+        elif flight.key in self._stranded:
+            after = "to be placed again: its last attempt failed" if flight.resumes < math.inf else None
+            waits_for = after or self.missing() or "a worker with room for it"
+        elif flight.parked:
+            best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
+            waits_for = f"room: {len(flight.refusals)} refused, {best.ticket.source.name}: {best.reason}"
+        elif ticket is not None:
+            source, sink = ticket.source.name, ticket.sink.name
+            owner = sink if flight.phase is Phase.DECODING else source
+            match flight.phase:
+                case Phase.OFFERED:
+                    waits_for = f"{source} to answer an offer"
+                case Phase.PREFILLING:
+                    waits_for = f"its first token from {source}"
+                case Phase.HANDING_OFF:
+                    waits_for = f"{sink} to take its KV from {source}"
+                case _:
+                    waits_for = f"tokens from {sink}"
+        tokens = sum(len(call.branches[branch].tokens) for branch in flight.branches)
+        key, request = flight.key, call.request.id
+        return Standing(key, request, flight.phase, call.arrived_at, call.deadline, waits_for, owner, tokens)
 
     def _load(self, flight: Flight) -> Load:
         assert flight.load is not None
@@ -788,3 +851,10 @@ class Router:
     def _ignore(self) -> list[RouterCommand]:
         self.ignored += 1
         return []
+
+
+def _of_attempt(stages: tuple[Stage, ...], placements: int) -> tuple[Stage, ...]:
+    """The same, and of which attempt they are, if it was not the first."""
+    if placements < 2 or not stages:
+        return stages
+    return tuple([replace(stage, detail={**stage.detail, "attempt": str(placements)}) for stage in stages])

@@ -97,8 +97,8 @@ def first(workload: Workload, count: int) -> Workload:
 
 
 def _found(name: str) -> Path:
-    """A file of that path, or of that name in the folder of public traces."""
-    if Path(name).is_file():
+    """A file of that path, a directory of recordings, or a file of that name in the folder of public traces."""
+    if Path(name).is_file() or ("/" in name and Path(name).is_dir()):
         return Path(name)
     if "/" not in name and (traces.folder() / name).is_file():
         return traces.folder() / name

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 from core.errors import SetupError
+from sim.recordings import is_recording, recorded
 from sim.workload import Arrival, Workload, bad, blocks_of
 
 VARIABLE = "BATON_TRACES"
@@ -67,11 +68,15 @@ def find(name: str, environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def read(path: Path) -> Workload:
-    """The workload in a file of any of the formats below, told by its first line.
+    """The workload in a file of any of the formats below, told by its first line, or in recordings (a directory).
 
     Length files have no times: everything arrives at 0 s, for `with_arrivals`. Sessions come by the defaults.
     """
+    if path.is_dir():
+        return recorded(path)
     first = _text(path).partition("\n")[0].strip()
+    if is_recording(first):
+        return recorded(path)
     columns = tuple(first.split(","))
     if first.startswith("{"):
         return mooncake(path)

@@ -33,6 +33,7 @@ from core.pages import Owner, Pages
 from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
+from core.standing import Standing
 from core.worker import Identity
 
 DOUBT_SHARE = 0.05
@@ -359,6 +360,19 @@ class Sink:
             due = short + DOUBT_S if due is None else min(due, short + DOUBT_S)
         return due
 
+    def standing(self) -> list[Standing]:
+        """Of every request whose KV comes here; what is fetched is nobody's."""
+        standing = []
+        for taking in self._taking.values():
+            match taking.asked:
+                case Reserve(ticket, request):
+                    standing.append(self._stands(taking, ticket.key, request))
+                case OfferMigration(_, request, placed):
+                    standing.append(self._stands(taking, placed.key, request))
+                case Fetch():
+                    pass
+        return standing
+
     def check(self) -> None:
         assert len(self._deadlines) == len(self._taking)
         for key, taking in self._taking.items():
@@ -587,6 +601,17 @@ class Sink:
         fresh = tuple(sorted(set(read_ids) - self._fencing))
         self._fencing.update(fresh)
         return [Fence(fresh)] if fresh else []
+
+    def _stands(self, taking: _Taking, key: str, request: Request) -> Standing:
+        source = taking.ticket.source.name
+        if taking.state is State.ASKED:
+            waits_for = "memory here"
+        elif taking.reads:
+            pages = taking.announced_pages - taking.verified_pages
+            waits_for = f"{len(taking.reads)} reads of {pages} pages from {source}"
+        else:
+            waits_for = f"{source} to announce more than {taking.announced_pages} pages"
+        return Standing(key, request.id, taking.state, taking.asked_at, taking.deadline, waits_for)
 
     def _ignore(self) -> list[SinkCommand]:
         self.ignored += 1

@@ -34,6 +34,7 @@ from core.pages import Owner, Pages
 from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
+from core.standing import Standing
 from core.worker import Identity
 
 LENT = "lent/"
@@ -236,6 +237,7 @@ class _Giving:
     named_pages: int
     """So many leading pages may be at the sink already."""
     deadline: float
+    begun_at: float
     state: State = State.ASKED
     pages: tuple[int, ...] = ()
     sealed_tokens: int = 0
@@ -282,10 +284,10 @@ class Source:
                 giving.digests.extend(digests[have - first_page :])
                 return self._announce(giving, now)
             case AskSink():
-                self._begin(event.ticket, Use.HAND_OFF, event.request, event.deadline)
+                self._begin(event.ticket, Use.HAND_OFF, event.request, event.deadline, now)
                 return [SendToSink(Reserve(event.ticket, event.request))]
             case AskToMove(offer, deadline):
-                self._begin(offer.ticket, Use.MOVE, offer.request, deadline)
+                self._begin(offer.ticket, Use.MOVE, offer.request, deadline, now)
                 return [SendOffer(offer)]
             case Fetch():
                 return self._fetch(event, now)
@@ -300,6 +302,11 @@ class Source:
 
     def deadline(self) -> float | None:
         return self._deadlines.lowest() if self._giving else None
+
+    def standing(self) -> list[Standing]:
+        """Of every prompt that is handed over; a row that moves is its policy's, and what is fetched is nobody's."""
+        prompts = [giving for giving in self._giving.values() if giving.use is Use.HAND_OFF]
+        return [self._stands(giving) for giving in prompts]
 
     def check(self) -> None:
         assert len(self._deadlines) == len(self._giving)
@@ -330,11 +337,11 @@ class Source:
             return [self._over(giving, message.reason)]
         return [self._over(giving, taken_s=now - giving.announced_at)]
 
-    def _begin(self, ticket: Ticket, use: Use, request: Request, deadline: float) -> None:
+    def _begin(self, ticket: Ticket, use: Use, request: Request, deadline: float, now: float) -> None:
         if ticket.key in self._giving:
             raise LocalError(f"{ticket.key} is being handed off already")
         named_pages = len(request.prompt) // self._shape.page_tokens
-        self._giving[ticket.key] = _Giving(ticket, use, named_pages, deadline)
+        self._giving[ticket.key] = _Giving(ticket, use, named_pages, deadline, now)
         self._deadlines.put(ticket.key, deadline)
 
     def _fetch(self, fetch: Fetch, now: float) -> list[SourceCommand]:
@@ -343,7 +350,7 @@ class Source:
         if ticket.key in self._giving:
             return self._ignore()
         deadline = now + fetch.timeout_s
-        giving = _Giving(ticket, Use.FETCH, wanted, deadline, State.GRANTED, complete=True)
+        giving = _Giving(ticket, Use.FETCH, wanted, deadline, now, State.GRANTED, complete=True)
         self._giving[ticket.key] = giving
         self._deadlines.put(ticket.key, deadline)
         self._ledger.share(LENT + ticket.key, fetch.prefix, Owner.HANDING_OFF)
@@ -425,6 +432,19 @@ class Source:
             case Use.FETCH:
                 self._ledger.release(LENT + key)
                 return FetchEnded(key, taken, reason)
+
+    def _stands(self, giving: _Giving) -> Standing:
+        sink = giving.ticket.sink.name
+        match giving.state:
+            case State.ASKED:
+                waits_for = f"memory at {sink}"
+            case State.GRANTED if giving.asked_pages > len(giving.digests):
+                waits_for = f"digests of {giving.asked_pages - len(giving.digests)} pages"
+            case State.GRANTED:
+                waits_for = f"the rest of the prompt: {giving.announced_pages} pages are announced"
+            case State.ANNOUNCED:
+                waits_for = f"{sink} to read {giving.announced_pages - giving.cached_pages} pages"
+        return Standing(giving.ticket.key, "", giving.state, giving.begun_at, giving.deadline, waits_for)
 
     def _ignore(self) -> list[SourceCommand]:
         self.ignored += 1
