@@ -320,7 +320,7 @@ class Deployment:
                     served_name=self._served_name,
                     listen=f"{LOOPBACK}:0",
                     kv_memory=nbytes(c.kv_memory),
-                    page_tokens=c.page_tokens,
+                    page_tokens=(c.prefill_page_tokens if role is Role.PREFILL else 0) or c.page_tokens,
                     dtype=c.dtype,
                     exact=c.exact,
                     threads=engine_threads(c),

@@ -20,14 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.errors import BatonError, LocalError
 from core.kv import KvShape, PageRun, pages_of
 from transfer.digest import Sums, digests
 from transfer.memory import settle
+from transfer.plan import Layout, reshard, spans
 from transfer.probe import Probe
-from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
+from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Span, Transport
 
 IDLE_S = 0.02
 LIVELY_S = 0.001
@@ -288,17 +289,23 @@ class TransferThread:
         target: Sequence[PageRun],
         first_page: int,
         tokens: int,
+        page_tokens: int = 0,
     ) -> None:
         """A `read` followed by the digests of its target pages, which hold `tokens` tokens from page `first_page` on.
 
-        Ends in `Pulled` or `ReadFailed`. One call, so that the loop is not asked between the two.
+        The source's pages hold `page_tokens` tokens, 0: as many as ours; of others what belongs into each of ours is
+        read (`transfer/plan.py`). Ends in `Pulled` or `ReadFailed`. One call, so that the loop is not asked between
+        the two.
         """
         check = _Digest(read_id, pages_of(target), first_page, tokens)
         source, target = tuple(source), tuple(target)
 
         def turn() -> None:
             self._checks[read_id] = check
-            self._read(read_id, peer, source, target, None)
+            if self._alike(page_tokens):
+                self._read(read_id, peer, source, target, None)
+            else:
+                self._read_cut(check, peer, source, page_tokens)
 
         self._call(turn)
 
@@ -316,13 +323,14 @@ class TransferThread:
         job = _Digest(job_id, tuple(pages), first_page_index, tokens)
         self._call(lambda: self._jobs.append(job))
 
-    def probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+    def probe(self, peer: str, scratch: PageRun, remote: PageRun, page_tokens: int = 0) -> None:
         """Bring up and measure the lane from `peer`: ends in `LaneProbed` or `ProbeFailed`.
 
-        Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many. Small reads
+        Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many, or of as many
+        bytes as there are where the peer's pages hold `page_tokens` tokens and not as many as ours. Small reads
         repeat until 3 in a row end in their first poll, where the lane can do that at all, or until 1 s has passed.
         """
-        self._call(lambda: self._begin_probe(peer, scratch, remote))
+        self._call(lambda: self._begin_probe(peer, scratch, remote, page_tokens))
 
     def boost(self, seconds: float) -> None:
         """Poll every 1 ms for so long: a peer is connecting to us."""
@@ -488,6 +496,22 @@ class TransferThread:
         except Exception as error:
             self._ended(ReadFailed(read_id, _sentence(error), in_doubt=False))
 
+    def _alike(self, page_tokens: int) -> bool:
+        """Whether pages of a peer are as large as ours."""
+        return self._kv is None or page_tokens in (0, self._kv.page_tokens)
+
+    def _read_cut(self, check: _Digest, peer: str, source: tuple[PageRun, ...], page_tokens: int) -> None:
+        """Read the tokens that `check` is about out of pages that are not as large as ours."""
+        try:
+            if (kv := self._kv) is None:
+                raise LocalError("pull: this thread was made without a KV shape")
+            first = check.first_page_index * kv.page_tokens
+            sides = Layout(replace(kv, page_tokens=page_tokens)), Layout(kv)
+            (ranges,) = reshard(*sides, pages_of(source), check.pages, first, first + check.tokens)
+            self._open().read_spans(check.job_id, peer, spans(ranges))
+        except Exception as error:
+            self._ended(ReadFailed(check.job_id, _sentence(error), in_doubt=False))
+
     def _fence(self, read_ids: tuple[int, ...]) -> None:
         self._open().fence(read_ids)
 
@@ -520,12 +544,16 @@ class TransferThread:
                 return
             self._post(Digested(job.job_id, tuple(job.found), time.perf_counter() - job.started))
 
-    def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+    def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun, page_tokens: int) -> None:
         if peer in self._probes:
             self._post(ProbeFailed(peer, "a probe of it is running", attempt=self._attempts.get(peer, 0)))
             return
         self._boost(BOOST_S)
-        self._probes[peer] = Probe(peer, scratch, remote, time.monotonic())
+        page_nbytes, nbytes = self._unit_nbytes, scratch.count * self._unit_nbytes
+        if self._kv is not None and not self._alike(page_tokens):
+            page_nbytes = page_tokens * self._kv.token_nbytes
+            nbytes = min(nbytes, remote.count * page_nbytes)
+        self._probes[peer] = Probe(peer, scratch, remote, page_nbytes, nbytes, time.monotonic())
 
     def _go_on(self, probe: Probe, transport: Transport) -> None:
         """Post a probe's next read, and look at its outcome once in the same breath."""
@@ -534,7 +562,7 @@ class TransferThread:
             if now - probe.posted > PROBE_ANSWER_S:
                 transport.abandon(probe.read_id)
             return
-        nbytes = probe.next_nbytes(self._unit_nbytes, now)
+        nbytes = probe.next_nbytes(now)
         if nbytes is None:
             del self._probes[probe.peer]
             lane = transport.transports(probe.peer)
@@ -542,7 +570,11 @@ class TransferThread:
             return
         self._own_reads -= 1
         try:
-            transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
+            if probe.page_nbytes == self._unit_nbytes:
+                transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
+            else:
+                starts = probe.remote.start * probe.page_nbytes, probe.scratch.start * self._unit_nbytes
+                transport.read_spans(self._own_reads, probe.peer, (Span(*starts, nbytes),))
         except Exception as error:
             self._no_probe(probe.peer, _sentence(error))
             return

@@ -71,7 +71,7 @@ def asked(request: Request | None = None) -> Source:
 
 def test_a_source_announces_pages_as_they_are_sealed():
     machine, request, pages = Source(SHAPE, Pages(40)), ask(10), (3, 4, 7)
-    assert machine.on(AskSink(ticket(), request, 50.0), 0.0) == [SendToSink(Reserve(ticket(), request))]
+    assert machine.on(AskSink(ticket(), request, 50.0), 0.0) == [SendToSink(Reserve(ticket(), request, 4))]
     assert machine.deadline() == 50.0
     assert machine.on(Sealed(KEY, pages, 4), 0.1) == [Digest(KEY, 0, (3,), 4)]
     assert machine.on(Digested(KEY, 0, (100,)), 0.2) == []
@@ -141,7 +141,7 @@ def test_the_second_choice_gets_everything_from_the_first_page_on():
     machine.on(Digested(KEY, 0, (5,)), 0.0)
     machine.on(Refuse(ticket(), "full"), 0.0)
     second = replace(ticket(), sink=D2)
-    assert machine.on(AskSink(second, ask(8), 50.0), 0.0) == [SendToSink(Reserve(second, ask(8)))]
+    assert machine.on(AskSink(second, ask(8), 50.0), 0.0) == [SendToSink(Reserve(second, ask(8), 4))]
     assert machine.on(Grant(ticket()), 0.0) == [], "the first choice has no say any more"
     assert machine.on(Sealed(KEY, (0, 1), 8, (First(77),)), 0.0) == [Digest(KEY, 0, (0, 1), 8)]
     machine.on(Digested(KEY, 0, (5, 6)), 0.0)
@@ -163,7 +163,7 @@ def test_digests_asked_for_by_the_first_choice_do_not_disturb_the_second():
 
 def test_pages_that_the_sink_has_are_neither_digested_nor_announced():
     machine = asked(ask(10))
-    assert machine.on(Grant(ticket(), 1), 0.0) == [GrantCame(KEY)]
+    assert machine.on(Grant(ticket(), 4), 0.0) == [GrantCame(KEY)]
     machine.check()
     assert machine.on(Sealed(KEY, (3, 4, 7), 4), 0.0) == []
     assert machine.on(Sealed(KEY, (3, 4, 7), 10, (First(77),)), 0.0) == [Digest(KEY, 1, (4, 7), 6)]
@@ -177,7 +177,7 @@ def test_a_sink_that_has_them_may_say_so_while_they_are_digested(sealed):
     machine = asked(ask(8))
     last = (First(77),) if sealed == 8 else ()
     machine.on(Sealed(KEY, (3, 4), sealed, last), 0.0)
-    assert machine.on(Grant(ticket(), 1), 0.0) == [GrantCame(KEY)]
+    assert machine.on(Grant(ticket(), 4), 0.0) == [GrantCame(KEY)]
     if not last:
         assert machine.on(Digested(KEY, 0, (5,)), 0.0) == []
         assert machine.on(Sealed(KEY, (3, 4), 8, (First(77),)), 0.0) == [Digest(KEY, 1, (4,), 4)]
@@ -197,7 +197,7 @@ def test_nothing_may_be_left_to_hand_over_but_the_first_token(granted_first):
     else:
         machine.on(Sealed(KEY, (3, 4), 8, (First(77),)), 0.0)
         machine.on(Digested(KEY, 0, (5, 6)), 0.0)
-        assert machine.on(Grant(ticket(), 2), 0.0) == [GrantCame(KEY), empty]
+        assert machine.on(Grant(ticket(), 8), 0.0) == [GrantCame(KEY), empty]
     machine.check()
     assert machine.on(Taken(ticket()), 0.0) == [HandOffEnded(KEY, True)]
 
@@ -281,7 +281,7 @@ def test_a_sink_reads_only_what_it_has_not(prompt, had):
     machine.on(Reserve(ticket(), request), 0.0)
     want = SHAPE.pages_for(prompt)
     ledger.promise(KEY, want, Owner.PULLING)
-    assert machine.on(Decided(KEY, True), 1.0) == [SendToSource(Grant(ticket(), had))]
+    assert machine.on(Decided(KEY, True), 1.0) == [SendToSource(Grant(ticket(), 4 * had))]
     assert ledger.promised == want - had
     machine.check()
     left = want - had
@@ -710,7 +710,7 @@ class BadDay(RuleBasedStateMachine):
                 if isinstance(message, Refuse):
                     self.close(party, message.ticket.key)
                 if isinstance(message, Grant):
-                    self.hits += message.cached_pages
+                    self.hits += message.cached_tokens // PAGE
                 self.send(party, message.ticket.source, "source", message)
             case Fetched(ticket, pages, reason, pull):
                 self.close(party, ticket.key)
