@@ -20,14 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from core.errors import BatonError, LocalError
 from core.kv import KvShape, PageRun, pages_of
 from transfer.digest import Sums, digests
 from transfer.memory import settle
-from transfer.plan import Layout, reshard, spans
+from transfer.plan import Cost
 from transfer.probe import Probe
+from transfer.repage import block_pages, lay_out, reading
 from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Span, Transport
 
 IDLE_S = 0.02
@@ -41,6 +42,8 @@ SETTLE_S = 10.0
 """Most time spent at the start on memory for the arena's pages; the ledger gives the first pages out first."""
 DIGEST_NBYTES = 4 << 20
 """Bytes digested between two looks at the queue and the transport: well under a millisecond."""
+
+COST = Cost()
 
 log = logging.getLogger(__name__)
 
@@ -176,6 +179,10 @@ class _Digest:
     started: float = field(default_factory=time.perf_counter)
     read: ReadDone | None = None
     """The read that brought the pages, of a `pull`."""
+    page_tokens: int = 0
+    """Of a page at the peer, if its pages are not as large as ours."""
+    raw_pages: int = 0
+    """So many, from the first on, hold the bytes of its pages as they are, until they are laid out."""
 
 
 class _Bell:
@@ -216,8 +223,9 @@ class TransferThread:
     """A transport on its own thread. Methods may be called from any thread and return at once.
 
     `make` creates the transport and runs on the transfer thread; `memory` is the arena in pages of `unit_nbytes`;
-    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for digests only, and `sums` is
-    a quicker way to them (`transfer/digest.py`). Read ids are the caller's, from 1 on; negative ones are our own.
+    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for digests, and for peers with
+    pages of another size, whose way here `cost` decides; `sums` is a quicker way to digests (`transfer/digest.py`).
+    Read ids are the caller's, from 1 on; negative ones are our own.
     """
 
     def __init__(
@@ -228,6 +236,7 @@ class TransferThread:
         post: Callable[[Event], None],
         kv: KvShape | None = None,
         sums: Sums | None = None,
+        cost: Cost = COST,
     ) -> None:
         self._make = make
         self._memory = memory
@@ -235,6 +244,7 @@ class TransferThread:
         self._post = post
         self._kv = kv
         self._sums = sums
+        self._cost = cost
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell: _Bell | None = None
         self._bell_lock = threading.Lock()
@@ -293,9 +303,8 @@ class TransferThread:
     ) -> None:
         """A `read` followed by the digests of its target pages, which hold `tokens` tokens from page `first_page` on.
 
-        The source's pages hold `page_tokens` tokens, 0: as many as ours; of others what belongs into each of ours is
-        read (`transfer/plan.py`). Ends in `Pulled` or `ReadFailed`. One call, so that the loop is not asked between
-        the two.
+        The source's pages hold `page_tokens` tokens, 0: as many as ours (else see `transfer/repage.py`). Ends in
+        `Pulled` or `ReadFailed`. One call, so that the loop is not asked between the two.
         """
         check = _Digest(read_id, pages_of(target), first_page, tokens)
         source, target = tuple(source), tuple(target)
@@ -505,10 +514,9 @@ class TransferThread:
         try:
             if (kv := self._kv) is None:
                 raise LocalError("pull: this thread was made without a KV shape")
-            first = check.first_page_index * kv.page_tokens
-            sides = Layout(replace(kv, page_tokens=page_tokens)), Layout(kv)
-            (ranges,) = reshard(*sides, pages_of(source), check.pages, first, first + check.tokens)
-            self._open().read_spans(check.job_id, peer, spans(ranges))
+            read = reading(kv, page_tokens, source, check.pages, check.first_page_index, check.tokens, self._cost)
+            check.page_tokens, check.raw_pages = page_tokens, read.raw_pages
+            self._open().read_spans(check.job_id, peer, read.spans)
         except Exception as error:
             self._ended(ReadFailed(check.job_id, _sentence(error), in_doubt=False))
 
@@ -523,11 +531,15 @@ class TransferThread:
         try:
             if kv is None:
                 raise LocalError("digest: this thread was made without a KV shape")
-            done = len(job.found)
-            pages = job.pages[done : done + max(1, DIGEST_NBYTES // kv.page_nbytes)]
+            done, count = len(job.found), max(1, DIGEST_NBYTES // kv.page_nbytes)
+            if job.raw_pages > done:
+                count = min(block_pages(kv.page_tokens, job.page_tokens, count), job.raw_pages - done)
+            pages = job.pages[done : done + count]
             if job.tokens > len(job.pages) * kv.page_tokens or job.tokens < 0:
                 raise LocalError(f"digest tokens: got {job.tokens}, want 0 to {len(job.pages) * kv.page_tokens}")
             tokens = min(max(job.tokens - done * kv.page_tokens, 0), len(pages) * kv.page_tokens)
+            if job.raw_pages > done:
+                lay_out(self._memory, kv, job.page_tokens, pages, tokens)
             job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens, sums=self._sums)
         except Exception as error:
             self._jobs.popleft()

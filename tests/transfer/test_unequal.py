@@ -90,6 +90,8 @@ def test_pages_that_the_sink_has_are_left_out_in_whole_ones_of_both(ours, theirs
 
 def test_a_sink_that_counts_parts_of_pages_is_given_them_whole():
     """It would refuse the announcement; nothing is left out that it might not have."""
+    machine = giving(20, ours=4, theirs=8, cached=12)
+    assert machine.on(Sealed(KEY, (0, 1, 2, 3, 4), 16), 0.0) == [Digest(KEY, 2, (2, 3), 8)]
     machine = giving(20, ours=8, theirs=4, cached=12)
     assert machine.on(Sealed(KEY, (0, 1, 2), 16), 0.0) == [Digest(KEY, 1, (1,), 8)]
 
