@@ -10,6 +10,7 @@ import asyncio
 
 import pytest
 
+from control.client import members
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, Case, case
 from tests.live.cluster import Client, Live, Reply, ask, together
@@ -23,6 +24,8 @@ def cut(request, launch, model, tmp_path_factory):
     rules = tmp_path_factory.mktemp("faults") / "rules"
     sizes = {"page_tokens": decode, "prefill_page_tokens": prefill, "chunk_tokens": 32}
     live = launch("cut", model, faults=rules, engine="paced", hash_logits=True, **sizes)
+    found = {each.role: each.kv.page_tokens for each in members(live.deployment.coordinator) if each.pages}
+    assert found == {"prefill": prefill, "decode": decode}
     yield live
     write(rules, {})
     live.stop()
