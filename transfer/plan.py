@@ -295,7 +295,7 @@ class Cost:
         return self.range_s * _count(ranges) + _nbytes(ranges) / self.lane_bytes_per_s
 
     def lays_out(self, nbytes: int) -> bool:
-        """Whether ranges of so many bytes are better read in large pieces, of all of them, and put in place here."""
+        """Whether ranges of so many bytes are better read with all that is around them, and put in place here."""
         return self.copy_range_s + nbytes / self.copy_bytes_per_s < self.range_s
 
     def staged_s(self, ranges: Sequence[Ranges], room_nbytes: int) -> float:
