@@ -179,8 +179,8 @@ class HandOffShell:
                 self._send(message.ticket.source, message)
             case taking.AskPolicy(ticket, request, offer):
                 self._driver.post(DECODE, Asked(ticket, request, offer))
-            case taking.Read(read_id, source, runs, pages, first_page, tokens):
-                self._transfer.pull(read_id, str(source), runs, page_runs(pages), first_page, tokens)
+            case taking.Read(read_id, source, runs, pages, first_page, tokens, size):
+                self._transfer.pull(read_id, str(source), runs, page_runs(pages), first_page, tokens, size)
             case taking.Fence(read_ids):
                 self._transfer.fence(read_ids)
             case taking.Arrived(ticket, request, firsts, pull, carried):

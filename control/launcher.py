@@ -323,7 +323,7 @@ class Deployment:
                     listen=f"{LOOPBACK}:0",
                     kv_memory=nbytes(c.kv_memory),
                     host_memory=nbytes(c.host_memory, "host_memory", least=0) if role.decodes else 0,
-                    page_tokens=c.page_tokens,
+                    page_tokens=(c.prefill_page_tokens if role is Role.PREFILL else 0) or c.page_tokens,
                     dtype=c.dtype,
                     exact=c.exact,
                     threads=engine_threads(c),

@@ -388,9 +388,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case Make(_, attempt):
                 greeting = self._greeting if peer == self._me else self._peers.greeting(peer)
                 if greeting is not None:  # else its loss is about to be told
-                    count = min(self._scratch.count, greeting.scratch_pages)
+                    ours, theirs = self._scratch, PageRun(0, greeting.scratch_pages)
+                    kv, size = greeting.member.kv, self._engine.kv.page_tokens
+                    if kv is None or kv.page_tokens == size:
+                        ours = theirs = PageRun(0, min(ours.count, theirs.count))
                     self._transfer.connect(str(peer), greeting.transport_metadata, attempt)
-                    self._transfer.probe(str(peer), PageRun(0, count), PageRun(0, count))
+                    self._transfer.probe(str(peer), ours, theirs, kv.page_tokens if kv is not None else size)
             case Drop():
                 self._transfer.disconnect(str(peer))
             case DeclareUp(_, lane):

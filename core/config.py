@@ -186,6 +186,8 @@ class DeploymentConfig:
     """Memory beside it, of each decode worker, for rows that are swapped out; 0: they are computed again."""
     page_tokens: int = 64
     """Tokens in a page."""
+    prefill_page_tokens: int = 0
+    """Tokens in a page of the prefill workers; 0: as many as in the others'."""
     dtype: str = ""
     """float32, bfloat16 or float16; empty: what suits the checkpoint and this CPU."""
     exact: bool = False
@@ -273,6 +275,8 @@ class DeploymentConfig:
             raise bad("dtype", "float32, bfloat16, float16 or nothing")
         if 256 % self.page_tokens:
             raise bad("page_tokens", "a divisor of 256")
+        if self.prefill_page_tokens < 0 or (self.prefill_page_tokens and 256 % self.prefill_page_tokens):
+            raise bad("prefill_page_tokens", "a divisor of 256, or 0 for page_tokens")
         nbytes(self.kv_memory)
         nbytes(self.host_memory, "host_memory", least=0)
 

@@ -65,6 +65,17 @@ class KvShape:
         own = (room // self.page_tokens - self.pages_for(prompt)) // n
         return (prompt // self.page_tokens + own) * self.page_tokens - prompt
 
+    def names(self, prefix: tuple[int, ...], of_tokens: int) -> tuple[int, ...]:
+        """The names of a prompt's pages of this size, given those of its pages of `of_tokens` tokens (0: this many).
+
+        A chained hash stands for all tokens before it, so each k-th name is that of a page k times as large. Names of
+        pages that ours are no multiple of name none of ours.
+        """
+        if of_tokens in (0, self.page_tokens):
+            return prefix
+        step, rest = divmod(self.page_tokens, of_tokens)
+        return () if rest else prefix[step - 1 :: step]
+
     def pages_for(self, tokens: int) -> int:
         """Pages needed for `tokens` tokens."""
         return -(-tokens // self.page_tokens)

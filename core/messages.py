@@ -32,6 +32,8 @@ class Offer:
     hints: Hints = field(default=Hints())
     prefix: tuple[int, ...] = ()
     """Chained 64-bit hashes of the prompt's full pages, first page first; empty if the gateway has none."""
+    prefix_page_tokens: int = 0
+    """As in `Request`."""
 
 
 @quick_init
@@ -149,16 +151,20 @@ class Reserve:
 
     ticket: Ticket
     request: Request
+    page_tokens: int = 0
+    """Of a page at the source; 0: as many as at the sink."""
 
 
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Memory is promised: announce pages as they are sealed."""
+    """Memory is promised: announce pages as they are sealed, always so many that they make whole pages here, too."""
 
     ticket: Ticket
-    cached_pages: int = 0
-    """So many leading pages of the prompt are here already: announce those behind them."""
+    cached_tokens: int = 0
+    """Leading tokens of the prompt whose pages are here already, whole ones on both sides: announce those behind."""
+    page_tokens: int = 0
+    """Of a page at the sink; 0: as many as at the source."""
 
 
 @quick_init
@@ -203,7 +209,10 @@ class Carried:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena."""
+    """Pages `first_page`... of the prompt are sealed and may be read from `runs` of the source's arena.
+
+    Pages are the source's own. All announcements but the last end where a page does on both sides.
+    """
 
     ticket: Ticket
     first_page: int
@@ -248,6 +257,8 @@ class Fetch:
     """So many leading ones are at the sink already: announce those behind them."""
     timeout_s: float
     """What is left of the time in which they are of use."""
+    page_tokens: int = 0
+    """Of each of these pages; 0: as many as at the source, which has no others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +279,8 @@ class OfferMigration:
     """Tokens whose KV its pages will hold at most when it is handed over, the prompt's included."""
     moves: int = 1
     """How often the row has moved in this attempt when it has moved."""
+    page_tokens: int = 0
+    """As in `Reserve`."""
 
 
 @dataclass(frozen=True, slots=True)

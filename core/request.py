@@ -85,6 +85,8 @@ class Request:
     """The last this many tokens of `prompt` are output of earlier attempts; penalties count them as such."""
     prefix: tuple[int, ...] = ()
     """Chained 64-bit hashes of the prompt's full pages, first page first; empty where nobody has computed them."""
+    prefix_page_tokens: int = 0
+    """Tokens of each of these pages; 0: as many as the reader's pages have (`KvShape.names`)."""
 
 
 class Phase(StrEnum):

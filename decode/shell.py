@@ -240,10 +240,12 @@ class DecodeShell:
         request = sequence.request
         if not request.prefix:
             return ()
-        page_tokens = self._engine.kv.page_tokens
-        known = request.prefix[: len(request.prompt) // page_tokens]
-        more = sequence.tokens[len(known) * page_tokens : -1]
-        return known and known + page_hashes(more, page_tokens, after=known[-1])
+        # The chain goes on in the pages it began with, which may be smaller than ours.
+        kv = self._engine.kv
+        link = request.prefix_page_tokens or kv.page_tokens
+        known = request.prefix[: len(request.prompt) // link]
+        more = sequence.tokens[len(known) * link : -1]
+        return kv.names(known and known + page_hashes(more, link, after=known[-1]), link)
 
     def _hand_over(self, command: HandOver, stopped_at: float) -> None:
         """Stop a sequence, and announce all of it; its tokens stay, should it come back."""

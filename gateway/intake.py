@@ -170,7 +170,9 @@ class Intake:
         # A prompt whose logprobs are wanted is computed in full.
         named = page_tokens > 0 and sampling.prompt_logprobs is None
         prefix = page_hashes(prompt, page_tokens, hints.tenant) if named else ()
-        return Request(name, prompt, sampling, timeout_s, slo, wire.hints_from(hints), prefix=prefix), stops
+        known = wire.hints_from(hints)
+        request = Request(name, prompt, sampling, timeout_s, slo, known, 0, prefix, page_tokens if prefix else 0)
+        return request, stops
 
     def _short(self, field: str, name: str) -> None:
         """Names travel with every offer and stand in every log line."""

@@ -149,7 +149,7 @@ def frames(message: m.Message) -> list[Frame]:
         return [Frame(freeness=worker_pb2.Freeness(worker=str(message.worker), steps=message.steps))]
     ticket = _ticket(message.ticket)
     match message:
-        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix):
+        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix, named):
             offer = worker_pb2.Offer(
                 ticket=ticket,
                 prompt_tokens=prompt_tokens,
@@ -157,6 +157,7 @@ def frames(message: m.Message) -> list[Frame]:
                 wait_s=wait_s,
                 hints=_hints(hints),
                 prefix=prefix,
+                prefix_page_tokens=named,
             )
             return [Frame(offer=offer)]
         case m.Accept(_, cached_tokens, wait_s):
@@ -201,10 +202,11 @@ def frames(message: m.Message) -> list[Frame]:
         case m.Failed(_, code, why, stages):
             told = [stage_proto(stage) for stage in stages]
             return [Frame(failed=worker_pb2.Failed(ticket=ticket, code=code, message=why, stages=told))]
-        case m.Reserve(_, request):
-            return [Frame(reserve=worker_pb2.Reserve(ticket=ticket, request=_meta(request), prompt=request.prompt))]
-        case m.Grant(_, cached_pages):
-            return [Frame(grant=worker_pb2.Grant(ticket=ticket, cached_pages=cached_pages))]
+        case m.Reserve(_, request, size):
+            reserve = worker_pb2.Reserve(ticket=ticket, request=_meta(request), prompt=request.prompt, page_tokens=size)
+            return [Frame(reserve=reserve)]
+        case m.Grant(_, cached, size):
+            return [Frame(grant=worker_pb2.Grant(ticket=ticket, cached_tokens=cached, page_tokens=size))]
         case m.Refuse(_, reason):
             return [Frame(refuse=worker_pb2.Refuse(ticket=ticket, reason=reason))]
         case m.Ready(_, first_page, runs, digests, firsts, carried):
@@ -221,7 +223,7 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(taken=worker_pb2.Taken(ticket=ticket))]
         case m.Release(_, reason):
             return [Frame(release=worker_pb2.Release(ticket=ticket, reason=reason))]
-        case m.OfferMigration(_, request, placed, generated, most, moves):
+        case m.OfferMigration(_, request, placed, generated, most, moves, size):
             offered = worker_pb2.OfferMigration(
                 ticket=ticket,
                 request=_meta(request),
@@ -230,12 +232,15 @@ def frames(message: m.Message) -> list[Frame]:
                 generated=generated,
                 most=most,
                 moves=moves,
+                page_tokens=size,
             )
             return [Frame(offer_migration=offered)]
         case m.CaughtUp():
             return [Frame(caught_up=worker_pb2.CaughtUp(ticket=ticket))]
-        case m.Fetch(_, prefix, cached_pages, timeout_s):
-            wanted = worker_pb2.Fetch(ticket=ticket, prefix=prefix, cached_pages=cached_pages, timeout_s=timeout_s)
+        case m.Fetch(_, prefix, cached_pages, timeout_s, size):
+            wanted = worker_pb2.Fetch(
+                ticket=ticket, prefix=prefix, cached_pages=cached_pages, timeout_s=timeout_s, page_tokens=size
+            )
             return [Frame(fetch=wanted)]
         case m.Moved(_, moves):
             return [Frame(moved=worker_pb2.Moved(ticket=ticket, moves=moves))]
@@ -265,6 +270,7 @@ class Reader:
                     offer.wait_s,
                     _hints_from(offer.hints),
                     tuple(offer.prefix),
+                    offer.prefix_page_tokens,
                 )
             case "accept":
                 return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)
@@ -310,9 +316,11 @@ class Reader:
                 return m.Failed(_ticket_from(failed.ticket), failed.code, failed.message, stages)
             case "reserve":
                 reserve = frame.reserve
-                return m.Reserve(_ticket_from(reserve.ticket), _request(reserve.request, tuple(reserve.prompt)))
+                request = _request(reserve.request, tuple(reserve.prompt))
+                return m.Reserve(_ticket_from(reserve.ticket), request, reserve.page_tokens)
             case "grant":
-                return m.Grant(_ticket_from(frame.grant.ticket), frame.grant.cached_pages)
+                grant = frame.grant
+                return m.Grant(_ticket_from(grant.ticket), grant.cached_tokens, grant.page_tokens)
             case "refuse":
                 return m.Refuse(_ticket_from(frame.refuse.ticket), frame.refuse.reason)
             case "ready":
@@ -338,13 +346,14 @@ class Reader:
                     offered.generated,
                     offered.most,
                     offered.moves,
+                    offered.page_tokens,
                 )
             case "caught_up":
                 return m.CaughtUp(_ticket_from(frame.caught_up.ticket))
             case "fetch":
                 fetch = frame.fetch
                 ticket = _ticket_from(fetch.ticket)
-                return m.Fetch(ticket, tuple(fetch.prefix), fetch.cached_pages, fetch.timeout_s)
+                return m.Fetch(ticket, tuple(fetch.prefix), fetch.cached_pages, fetch.timeout_s, fetch.page_tokens)
             case "moved":
                 return m.Moved(_ticket_from(frame.moved.ticket), frame.moved.moves)
             case "freeness":
@@ -521,6 +530,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
         hints=_hints(request.hints),
         generated=request.generated,
         prefix=request.prefix,
+        prefix_page_tokens=request.prefix_page_tokens,
     )
 
 
@@ -546,4 +556,5 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
     )
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
     hints = _hints_from(meta.hints)
-    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, tuple(meta.prefix))
+    prefix, named = tuple(meta.prefix), meta.prefix_page_tokens
+    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, prefix, named)

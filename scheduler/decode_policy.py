@@ -426,7 +426,8 @@ class DecodePolicy:
         The newest token has no KV yet. Continuations share the head of their tables and are not named. Hashes that do
         not go on from the prompt's are of no use: nobody who asks for them would come by here.
         """
-        known, hints = row.request.prefix, row.request.hints
+        request, hints = row.request, row.request.hints
+        known = self._shape.names(request.prefix, request.prefix_page_tokens)
         session = hints.session if self._config.pins.most_s > 0 else ""
         if not (prefix or session) or not known or row.key != row.guest.key:
             return

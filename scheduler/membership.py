@@ -11,8 +11,8 @@ from core.worker import PROTOCOL_VERSION, Identity, Lane, Member, Numerics, Role
 _NUMERICS = tuple(field.name for field in fields(Numerics))
 _SAME = ("protocol", "model", "fingerprint")
 """What all processes of a deployment have in common."""
-_SAME_KV = (*(f"kv.{field.name}" for field in fields(KvShape)), "transport")
-"""And what all its workers have."""
+_SAME_KV = (*(f"kv.{field.name}" for field in fields(KvShape) if field.name != "page_tokens"), "transport")
+"""And what all its workers have. Pages may differ in their tokens, if one is a multiple of the other."""
 
 
 def stranger(ours: Member, theirs: Member) -> str | None:
@@ -24,6 +24,11 @@ def mismatch(ours: Member, theirs: Member) -> str | None:
     """Why two workers cannot exchange KV, naming the field, got and wanted; None if they can."""
     if (why := _unlike(ours, theirs, _SAME + _SAME_KV)) is not None:
         return why
+    if ours.kv is not None and theirs.kv is not None:
+        got, want = theirs.kv.page_tokens, ours.kv.page_tokens
+        if max(got, want) % min(got, want):
+            who, whose = theirs.identity.name, ours.identity.name
+            return f"kv.page_tokens: got {got} from {who}, want a multiple or a divisor of {want} as {whose} has"
     if any(each.numerics is not None and each.numerics.exact for each in (ours, theirs)):
         why = _unlike(ours, theirs, tuple(f"numerics.{name}" for name in _NUMERICS))
         return f"{why}, because exact mode needs the same bits everywhere" if why is not None else None

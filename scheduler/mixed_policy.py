@@ -286,7 +286,8 @@ class MixedPolicy:
         if need > self._capacity:
             commands.append(Answer(Reject(ticket, f"needs {need} pages, the worker has {self._capacity}")))
             return
-        hashes = self._hashes(offer.prefix, prompt)
+        prefix = self._shape.names(offer.prefix, offer.prefix_page_tokens)
+        hashes = self._hashes(prefix, prompt)
         cached = self._ledger.cached(hashes) * self._shape.page_tokens if hashes else 0
         wait_s = self.predicted_wait_s(now, prompt - cached, cached)
         if wait_s > offer.wait_s:
@@ -294,7 +295,7 @@ class MixedPolicy:
             why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
             commands.append(Answer(Reject(ticket, why, wait_s)))
             return
-        job = Job(ticket, offer.prefix, now)
+        job = Job(ticket, prefix, now)
         row = job.rows[0] = Row(ticket.key, job, prompt, offer.max_tokens, prompt)
         self._jobs[ticket.key] = job
         self._untils.put(ticket.key, now + self._config.offer_s)
@@ -316,7 +317,7 @@ class MixedPolicy:
             commands.append(Answer(Failed(ticket, "ABORTED", why)))
             self._cancel(job, now, commands)
             return
-        job.request, job.prefix = request, request.prefix
+        job.request, job.prefix = request, self._shape.names(request.prefix, request.prefix_page_tokens)
         self._untils.put(ticket.key, now + request.timeout_s)
         row = job.rows[0]
         self._prompts += 1

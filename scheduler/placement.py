@@ -58,7 +58,7 @@ class Need:
     tokens: int
     """Of the prompt."""
     size: int
-    """Tokens of KV it may come to, all continuations together."""
+    """Tokens of KV it may come to, all continuations together; where workers' pages differ, in the largest."""
     prefix: tuple[int, ...] = ()
     wait_s: float = 0.0
     """The first token is wanted within this time from now."""
@@ -66,6 +66,8 @@ class Need:
     """Tail of the gaps between tokens that was promised; 0: none."""
     note: Any = None
     """A strategy's own, from one try to the next."""
+    sizes: Mapping[int, int] | None = None
+    """The same as `size` by tokens a page, if it depends on them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +191,8 @@ class Workers:
         self._prefills = Ranking(queue_load)
         self._decodes = Ranking(decode_load)
         self._free = Ranking(_least_free)
-        self._shape: KvShape | None = None
+        self._shapes: tuple[KvShape, ...] = ()
+        """Of pages that there are, the smallest first."""
         self._missing: str | None = None
         self._prompt_room = 0
         self._rooms: tuple[tuple[int, KvShape | None, bool], ...] = ()
@@ -273,10 +276,12 @@ class Workers:
             return f"prompt: got {prompt} tokens, no worker holds more than {self._prompt_room}"
         if size <= self._elsewhere:
             return None
-        room = max((_room(*kind, prompt) for kind in self._rooms), default=0)
-        if size > room:
-            return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
-        return None
+        sizes = self.sizes(request) or {}
+        rooms = [(_room(*kind, prompt), sizes.get(_page_tokens(kind[1]), size)) for kind in self._rooms]
+        if any(needed <= room for room, needed in rooms):
+            return None
+        room, size = max(rooms, default=(0, size))
+        return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
 
     def most_tokens(self) -> MostTokens:
         """As of now; what it returns may be called on any thread."""
@@ -295,25 +300,33 @@ class Workers:
         if sampling.n == 1:
             return prompt + sampling.max_tokens
         self._refresh()
-        if self._shape is None:
-            return prompt + sampling.max_tokens
-        pages = self._shape.pages_for_branches(prompt, sampling.max_tokens, sampling.n)
-        return pages * self._shape.page_tokens
+        return _size(request, self._shapes[-1]) if self._shapes else prompt + sampling.max_tokens
+
+    def sizes(self, request: Request) -> dict[int, int] | None:
+        """The same by tokens a page, if there are several kinds and it is not one for all: of one continuation only
+        the last page can be partly empty, whatever its size."""
+        self._refresh()
+        if request.sampling.n == 1 or len(self._shapes) < 2:
+            return None
+        return {shape.page_tokens: _size(request, shape) for shape in self._shapes}
 
     @property
     def page_tokens(self) -> int:
-        """Tokens that one hash of a prefix stands for."""
+        """Tokens that one hash of a prefix stands for: those of the smallest page, as others are multiples of it."""
         self._refresh()
-        return self._shape.page_tokens if self._shape is not None else 1
+        return _page_tokens(self._shapes[0]) if self._shapes else 1
 
     def takes(self, source: Post, sink: Post, need: Need) -> bool:
         """May `source` hand this over to `sink`? Two mixed workers never do: each could keep for the other what it
         needs itself."""
+        size = need.size
+        if need.sizes is not None:
+            size = need.sizes.get(_page_tokens(sink.member.kv), size)
         if sink is source:
-            return _room(sink.room, sink.member.kv, True, need.tokens) >= need.size
+            return _room(sink.room, sink.member.kv, True, need.tokens) >= size
         if source.decodes or sink.prefills:
-            return sink.room >= need.size and not self._mixed_alone and not (source.decodes and sink.prefills)
-        return sink.room >= need.size
+            return sink.room >= size and not self._mixed_alone and not (source.decodes and sink.prefills)
+        return sink.room >= size
 
     def keeps(self, source: Post, need: Need) -> bool:
         """True if `source` is mixed and can hold both parts."""
@@ -436,7 +449,8 @@ class Workers:
         self._decodes = Ranking(self._loads[1], sinks)
         self._free = Ranking(_least_free, sources)
         self._apart = any(not post.prefills for post in sinks)
-        self._shape = next((post.member.kv for post in self._posts.values() if post.member.kv is not None), None)
+        shapes = {post.member.kv for post in self._posts.values() if post.member.kv is not None}
+        self._shapes = tuple(sorted(shapes, key=_page_tokens))
         lacking = [name for name, there in (("prefill", sources), ("decode", sinks)) if not there]
         self._missing = f"no {' and no '.join(lacking)} worker is ready" if lacking else None
         self._prompt_room = max((post.room for post in sources), default=0)
@@ -452,6 +466,15 @@ class Workers:
 
 def _least_free(post: Post) -> float:
     return -post.free
+
+
+def _page_tokens(shape: KvShape | None) -> int:
+    return shape.page_tokens if shape is not None else 0
+
+
+def _size(request: Request, shape: KvShape) -> int:
+    prompt, sampling = len(request.prompt), request.sampling
+    return shape.pages_for_branches(prompt, sampling.max_tokens, sampling.n) * shape.page_tokens
 
 
 def _room(room: int, shape: KvShape | None, own: bool, prompt: int) -> int:

@@ -301,7 +301,8 @@ class PrefillPolicy:
         if pages > self._capacity:
             room = self._capacity * self._shape.page_tokens
             return Answer(Reject(ticket, f"prompt of {prompt} tokens, room for {room}"))
-        known = offer.prefix[: (prompt - 1) // self._shape.page_tokens]
+        prefix = self._shape.names(offer.prefix, offer.prefix_page_tokens)
+        known = prefix[: (prompt - 1) // self._shape.page_tokens]
         cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
         wait_s = self.predicted_wait_s(now, prompt - cached, cached, offer.wait_s)
         if wait_s > offer.wait_s:
@@ -311,7 +312,7 @@ class PrefillPolicy:
             self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
             return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
         wanted_by, priority = now + offer.wait_s, offer.hints.priority
-        prefix = offer.prefix[: prompt // self._shape.page_tokens]
+        prefix = prefix[: prompt // self._shape.page_tokens]
         held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
         held.accepted_at, held.wanted_by, held.priority = now, wanted_by, priority
         self._requests[key] = held

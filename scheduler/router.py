@@ -253,8 +253,10 @@ class Router:
         request = call.request
         done = len(call.branches[branches[0]].tokens) if len(branches) == 1 else 0
         # A rest is never more than the whole, and all continuations together are placed without tokens only.
-        size = self._workers.size(request) if len(branches) > 1 else len(request.prompt) + request.sampling.max_tokens
-        need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s)
+        size, sizes = len(request.prompt) + request.sampling.max_tokens, None
+        if len(branches) > 1:
+            size, sizes = self._workers.size(request), self._workers.sizes(request)
+        need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s, sizes=sizes)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
         return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
@@ -296,7 +298,8 @@ class Router:
         self._alarms.put(ticket.key, min(now + self._config.offer_s, call.deadline))
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
         left = request.sampling.max_tokens - flight.base
-        return ToOne(source.identity, Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix))
+        named = request.prefix_page_tokens
+        return ToOne(source.identity, Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix, named))
 
     def _patience(self, flight: Flight) -> float:
         """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
@@ -329,6 +332,7 @@ class Router:
             request.hints,
             request.generated + len(done),
             request.prefix,
+            request.prefix_page_tokens,
         )
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:

@@ -53,7 +53,7 @@ THIRD_PARTIES: dict[str, set[str]] = {
 
 # Rooms and files without I/O, concurrency or tensors.
 PURE_ROOMS = ("core", "scheduler", "sim")
-PURE_FILES = ("transfer/plan.py", "transfer/source.py", "transfer/sink.py", "transfer/handoff.py")
+PURE_FILES = ("transfer/plan.py", "transfer/repage.py", "transfer/source.py", "transfer/sink.py", "transfer/handoff.py")
 IMPURE = {"asyncio", "concurrent", "grpc", "multiprocessing", "select", "selectors", "socket", "subprocess"}
 IMPURE |= {"threading", "torch", "zmq"}
 

@@ -294,6 +294,10 @@ class Cost:
         """To read one rank's ranges one by one."""
         return self.range_s * _count(ranges) + _nbytes(ranges) / self.lane_bytes_per_s
 
+    def lays_out(self, nbytes: int) -> bool:
+        """Whether ranges of so many bytes are better read with all that is around them, and put in place here."""
+        return self.copy_range_s + nbytes / self.copy_bytes_per_s < self.range_s
+
     def staged_s(self, ranges: Sequence[Ranges], room_nbytes: int) -> float:
         """To have them packed (by all ranks of the source at once), read and unpacked, in rounds of `room_nbytes`."""
         load: dict[int, float] = {}

@@ -19,11 +19,14 @@ SMALL_NBYTES = 4096
 
 @dataclass(slots=True)
 class Probe:
-    """Reads `remote` pages of `peer` into `scratch`, as many, one read at a time."""
+    """Reads `nbytes` of `remote` pages of `peer` into `scratch` pages of ours, one read at a time."""
 
     peer: str
     scratch: PageRun
     remote: PageRun
+    page_nbytes: int
+    """Of the peer's."""
+    nbytes: int
     started: float
     read_id: int = 0
     """Of the read in flight, 0 between two."""
@@ -37,13 +40,12 @@ class Probe:
     _all_pages: bool = False
     """The read in flight is one of all the scratch pages."""
 
-    def next_nbytes(self, page_nbytes: int, now: float) -> int | None:
+    def next_nbytes(self, now: float) -> int | None:
         """Bytes of the next read, None if the lane is measured."""
-        size = page_nbytes * self.scratch.count
         self._all_pages = self._streak >= READS or now - self.started > SETTLED_S
         if not self._all_pages:
-            return min(SMALL_NBYTES, size)
-        return size if len(self._whole) < READS else None
+            return min(SMALL_NBYTES, self.nbytes)
+        return self.nbytes if len(self._whole) < READS else None
 
     def posts(self, read_id: int, now: float) -> None:
         """A read of `next_nbytes` was posted."""

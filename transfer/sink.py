@@ -6,11 +6,16 @@ cache are named when they were verified and belong to nobody; memory for them is
 The one danger of one-sided reads is here:
 an abandoned read can still land. Its target pages are *in doubt* until the read reports its end or the local agent
 that posted it was destroyed (`Fence`); time is no fence (docs/architecture.md, "The hand-off").
+
+The source's pages may hold more or fewer tokens than ours. It announces pages of its own, which end where one of ours
+does as well, or with the last token; so digests, which add up over tokens, are compared by their sums over the least
+that is whole pages on both sides. Of what is here already as many pages are used as are whole pages there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -151,6 +156,8 @@ class Read:
     pages: tuple[int, ...]
     first_page: int
     tokens: int
+    page_tokens: int = 0
+    """Of a page at the source; 0: as many as here."""
 
 
 @quick_init
@@ -257,6 +264,8 @@ class _Piece:
     key: str
     ready: Ready
     pages: tuple[int, ...]
+    first_page: int
+    """Of ours."""
     tokens: int
     again: bool = False
 
@@ -268,6 +277,8 @@ class _Taking:
     """Whose KV it is: a prompt's, a running row's, or what this worker wants for its prefix cache."""
     prefix: tuple[int, ...]
     """The names of the full pages at its head, as far as they have names."""
+    page_tokens: int
+    """At the source."""
     asked_at: float
     deadline: float
     state: State = State.ASKED
@@ -296,6 +307,7 @@ class Sink:
 
     def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
+        self._page_tokens = shape.page_tokens
         self._page_nbytes = shape.page_nbytes
         self._ledger = ledger
         self._taking: dict[str, _Taking] = {}
@@ -381,6 +393,8 @@ class Sink:
             assert taking.cached_pages <= taking.verified_pages <= taking.announced_pages
             assert taking.state is State.PULLING or not taking.announced_pages, "bound pages before the grant"
             assert len(self._ledger.pages(key)) == taking.announced_pages
+            assert taking.cached_pages * self._page_tokens % taking.page_tokens == 0
+            assert taking.complete or taking.announced_pages * self._page_tokens % taking.page_tokens == 0
             assert taking.reads == {read_id for read_id, piece in self._pieces.items() if piece.key == key}
         assert self._doubt.keys().isdisjoint(self._pieces), "a read is both awaited and abandoned"
         assert self._fencing <= self._doubt.keys() == self._doubtful_source.keys()
@@ -391,9 +405,11 @@ class Sink:
         ticket, request = asked.ticket, asked.request
         if ticket.key in self._taking:
             return self._ignore()
-        prefix = request.prefix[: len(request.prompt) // self._shape.page_tokens]
+        prefix = self._shape.names(request.prefix, request.prefix_page_tokens)
+        prefix = prefix[: len(request.prompt) // self._page_tokens]
         deadline = now + request.timeout_s
-        self._taking[ticket.key] = _Taking(ticket, asked, prefix, now, deadline)
+        theirs = asked.page_tokens or self._page_tokens
+        self._taking[ticket.key] = _Taking(ticket, asked, prefix, theirs, now, deadline)
         self._deadlines.put(ticket.key, deadline)
         return [AskPolicy(ticket, request, asked if isinstance(asked, OfferMigration) else None)]
 
@@ -409,8 +425,8 @@ class Sink:
             ledger.release(key)
             return [Fetched(ticket, cached, f"no memory for {left} pages" if left else "")]
         ledger.promise(key, left, Owner.PULLING)
-        fetch = Fetch(ticket, prefix, cached, deadline - now)
-        taking = _Taking(ticket, fetch, prefix, now, deadline, State.PULLING, granted_at=now)
+        fetch = Fetch(ticket, prefix, cached, deadline - now, self._page_tokens)
+        taking = _Taking(ticket, fetch, prefix, self._page_tokens, now, deadline, State.PULLING, granted_at=now)
         taking.cached_pages = taking.announced_pages = taking.verified_pages = cached
         self._taking[key] = taking
         self._deadlines.put(key, deadline)
@@ -427,18 +443,25 @@ class Sink:
             self._drop(event.key)
             return [SendToSource(Refuse(taking.ticket, event.reason))]
         taking.state, taking.granted_at = State.PULLING, now
-        cached = 0
-        if taking.prefix and isinstance(taking.asked, Reserve):
-            cached = self._ledger.share(event.key, taking.prefix, Owner.PULLING, promised=True)
+        cached, ours, theirs, prefix = 0, self._page_tokens, taking.page_tokens, taking.prefix
+        if prefix and isinstance(taking.asked, Reserve):
+            if theirs != ours:
+                # What was promised holds all of the prompt, so that all of these are had.
+                step = math.lcm(ours, theirs) // ours
+                prefix = prefix[: self._ledger.cached(prefix) // step * step]
+            cached = self._ledger.share(event.key, prefix, Owner.PULLING, promised=True)
             taking.cached_pages = taking.announced_pages = taking.verified_pages = cached
-        return [SendToSource(Grant(taking.ticket, cached))]
+        return [SendToSource(Grant(taking.ticket, cached * ours, 0 if theirs == ours else ours))]
 
     def _ready(self, taking: _Taking, ready: Ready, now: float) -> list[SinkCommand]:
         """Bind pages and start one read; an announcement that does not fit the request is the source's fault."""
+        ours, theirs = self._page_tokens, taking.page_tokens
         count = sum([run.count for run in ready.runs])
         after = ready.first_page + count
         complete = bool(ready.firsts)
-        tokens, whole = self._whole(taking, ready)
+        tokens = self._whole(taking, ready)
+        whole = -(-tokens // theirs)
+        upto = min(after * theirs, tokens)
         match taking.asked:
             case Reserve(_, request):
                 fits = complete == (after == whole) and ready.carried is None and _known(ready.firsts, request)
@@ -448,45 +471,44 @@ class Sink:
             case Fetch():
                 fits, complete = not complete and ready.carried is None, True
         if (
-            ready.first_page != taking.announced_pages
+            ready.first_page * theirs != taking.announced_pages * ours
             or len(ready.digests) != count
             or after > whole
             or taking.complete
             or not fits
+            or (theirs != ours and not complete and upto % ours)
         ):
             reason = f"announcement of pages {ready.first_page}..{after} of {whole} does not follow"
             return self._forget(taking, reason, tell=True, recompute=True)
         if taking.ready_at is None:
             taking.ready_at = now
         taking.last_ready_at = now
-        taking.announced_pages, taking.complete = after, complete
+        first, taking.announced_pages, taking.complete = taking.announced_pages, -(-upto // ours), complete
         taking.firsts, taking.carried = ready.firsts, ready.carried
         if not count:
             return self._finish(taking, now)
-        pages = self._ledger.bind(ready.ticket.key, count, Owner.PULLING)
+        pages = self._ledger.bind(ready.ticket.key, taking.announced_pages - first, Owner.PULLING)
         taking.runs += max(len(ready.runs), len(page_runs(pages)))
-        first, page_tokens = ready.first_page, self._shape.page_tokens
-        held = min(tokens - first * page_tokens, count * page_tokens)
-        return self._read(taking, _Piece(ready.ticket.key, ready, pages, held))
+        return self._read(taking, _Piece(ready.ticket.key, ready, pages, first, upto - first * ours))
 
-    def _whole(self, taking: _Taking, ready: Ready) -> tuple[int, int]:
-        """Tokens with KV, and their pages, at the end; of a row that moves the most that may come until it says."""
+    def _whole(self, taking: _Taking, ready: Ready) -> int:
+        """Tokens with KV at the end; of a row that moves the most that may come until it says."""
         match taking.asked:
             case Reserve(_, request):
-                tokens = len(request.prompt)
+                return len(request.prompt)
             case OfferMigration(_, request, _, _, most):
                 carried = ready.carried
-                tokens = most if carried is None else min(most, len(request.prompt) + len(carried.tokens) - 1)
+                return most if carried is None else min(most, len(request.prompt) + len(carried.tokens) - 1)
             case Fetch():
-                return len(taking.prefix) * self._shape.page_tokens, len(taking.prefix)
-        return tokens, self._shape.pages_for(tokens)
+                return len(taking.prefix) * self._page_tokens
 
     def _read(self, taking: _Taking, piece: _Piece) -> list[SinkCommand]:
         read_id, self._next_read = self._next_read, self._next_read + 1
         self._pieces[read_id] = piece
         taking.reads.add(read_id)
-        first = piece.ready.first_page
-        return [Read(read_id, taking.ticket.source, piece.ready.runs, piece.pages, first, piece.tokens)]
+        source, runs = taking.ticket.source, piece.ready.runs
+        theirs = 0 if taking.page_tokens == self._page_tokens else taking.page_tokens
+        return [Read(read_id, source, runs, piece.pages, piece.first_page, piece.tokens, theirs)]
 
     def _pull_failed(self, event: PullFailed) -> list[SinkCommand]:
         piece = self._pieces.get(event.read_id)
@@ -509,10 +531,14 @@ class Sink:
         taking = self._taking[piece.key]
         taking.reads.discard(event.read_id)
         taking.read_s += event.seconds
-        if event.digests == piece.ready.digests:
+        found, told = event.digests, piece.ready.digests
+        if (theirs := taking.page_tokens) != (ours := self._page_tokens):
+            both = math.lcm(ours, theirs)
+            found, told = _sums(found, both // ours), _sums(told, both // theirs)
+        if found == told:
             taking.verified_pages += len(piece.pages)
             return self._finish(taking, now)
-        wrong = sum(a != b for a, b in zip(event.digests, piece.ready.digests, strict=True))
+        wrong = sum(a != b for a, b in zip(found, told, strict=True))
         self.mismatches += wrong
         if piece.again:
             return self._forget(taking, f"{wrong} pages differ from their digests", tell=True, recompute=True)
@@ -531,7 +557,7 @@ class Sink:
         carried = taking.carried
         pull = Pull(
             (taking.verified_pages - taking.cached_pages) * self._page_nbytes,
-            taking.cached_pages * self._shape.page_tokens,
+            taking.cached_pages * self._page_tokens,
             taking.runs,
             taking.read_s,
             now - taking.ready_at,
@@ -621,3 +647,8 @@ class Sink:
 def _known(firsts: tuple[First, ...], request: Request) -> bool:
     """Whether a request has these continuations."""
     return {first.branch for first in firsts} <= set(range(request.sampling.n))
+
+
+def _sums(digests: Sequence[int], count: int) -> tuple[int, ...]:
+    """Of each `count` digests in a row that of their tokens together."""
+    return tuple([sum(digests[at : at + count]) % 2**64 for at in range(0, len(digests), count)])

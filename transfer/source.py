@@ -7,10 +7,14 @@ the source holds it beside whoever else does, so that its digests are those of w
 A source needs no fence: it may free pages at Taken, release, cancel, lost peer or deadline, because it first forgets
 the ticket, and a sink accepts bytes only if every page's digest equals the one announced (docs/architecture.md,
 "The hand-off").
+
+The sink's pages may be larger than these: then it announces as many at once as fill pages there, so that nobody reads
+into a page of which another part is still to come. What a sink with smaller pages does is its own affair.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -107,7 +111,7 @@ class SinkLost:
 class SendToSink:
     """Send a message to the ticket's sink."""
 
-    message: Reserve | Ready | Release
+    message: Reserve | Ready | Release | Refuse
 
 
 @quick_init
@@ -207,7 +211,7 @@ class State(StrEnum):
 TRANSITIONS: dict[tuple[State | None, type | None], tuple[State | None, ...]] = {
     (None, AskSink): (State.ASKED,),
     (None, AskToMove): (State.ASKED,),
-    (None, Fetch): (State.GRANTED, State.ANNOUNCED),
+    (None, Fetch): (State.GRANTED, State.ANNOUNCED, None),
     (State.ASKED, Sealed): (State.ASKED,),
     (State.ASKED, Digested): (State.ASKED,),
     (State.ASKED, Grant): (State.GRANTED, State.ANNOUNCED),
@@ -247,6 +251,8 @@ class _Giving:
     carried: Carried | None = None
     digests: list[int] = field(default_factory=list)
     asked_pages: int = 0
+    step: int = 1
+    """So many pages fill the sink's: only multiples of it are announced, but for the end."""
     cached_pages: int = 0
     """The sink has them."""
     announced_pages: int = 0
@@ -259,6 +265,7 @@ class Source:
 
     def __init__(self, shape: KvShape, ledger: Pages) -> None:
         self._shape = shape
+        self._page_tokens = shape.page_tokens
         self._ledger = ledger
         self._giving: dict[str, _Giving] = {}
         self._deadlines = Ranked()
@@ -285,10 +292,10 @@ class Source:
                 return self._announce(giving, now)
             case AskSink():
                 self._begin(event.ticket, Use.HAND_OFF, event.request, event.deadline, now)
-                return [SendToSink(Reserve(event.ticket, event.request))]
+                return [SendToSink(Reserve(event.ticket, event.request, self._page_tokens))]
             case AskToMove(offer, deadline):
                 self._begin(offer.ticket, Use.MOVE, offer.request, deadline, now)
-                return [SendOffer(offer)]
+                return [SendOffer(replace(offer, page_tokens=self._page_tokens))]
             case Fetch():
                 return self._fetch(event, now)
             case None:
@@ -318,6 +325,8 @@ class Source:
             assert giving.announced_pages <= len(giving.digests) <= giving.asked_pages
             assert giving.asked_pages <= max(len(giving.pages), giving.cached_pages)
             assert giving.state is not State.ASKED or giving.announced_pages == 0, "announced without a grant"
+            assert giving.cached_pages % giving.step == 0
+            assert giving.state is State.ANNOUNCED or giving.announced_pages % giving.step == 0
             if giving.state is State.ANNOUNCED:
                 assert giving.complete
                 assert giving.announced_pages == self._shape.pages_for(giving.sealed_tokens)
@@ -328,7 +337,9 @@ class Source:
             return self._ignore()
         if isinstance(message, Grant):
             giving.state = State.GRANTED
-            self._granted(giving, message.cached_pages)
+            if (theirs := message.page_tokens) not in (0, self._page_tokens):
+                giving.step = math.lcm(self._page_tokens, theirs) // self._page_tokens
+            self._granted(giving, message.cached_tokens // self._page_tokens)
             if giving.use is Use.HAND_OFF:
                 return [GrantCame(ticket.key), *self._announce(giving, now)]
         if isinstance(message, Grant | CaughtUp):
@@ -340,15 +351,18 @@ class Source:
     def _begin(self, ticket: Ticket, use: Use, request: Request, deadline: float, now: float) -> None:
         if ticket.key in self._giving:
             raise LocalError(f"{ticket.key} is being handed off already")
-        named_pages = len(request.prompt) // self._shape.page_tokens
+        named_pages = len(request.prompt) // self._page_tokens
         self._giving[ticket.key] = _Giving(ticket, use, named_pages, deadline, now)
         self._deadlines.put(ticket.key, deadline)
 
     def _fetch(self, fetch: Fetch, now: float) -> list[SourceCommand]:
         """Announce what is here of what a sink wants: a hand-off that is granted, and whose pages are all sealed."""
-        ticket, wanted = fetch.ticket, len(fetch.prefix)
+        ticket, wanted, theirs = fetch.ticket, len(fetch.prefix), fetch.page_tokens
         if ticket.key in self._giving:
             return self._ignore()
+        if theirs not in (0, self._page_tokens):
+            why = f"page_tokens: got {theirs} in names of pages, want {self._page_tokens} as here"
+            return [SendToSink(Refuse(ticket, why))]
         deadline = now + fetch.timeout_s
         giving = _Giving(ticket, Use.FETCH, wanted, deadline, now, State.GRANTED, complete=True)
         self._giving[ticket.key] = giving
@@ -357,12 +371,13 @@ class Source:
         giving.pages = self._ledger.pages(LENT + ticket.key)
         self._granted(giving, fetch.cached_pages)
         found = max(len(giving.pages), giving.cached_pages)
-        giving.sealed_tokens, giving.sealed_at = found * self._shape.page_tokens, now
+        giving.sealed_tokens, giving.sealed_at = found * self._page_tokens, now
         return self._digest(giving, found, now)
 
     def _granted(self, giving: _Giving, cached_pages: int) -> None:
         """Pages that the sink has need no digest, unless some are being computed."""
-        giving.cached_pages = min(max(0, cached_pages), giving.named_pages)
+        cached_pages = min(max(0, cached_pages), giving.named_pages)
+        giving.cached_pages = cached_pages - cached_pages % giving.step
         if len(giving.digests) == giving.asked_pages < giving.cached_pages:
             giving.digests += [0] * (giving.cached_pages - giving.asked_pages)
             giving.asked_pages = giving.cached_pages
@@ -377,7 +392,7 @@ class Source:
         giving.pages, giving.sealed_tokens = event.pages, event.tokens
         giving.firsts, giving.carried, giving.sealed_at = event.firsts, event.carried, now
         giving.complete = bool(event.firsts)
-        whole = event.tokens // self._shape.page_tokens
+        whole = event.tokens // self._page_tokens
         return self._digest(giving, self._shape.pages_for(event.tokens) if giving.complete else whole, now)
 
     def _digest(self, giving: _Giving, upto: int, now: float) -> list[SourceCommand]:
@@ -385,7 +400,7 @@ class Source:
             # Nothing is left to read of a row that stopped where a page ends, or if the sink has all of it.
             return self._announce(giving, now) if giving.complete else []
         first, giving.asked_pages = giving.asked_pages, upto
-        tokens = min(giving.sealed_tokens, upto * self._shape.page_tokens) - first * self._shape.page_tokens
+        tokens = min(giving.sealed_tokens, upto * self._page_tokens) - first * self._page_tokens
         return [Digest(giving.ticket.key, first, giving.pages[first:upto], tokens)]
 
     def _announce(self, giving: _Giving, now: float) -> list[SourceCommand]:
@@ -393,6 +408,11 @@ class Source:
             return []
         first, upto = max(giving.announced_pages, giving.cached_pages), len(giving.digests)
         last = giving.complete and upto == self._shape.pages_for(giving.sealed_tokens)
+        if giving.step > 1 and not last:
+            upto -= upto % giving.step
+            if first >= upto and giving.use is Use.MOVE and not giving.complete:
+                # Nothing goes out that the sink could catch up with.
+                return [MoveAsked(giving.ticket.key)]
         if first >= upto and not last:
             return []
         giving.announced_pages, giving.announced_at = upto, now

@@ -26,8 +26,10 @@ from core.errors import BatonError, LocalError
 from core.kv import KvShape, PageRun, pages_of
 from transfer.digest import Sums, digests
 from transfer.memory import settle
+from transfer.plan import Cost
 from transfer.probe import Probe
-from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Transport
+from transfer.repage import block_pages, lay_out, reading
+from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Span, Transport
 
 IDLE_S = 0.02
 LIVELY_S = 0.001
@@ -40,6 +42,8 @@ SETTLE_S = 10.0
 """Most time spent at the start on memory for the arena's pages; the ledger gives the first pages out first."""
 DIGEST_NBYTES = 8 << 20
 """Bytes digested between two looks at the queue and the transport: under a millisecond."""
+
+COST = Cost()
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +179,10 @@ class _Digest:
     started: float = field(default_factory=time.perf_counter)
     read: ReadDone | None = None
     """The read that brought the pages, of a `pull`."""
+    page_tokens: int = 0
+    """Of a page at the peer, if its pages are not as large as ours."""
+    raw_pages: int = 0
+    """So many, from the first on, hold the bytes of its pages as they are, until they are laid out."""
 
 
 class _Bell:
@@ -215,8 +223,9 @@ class TransferThread:
     """A transport on its own thread. Methods may be called from any thread and return at once.
 
     `make` creates the transport and runs on the transfer thread; `memory` is the arena in pages of `unit_nbytes`;
-    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for digests only, and `sums` is
-    a quicker way to them (`transfer/digest.py`). Read ids are the caller's, from 1 on; negative ones are our own.
+    `post` takes every event, on the transfer thread, and must not block. `kv` is needed for digests, and for peers with
+    pages of another size, whose way here `cost` decides; `sums` is a quicker way to digests (`transfer/digest.py`).
+    Read ids are the caller's, from 1 on; negative ones are our own.
     """
 
     def __init__(
@@ -227,6 +236,7 @@ class TransferThread:
         post: Callable[[Event], None],
         kv: KvShape | None = None,
         sums: Sums | None = None,
+        cost: Cost = COST,
     ) -> None:
         self._make = make
         self._memory = memory
@@ -234,6 +244,7 @@ class TransferThread:
         self._post = post
         self._kv = kv
         self._sums = sums
+        self._cost = cost
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._bell: _Bell | None = None
         self._bell_lock = threading.Lock()
@@ -288,17 +299,22 @@ class TransferThread:
         target: Sequence[PageRun],
         first_page: int,
         tokens: int,
+        page_tokens: int = 0,
     ) -> None:
         """A `read` followed by the digests of its target pages, which hold `tokens` tokens from page `first_page` on.
 
-        Ends in `Pulled` or `ReadFailed`. One call, so that the loop is not asked between the two.
+        The source's pages hold `page_tokens` tokens, 0: as many as ours (else see `transfer/repage.py`). Ends in
+        `Pulled` or `ReadFailed`. One call, so that the loop is not asked between the two.
         """
         check = _Digest(read_id, pages_of(target), first_page, tokens)
         source, target = tuple(source), tuple(target)
 
         def turn() -> None:
             self._checks[read_id] = check
-            self._read(read_id, peer, source, target, None)
+            if self._alike(page_tokens):
+                self._read(read_id, peer, source, target, None)
+            else:
+                self._read_cut(check, peer, source, page_tokens)
 
         self._call(turn)
 
@@ -316,13 +332,14 @@ class TransferThread:
         job = _Digest(job_id, tuple(pages), first_page_index, tokens)
         self._call(lambda: self._jobs.append(job))
 
-    def probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+    def probe(self, peer: str, scratch: PageRun, remote: PageRun, page_tokens: int = 0) -> None:
         """Bring up and measure the lane from `peer`: ends in `LaneProbed` or `ProbeFailed`.
 
-        Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many. Small reads
+        Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many, or of as many
+        bytes as there are where the peer's pages hold `page_tokens` tokens and not as many as ours. Small reads
         repeat until 3 in a row end in their first poll, where the lane can do that at all, or until 1 s has passed.
         """
-        self._call(lambda: self._begin_probe(peer, scratch, remote))
+        self._call(lambda: self._begin_probe(peer, scratch, remote, page_tokens))
 
     def boost(self, seconds: float) -> None:
         """Poll every 1 ms for so long: a peer is connecting to us."""
@@ -488,6 +505,21 @@ class TransferThread:
         except Exception as error:
             self._ended(ReadFailed(read_id, _sentence(error), in_doubt=False))
 
+    def _alike(self, page_tokens: int) -> bool:
+        """Whether pages of a peer are as large as ours."""
+        return self._kv is None or page_tokens in (0, self._kv.page_tokens)
+
+    def _read_cut(self, check: _Digest, peer: str, source: tuple[PageRun, ...], page_tokens: int) -> None:
+        """Read the tokens that `check` is about out of pages that are not as large as ours."""
+        try:
+            if (kv := self._kv) is None:
+                raise LocalError("pull: this thread was made without a KV shape")
+            read = reading(kv, page_tokens, source, check.pages, check.first_page_index, check.tokens, self._cost)
+            check.page_tokens, check.raw_pages = page_tokens, read.raw_pages
+            self._open().read_spans(check.job_id, peer, read.spans)
+        except Exception as error:
+            self._ended(ReadFailed(check.job_id, _sentence(error), in_doubt=False))
+
     def _fence(self, read_ids: tuple[int, ...]) -> None:
         self._open().fence(read_ids)
 
@@ -499,11 +531,15 @@ class TransferThread:
         try:
             if kv is None:
                 raise LocalError("digest: this thread was made without a KV shape")
-            done = len(job.found)
-            pages = job.pages[done : done + max(1, DIGEST_NBYTES // kv.page_nbytes)]
+            done, count = len(job.found), max(1, DIGEST_NBYTES // kv.page_nbytes)
+            if job.raw_pages > done:
+                count = min(block_pages(kv.page_tokens, job.page_tokens, count), job.raw_pages - done)
+            pages = job.pages[done : done + count]
             if job.tokens > len(job.pages) * kv.page_tokens or job.tokens < 0:
                 raise LocalError(f"digest tokens: got {job.tokens}, want 0 to {len(job.pages) * kv.page_tokens}")
             tokens = min(max(job.tokens - done * kv.page_tokens, 0), len(pages) * kv.page_tokens)
+            if job.raw_pages > done:
+                lay_out(self._memory, kv, job.page_tokens, pages, tokens)
             job.found += digests(self._memory, pages, kv, job.first_page_index + done, tokens, sums=self._sums)
         except Exception as error:
             self._jobs.popleft()
@@ -520,12 +556,16 @@ class TransferThread:
                 return
             self._post(Digested(job.job_id, tuple(job.found), time.perf_counter() - job.started))
 
-    def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun) -> None:
+    def _begin_probe(self, peer: str, scratch: PageRun, remote: PageRun, page_tokens: int) -> None:
         if peer in self._probes:
             self._post(ProbeFailed(peer, "a probe of it is running", attempt=self._attempts.get(peer, 0)))
             return
         self._boost(BOOST_S)
-        self._probes[peer] = Probe(peer, scratch, remote, time.monotonic())
+        page_nbytes, nbytes = self._unit_nbytes, scratch.count * self._unit_nbytes
+        if self._kv is not None and not self._alike(page_tokens):
+            page_nbytes = page_tokens * self._kv.token_nbytes
+            nbytes = min(nbytes, remote.count * page_nbytes)
+        self._probes[peer] = Probe(peer, scratch, remote, page_nbytes, nbytes, time.monotonic())
 
     def _go_on(self, probe: Probe, transport: Transport) -> None:
         """Post a probe's next read, and look at its outcome once in the same breath."""
@@ -534,7 +574,7 @@ class TransferThread:
             if now - probe.posted > PROBE_ANSWER_S:
                 transport.abandon(probe.read_id)
             return
-        nbytes = probe.next_nbytes(self._unit_nbytes, now)
+        nbytes = probe.next_nbytes(now)
         if nbytes is None:
             del self._probes[probe.peer]
             lane = transport.transports(probe.peer)
@@ -542,7 +582,11 @@ class TransferThread:
             return
         self._own_reads -= 1
         try:
-            transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
+            if probe.page_nbytes == self._unit_nbytes:
+                transport.read(self._own_reads, probe.peer, (probe.remote,), (probe.scratch,), nbytes)
+            else:
+                starts = probe.remote.start * probe.page_nbytes, probe.scratch.start * self._unit_nbytes
+                transport.read_spans(self._own_reads, probe.peer, (Span(*starts, nbytes),))
         except Exception as error:
             self._no_probe(probe.peer, _sentence(error))
             return

@@ -84,6 +84,8 @@ def test_a_role_is_taken_by_its_name():
         ({"pace": -1.0}, "pace: got -1.0"),
         ({"stop_rate": 1.5}, "stop_rate: got 1.5"),
         ({"page_tokens": 48}, "page_tokens: got 48"),
+        ({"prefill_page_tokens": 48}, "prefill_page_tokens: got 48, want a divisor of 256, or 0 for page_tokens"),
+        ({"prefill_page_tokens": -1}, "prefill_page_tokens: got -1"),
         ({"kv_memory": "plenty"}, "kv_memory: got 'plenty'"),
         ({"kv_memory": "0"}, "kv_memory: got '0'"),
         ({"host_memory": "some"}, "host_memory: got 'some'"),

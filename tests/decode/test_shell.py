@@ -280,14 +280,22 @@ def test_pages_in_place_of_others_open_a_sequence_again():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "count", "named"), [(6, 8, 3), (6, 7, 3), (6, 6, 2), (8, 6, 3), (4, 2, 1), (6, 8, 0)]
+    ("prompt", "count", "named", "link"),
+    [
+        *((6, 8, 3, 0), (6, 7, 3, 0), (6, 6, 2, 0), (8, 6, 3, 0), (4, 2, 1, 0), (6, 8, 0, 0)),
+        # Names of pages half as large go on as such; those of larger ones name none of ours.
+        *((6, 8, 3, 2), (6, 7, 3, 2), (5, 8, 3, 2), (8, 8, 0, 8), (6, 8, 3, 4)),
+    ],
 )
-def test_a_row_ends_with_the_names_of_its_full_pages(prompt, count, named):
+def test_a_row_ends_with_the_names_of_its_full_pages(prompt, count, named, link):
     """The newest token has no KV: a page that it fills has no name yet."""
     request, key = ask(prompt, count), ticket().key
-    names = page_hashes((*request.prompt, *([5, *([0] * (count - 1))])), PAGE, "tenant")
+    size = link or PAGE
+    chain = page_hashes((*request.prompt, *([5, *([0] * (count - 1))])), size, "tenant")
+    names = chain[PAGE // size - 1 :: PAGE // size] if size <= PAGE else ()
     # A name too many is none.
-    request = replace(request, prefix=names[: -(-prompt // PAGE)] if named or prompt < PAGE else ())
+    given = chain[: -(-prompt // size)] if named or prompt < PAGE or link else ()
+    request = replace(request, prefix=given, prefix_page_tokens=link)
     joins = Join(key, ticket(), request, First(5), tuple(range(4)))
     machine = Scripted([Run(1, (key,), (joins,), (), count - 1)], [Leave(key)])
 

@@ -181,6 +181,7 @@ def test_the_pages_of_a_prompt_are_named_for_its_tenant(tokenizer):
     plain = here.request(asked(max_tokens=5), None, nobody, 8)[0]
     mine = here.request(asked(max_tokens=5, hints={"tenant": "mine"}), None, nobody, 8)[0]
     assert plain.prefix == page_hashes(plain.prompt, 8)
+    assert plain.prefix_page_tokens == 8
     assert mine.prefix == page_hashes(plain.prompt, 8, "mine")
     assert len(plain.prefix) == 2
     assert here.request(asked(max_tokens=5, prompt_logprobs=1), None, nobody, 8)[0].prefix == ()

@@ -48,7 +48,7 @@ def member_like(live, name):
 
 def test_a_worker_of_another_layout_ends_with_the_sentence(live):
     wrong: dict[str, dict[str, Any]] = {
-        "kv.page_tokens: got 32 from stranger, want 16 as": {"page_tokens": 32},
+        "kv.page_tokens: got 24 from stranger, want a multiple or a divisor of 16 as": {"page_tokens": 24},
         "kv.dtype: got bfloat16 from stranger, want float32 as": {"dtype": "bfloat16"},
     }
     config = live.deployment.running["decode-0"].config
@@ -100,7 +100,7 @@ def test_the_coordinator_says_at_once_why_it_admits_nobody_like_that(live, chang
     ("method", "like", "change", "want"),
     [
         ("Peer", "decode-0", {"protocol": 99}, f"protocol: got 99 from {STRANGER}, want {PROTOCOL_VERSION} as we have"),
-        ("Peer", "decode-0", {"page_tokens": 32}, "kv.page_tokens: got 32 from stranger, want 16 as prefill-0 has"),
+        ("Peer", "decode-0", {"page_tokens": 24}, "kv.page_tokens: got 24 from stranger, want a multiple or a divisor"),
         ("Peer", "decode-0", {"transport": "mail"}, "transport: got mail from stranger, want "),
         ("Session", "gateway-0", {"protocol": 99}, f"protocol: got 99 from {STRANGER}, want "),
         ("Session", "gateway-0", {"fingerprint": "0"}, "fingerprint: got 0 from stranger, want "),

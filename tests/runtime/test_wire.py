@@ -63,6 +63,7 @@ requests = st.builds(
     hints,
     counts,
     st.lists(words, max_size=3).map(tuple),
+    counts,
 )
 stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, text, max_size=2)), max_size=3).map(tuple)
 runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
@@ -93,7 +94,9 @@ carried = st.builds(
     m.Carried, tokens, stages, st.lists(words, max_size=3).map(tuple), st.lists(known, max_size=3).map(tuple), seconds
 )
 MESSAGES: dict[type, st.SearchStrategy] = {
-    m.Offer: st.builds(m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple)),
+    m.Offer: st.builds(
+        m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple), counts
+    ),
     m.SlotFree: st.builds(m.SlotFree, identities, counts),
     m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
     m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
@@ -112,17 +115,17 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Handed: st.builds(m.Handed, tickets, stages, st.booleans()),
     m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts, st.booleans()),
     m.Failed: st.builds(m.Failed, tickets, text, text, stages),
-    m.Reserve: st.builds(m.Reserve, tickets, requests),
-    m.Grant: st.builds(m.Grant, tickets, st.integers(0, 2**31 - 1)),
+    m.Reserve: st.builds(m.Reserve, tickets, requests, counts),
+    m.Grant: st.builds(m.Grant, tickets, counts, counts),
     m.Refuse: st.builds(m.Refuse, tickets, text),
     m.Ready: st.builds(
         m.Ready, tickets, counts, runs, st.lists(words, max_size=3).map(tuple), firsts, st.none() | carried
     ),
     m.Taken: st.builds(m.Taken, tickets),
     m.Release: st.builds(m.Release, tickets, text),
-    m.OfferMigration: st.builds(m.OfferMigration, tickets, requests, tickets, counts, counts, counts),
+    m.OfferMigration: st.builds(m.OfferMigration, tickets, requests, tickets, *[counts] * 4),
     m.CaughtUp: st.builds(m.CaughtUp, tickets),
-    m.Fetch: st.builds(m.Fetch, tickets, st.lists(words, max_size=6).map(tuple), counts, seconds),
+    m.Fetch: st.builds(m.Fetch, tickets, st.lists(words, max_size=6).map(tuple), counts, seconds, counts),
     m.Moved: st.builds(m.Moved, tickets, counts),
     m.Freeness: st.builds(m.Freeness, identities, st.floats(allow_nan=False)),
 }

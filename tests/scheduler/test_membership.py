@@ -22,7 +22,7 @@ from scheduler.membership import (
     mismatch,
     stranger,
 )
-from tests.cast import D1, GATEWAY, P1, P2, efforts, worker
+from tests.cast import D1, GATEWAY, P1, P2, SHAPE, efforts, worker
 
 EXACT = Numerics(True, "float32", 1, "AVX2")
 P = worker(P1, Role.PREFILL)
@@ -96,7 +96,11 @@ CANNOT = [
     (replace(D, kv=KvShape(2, 1, 2, 4, "float32")), "kv.layers: got 2", "want 1 as prefill-1 has"),
     (replace(D, kv=KvShape(1, 3, 2, 4, "float32")), "kv.kv_heads: got 3", "want 1 as prefill-1 has"),
     (replace(D, kv=KvShape(1, 1, 8, 4, "float32")), "kv.head_dim: got 8", "want 2 as prefill-1 has"),
-    (replace(D, kv=KvShape(1, 1, 2, 16, "float32")), "kv.page_tokens: got 16", "want 4 as prefill-1 has"),
+    (
+        replace(D, kv=KvShape(1, 1, 2, 6, "float32")),
+        "kv.page_tokens: got 6",
+        "want a multiple or a divisor of 4 as prefill-1 has",
+    ),
     (replace(D, kv=KvShape(1, 1, 2, 4, "float16")), "kv.dtype: got float16", "want float32 as prefill-1 has"),
     (replace(D, kv=None), "kv: got none", "want KvShape(layers=1, "),
     (replace(D, transport="zeromq"), "transport: got zeromq", "want nixl as prefill-1 has"),
@@ -123,6 +127,12 @@ def test_a_worker_that_cannot_exchange_kv_is_turned_away_with_the_field_and_both
     assert turned.reason.startswith(f"{got} from decode-1, {want}"), turned.reason
     assert machine.members == (ours,)
     assert (mismatch(ours, other) or "").startswith(f"{got} from decode-1, {want}")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 64])
+def test_pages_may_be_larger_or_smaller_if_one_is_a_multiple_of_the_other(tokens):
+    other = replace(D, kv=replace(SHAPE, page_tokens=tokens))
+    assert mismatch(P, other) is mismatch(other, P) is None
 
 
 def test_every_field_that_must_agree_has_its_line():

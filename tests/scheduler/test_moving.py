@@ -7,6 +7,7 @@ says, so that a token that is lost, repeated, or made of KV that did not arrive 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from functools import partial
 
 import pytest
@@ -23,9 +24,9 @@ from scheduler import decode_policy as decode
 from scheduler import router_events as front
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.migration import MigrationConfig
-from tests.cast import SHAPE, efforts
+from tests.cast import efforts
 from tests.scheduler import test_together as together
-from tests.scheduler.test_together import PAGE, mark, play
+from tests.scheduler.test_together import mark, play
 from tests.scheduler.twins import sets_sorted, written
 from transfer import sink as taking
 from transfer import source as giving
@@ -43,7 +44,7 @@ class Worker(together.Worker):
     world: World
 
     def policy(self) -> decode.DecodePolicy:
-        return MigratingPolicy(self.me, SHAPE, self.ledger, decode.DecodeConfig(max_rows=4, max_steps=6), EAGER)
+        return MigratingPolicy(self.me, self.shape, self.ledger, decode.DecodeConfig(max_rows=4, max_steps=6), EAGER)
 
     def decodes(self, command: decode.DecodeCommand) -> None:
         match command:
@@ -56,7 +57,7 @@ class Worker(together.Worker):
                 def part() -> None:
                     sequence = self.sequences[row]
                     assert len(sequence.tokens) == tokens + 1
-                    assert len(pages) == -(-tokens // PAGE)
+                    assert len(pages) == -(-tokens // self.size)
                     said = tuple(sequence.tokens[sequence.prompt :])
                     first = First(said[-1], mark(said[-1]))
                     self.world.tally["handed over"] += 1
@@ -133,16 +134,19 @@ class Worker(together.Worker):
 class World(together.World):
     moves = True
 
-    def __init__(self, seed: int, faults: float) -> None:
-        super().__init__(seed, faults, Worker)
+    def __init__(self, seed: int, faults: float, sizes: Mapping[str, int] | None = None) -> None:
+        super().__init__(seed, faults, Worker, sizes)
         self.tally = dict.fromkeys(("offered", "handed over", "moved", "again", "stayed", "in doubt"), 0)
 
 
 DEPLOYMENT = {"p": (Role.PREFILL, 1, 20), "d": (Role.DECODE, 3, 30)}
 
 
+UNEQUAL = {"p0": 8, "d0": 8, "d1": 2}
+
+
 def live(seed: int, faults: float) -> dict[str, int]:
-    world = World(seed, faults)
+    world = World(seed, faults, UNEQUAL if seed % 2 else None)
     drained = random.Random(seed)
     for _ in range(2):
         name, at = f"d{drained.randrange(2)}", drained.uniform(0.3, 3.0)
@@ -178,7 +182,7 @@ class TwoWorkers(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 1000))
     def start(self, seed):
-        self.world = world = World(seed, 0.0)
+        self.world = world = World(seed, 0.0, {"d1": (2, 4, 8)[seed % 3]})
         world.calm = False
         for name, role, pages in (("p0", Role.PREFILL, 30), ("d0", Role.DECODE, 24), ("d1", Role.DECODE, 24)):
             world.join(Worker(world, Identity(name, 1), role, pages))

@@ -439,6 +439,25 @@ def test_what_is_cached_is_not_computed_again():
     assert ledger(machine).cached(chain(18)) == 4
 
 
+@pytest.mark.parametrize(("of_tokens", "found"), [(2, 16), (4, 16), (0, 16), (1, 16), (8, 0), (3, 0)])
+def test_names_of_smaller_pages_name_ours_and_those_of_larger_ones_do_not(of_tokens, found):
+    machine, names = policy(ungranted_share=1.0), tuple(range(18 // (of_tokens or 4)))
+    own = SHAPE.names(names, of_tokens)
+    ledger(machine).bind("earlier", len(own), Owner.PREFILLING)
+    ledger(machine).name("earlier", own)
+    ledger(machine).release("earlier")
+    offer = Offer(ticket(), 18, 8, 9.0, prefix=names, prefix_page_tokens=of_tokens)
+    assert machine.on(offer, 0.0) == [Answer(Accept(ticket(), found))]
+    request = replace(ask(18), prefix=names, prefix_page_tokens=of_tokens)
+    asked, *_ = machine.on(Prompt(ticket(), request), 0.0)
+    assert asked.request == request, "a sink has pages of its own"
+    assert ledger(machine).count(holder(KEY)) == 5
+    for run in range(1, 4 if not found else 2):
+        machine.on(ChunkDone(run, (Began(KEY, First(5)),)), float(run))
+    assert ledger(machine).cached(own) == len(own)
+    machine.check()
+
+
 @pytest.mark.parametrize(("prompt", "found"), [(16, 12), (17, 16), (8, 4), (4, 0), (3, 0)])
 def test_one_token_at_least_is_computed(prompt, found):
     machine = policy(ungranted_share=1.0)

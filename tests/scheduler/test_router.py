@@ -40,9 +40,17 @@ from scheduler.router_events import (
     WorkerDown,
     WorkerUp,
 )
-from tests.cast import D1, D2, GATEWAY, MIXED, P1, P2, ask, efforts, ticket, worker
+from tests.cast import D1, D2, GATEWAY, MIXED, P1, P2, SHAPE, ask, efforts, ticket, worker
 
 UP = [worker(P1, Role.PREFILL), worker(P2, Role.PREFILL), worker(D1, Role.DECODE), worker(D2, Role.DECODE)]
+
+
+CUT = [
+    worker(P1, Role.PREFILL),
+    replace(worker(D1, Role.DECODE, pages=20), kv=replace(SHAPE, page_tokens=8)),
+    replace(worker(D2, Role.DECODE, pages=78), kv=replace(SHAPE, page_tokens=2)),
+]
+"""Pages of four, eight and two tokens; where a request has continuations, it may fit into the small ones alone."""
 
 
 def router(*members, **settings) -> Router:
@@ -1085,13 +1093,31 @@ def test_the_prefill_worker_ends_a_continuation_although_the_kv_went_elsewhere()
 
 @pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize("prompt", [1, 4, 6, 11])
-@pytest.mark.parametrize("members", [UP, [worker(MIXED, Role.MIXED)]], ids=["apart", "mixed"])
+@pytest.mark.parametrize(
+    "members", [UP, [worker(MIXED, Role.MIXED)], CUT, CUT[::-1]], ids=["apart", "mixed", "unequal", "unequal, turned"]
+)
 def test_what_is_said_to_fit_does_and_one_token_more_does_not(members, prompt, n):
     machine = router(*members)
     most = machine.most_tokens()(prompt, n) or 0
     fits, more = (replace(ask(prompt), sampling=Sampling(most + extra, n=n)) for extra in (0, 1))
-    assert isinstance(machine.on(Arrived(1, fits), 0.0)[0], ToOne)
+    (offer,) = machine.on(Arrived(1, fits), 0.0)
+    assert isinstance(offer, ToOne)
+    sink = next(member for member in members if member.identity == offer.message.ticket.sink)
+    assert sink.kv.pages_for_branches(prompt, most, n) <= sink.pages
     assert only_end(machine.on(Arrived(2, more), 0.0)).code == "INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("members", [CUT, CUT[::-1]])
+def test_prompts_are_named_by_the_smallest_pages(members):
+    machine = router(*members)
+    assert machine.page_tokens == 2
+    request = replace(ask(), prefix=(1, 2, 3), prefix_page_tokens=2)
+    (offer,) = machine.on(Arrived(1, request), 0.0)
+    assert (offer.message.prefix, offer.message.prefix_page_tokens) == ((1, 2, 3), 2)
+    (prompt,) = machine.on(Accept(offer.message.ticket), 0.0)
+    assert prompt.message.request == request
+    machine.on(WorkerDown(D2), 0.0)
+    assert machine.page_tokens == 4
 
 
 def test_nobody_is_there_to_say_what_fits():

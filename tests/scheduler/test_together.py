@@ -11,7 +11,7 @@ import heapq
 import random
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -240,7 +240,7 @@ class Gateway(Process):
         process = self.world.processes[peer]
         if isinstance(process, Worker):
             member = worker(peer, process.role, pages=process.room)
-            self.post("router", front.WorkerUp(replace(member, ready=not process.leaving)))
+            self.post("router", front.WorkerUp(replace(member, kv=process.shape, ready=not process.leaving)))
 
     def down(self, peer: Identity) -> None:
         self.post("router", front.WorkerDown(peer))
@@ -253,16 +253,18 @@ class Worker(Process):
         super().__init__(world, identity)
         self.role = role
         self.leaving = False
+        self.size = world.sizes.get(identity.name, PAGE)
+        self.shape = replace(SHAPE, page_tokens=self.size)
         self.ledger = Pages(pages)
         self.ledger.bind("scratch", 1, Owner.SCRATCH)
         self.room = self.ledger.available
-        self.arena: list[list[int]] = [[-1] * PAGE for _ in range(pages)]
-        self.source, self.sink = giving.Source(SHAPE, self.ledger), taking.Sink(SHAPE, self.ledger)
+        self.arena: list[list[int]] = [[-1] * self.size for _ in range(pages)]
+        self.source, self.sink = giving.Source(self.shape, self.ledger), taking.Sink(self.shape, self.ledger)
         self.seat("source", self.source, self.give)
         self.seat("sink", self.sink, self.take)
         if role.prefills:
             config = prefill.PrefillConfig(chunk_tokens=8, max_rows=4)
-            self.prefill = prefill.PrefillPolicy(identity, SHAPE, self.ledger, config)
+            self.prefill = prefill.PrefillPolicy(identity, self.shape, self.ledger, config)
             self.seat("prefill", self.prefill, self.prefills)
         if role.decodes:
             self.decode = self.policy()
@@ -276,7 +278,7 @@ class Worker(Process):
 
     def policy(self) -> decode.DecodePolicy:
         settings = decode.DecodeConfig(max_rows=4, max_steps=1 if self.role is Role.MIXED else 6)
-        return decode.DecodePolicy(self.me, SHAPE, self.ledger, settings)
+        return decode.DecodePolicy(self.me, self.shape, self.ledger, settings)
 
     # The engine's thread: one job after another; a job that takes time calls `next_job` when it is done.
     def do(self, job: Callable[[], None]) -> None:
@@ -298,10 +300,10 @@ class Worker(Process):
         self.do(run)
 
     def rows(self, sequence: Sequence, stop: int) -> list[int]:
-        return [self.arena[sequence.pages[i // PAGE]][i % PAGE] for i in range(stop)]
+        return [self.arena[sequence.pages[i // self.size]][i % self.size] for i in range(stop)]
 
     def write(self, sequence: Sequence, position: int) -> None:
-        page, slot = divmod(position, PAGE)
+        page, slot = divmod(position, self.size)
         assert page < len(sequence.pages), "a token without a page"
         before = self.rows(sequence, position)[-1] if position else 0
         self.arena[sequence.pages[page]][slot] = row(before, sequence.tokens[position])
@@ -463,10 +465,10 @@ class Worker(Process):
 
     def digest(self, first_page: int, pages: tuple[int, ...], tokens: int, tell: Callable) -> None:
         def job() -> None:
-            rows = [self.arena[page] for page in pages]
-            left = [min(PAGE, tokens - i * PAGE) for i in range(len(pages))]
-            firsts = range(first_page, first_page + len(pages))
-            tell(tuple(zlib.crc32(repr((r[:n], f)).encode()) for r, n, f in zip(rows, left, firsts, strict=True)))
+            size = self.size
+            rows = [each for page in pages for each in self.arena[page]][:tokens]
+            worth = [zlib.crc32(f"{each} {first_page * size + i}".encode()) << 20 for i, each in enumerate(rows)]
+            tell(tuple(sum(worth[i * size : (i + 1) * size]) % 2**64 for i in range(len(pages))))
 
         self.digesting = max(self.digesting, self.world.now) + 0.0005
         self.later(self.digesting - self.world.now, job)
@@ -482,10 +484,13 @@ class Worker(Process):
             process = self.world.processes.get(peer)
             if isinstance(process, Worker) and process.alive and dice.random() >= self.world.faults / 20:
                 reading.settled = True
-                for mine, theirs in zip(pages, pages_of(command.runs), strict=True):
-                    self.arena[mine] = list(process.arena[theirs])
+                assert (command.page_tokens or self.size) == process.size
+                rows = [each for theirs in pages_of(command.runs) for each in process.arena[theirs]]
+                for index, mine in enumerate(pages):
+                    part = rows[index * self.size : (index + 1) * self.size]
+                    self.arena[mine][: len(part)] = part
                 if dice.random() < self.world.faults / 20:
-                    self.arena[pages[0]] = [-2] * PAGE
+                    self.arena[pages[0]] = [-2] * self.size
                 self.digest(
                     command.first_page,
                     pages,
@@ -503,7 +508,7 @@ class Worker(Process):
         def land() -> None:
             if not reading.settled:
                 for page in reading.pages:
-                    self.arena[page] = [-3] * PAGE
+                    self.arena[page] = [-3] * self.size
 
         reading.failed = True
         self.later(self.world.dice.uniform(0.0, 2.0), land)
@@ -576,9 +581,13 @@ class World:
     moves = False
     """Rows move from one decode worker to another."""
 
-    def __init__(self, seed: int, faults: float, make: Callable[..., Worker] = Worker):
+    def __init__(
+        self, seed: int, faults: float, make: Callable[..., Worker] = Worker, sizes: Mapping[str, int] | None = None
+    ):
         self.dice = random.Random(seed)
         self.make = make
+        self.sizes = sizes or {}
+        """Tokens a page, of workers by name whose pages are not like the others'."""
         self.faults = faults
         self.calm = not faults
         """Nothing ever goes wrong: each request is prefilled once."""
@@ -661,12 +670,14 @@ DEPLOYMENTS = {
     "mixed": {"m": (Role.MIXED, 1, 12)},
     "two mixed and a decode worker": {"m": (Role.MIXED, 2, 12), "d": (Role.DECODE, 1, 20)},
     "one of each": {"p": (Role.PREFILL, 1, 14), "d": (Role.DECODE, 1, 14), "m": (Role.MIXED, 1, 18)},
+    "unequal pages": {"p": (Role.PREFILL, 2, 14), "d": (Role.DECODE, 2, 14), "m": (Role.MIXED, 1, 18)},
 }
+SIZES = {"unequal pages": {"p0": 8, "p1": 2, "d0": 2, "m0": 8}}
 
 
 def live(deployment: str, seed: int, faults: float) -> None:
     """Thirty requests at two gateways, enough at once to fill every arena; then silence, and a look at what is left."""
-    play(World(seed, faults), DEPLOYMENTS[deployment], faults)
+    play(World(seed, faults, sizes=SIZES.get(deployment)), DEPLOYMENTS[deployment], faults)
 
 
 def play(world: World, deployment: dict[str, tuple[Role, int, int]], faults: float, longest: int = 12) -> None:

@@ -54,7 +54,7 @@ def fetching(here: int = 0, pages: int = 40) -> tuple[Sink, Pages]:
     """The sink of a fetch, under way, that had so many of the pages."""
     ledger = keeping(WANTED[:here], pages)
     machine = Sink(SHAPE, ledger)
-    assert machine.on(AskSource(FETCH, WANTED, 6.0), 1.0) == [SendToSource(Fetch(FETCH, WANTED, here, 5.0))]
+    assert machine.on(AskSource(FETCH, WANTED, 6.0), 1.0) == [SendToSource(Fetch(FETCH, WANTED, here, 5.0, 4))]
     machine.check()
     return machine, ledger
 

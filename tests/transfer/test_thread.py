@@ -6,7 +6,8 @@ import queue
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,10 +53,12 @@ class Owner:
 
     def __init__(self, owner: str, make_one: Callable[[], Transport], seed: int | None = None, kv: KvShape | None = KV):
         self.owner = owner
-        self.memory = arena(UNITS, KV.page_nbytes, seed)
-        self.bytes = np.frombuffer(self.memory, dtype=np.uint8).reshape(UNITS, -1)
+        page_nbytes = (kv or KV).page_nbytes
+        units = UNITS * KV.page_nbytes // page_nbytes
+        self.memory = arena(units, page_nbytes, seed)
+        self.bytes = np.frombuffer(self.memory, dtype=np.uint8).reshape(units, -1)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.thread = TransferThread(make_one, self.memory, KV.page_nbytes, self.events.put, kv)
+        self.thread = TransferThread(make_one, self.memory, page_nbytes, self.events.put, kv)
         self.thread.start()
 
     def event(self, timeout_s: float = 5.0) -> Event:
@@ -69,10 +72,19 @@ class Owner:
 
 @pytest.fixture(params=KINDS)
 def owners(request):
-    kind = request.param
+    yield from connected(request.param, KV, KV)
+
+
+@pytest.fixture(params=KINDS)
+def unequal(request):
+    """The sink's pages are four times as large."""
+    yield from connected(request.param, replace(KV, page_tokens=64), KV)
+
+
+def connected(kind: str, ours: KvShape, theirs: KvShape) -> Iterator[list[Owner]]:
     made = [
-        Owner("sink#01", lambda: make(kind, "sink#01")),
-        Owner("source#02", lambda: make(kind, "source#02"), seed=3),
+        Owner("sink#01", lambda: make(kind, "sink#01"), kv=ours),
+        Owner("source#02", lambda: make(kind, "source#02"), seed=3, kv=theirs),
     ]
     sink, source = made
     sink.opened()
@@ -103,6 +115,31 @@ def test_reads_probe_and_digests(owners):
     done = sink.event()
     assert isinstance(done, Digested), done
     assert (done.job_id, list(done.digests)) == (7, digests(sink.memory, range(2, 42), KV, 100, 40 * 16 - 3))
+
+
+def test_a_peer_with_pages_of_another_size_is_probed_and_pulled_from(unequal):
+    sink, source = unequal
+    sink.thread.probe("source#02", PageRun(14, 2), PageRun(0, 6), 16)
+    lane = sink.event()
+    assert isinstance(lane, LaneProbed), lane
+    assert lane.gbytes_per_s > 0.05
+    kv = replace(KV, page_tokens=64)
+    pages = [10, 11, 12, 13, 30, 31, 20]
+    sink.thread.pull(5, "source#02", [PageRun(10, 4), PageRun(30, 2), PageRun(20, 1)], [PageRun(6, 2)], 4, 100, 16)
+    end = sink.event()
+    assert isinstance(end, Pulled), end
+    assert (end.read_id, end.nbytes) == (5, 7 * KV.page_nbytes)
+    assert list(end.digests) == digests(sink.memory, [6, 7], kv, 4, 100)
+    told = digests(source.memory, pages, KV, 16, 100)
+    assert list(end.digests) == [sum(told[:4]) % 2**64, sum(told[4:]) % 2**64]
+    sink.thread.pull(6, "source#02", [PageRun(10, 4)], [PageRun(6, 2)], 4, 100, 16)
+    refused = sink.event()
+    assert isinstance(refused, ReadFailed), refused
+    assert (refused.in_doubt, "pull: got (4, 2) pages" in refused.reason) == (False, True)
+    sink.thread.pull(7, "source#02", [PageRun(60, 7)], [PageRun(6, 2)], 4, 100, 16)
+    outside = sink.event()
+    assert isinstance(outside, ReadFailed), outside
+    assert "source bytes at source#02" in outside.reason
 
 
 def test_a_pull_ends_with_the_digests_of_what_came(owners):

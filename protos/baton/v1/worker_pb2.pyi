@@ -154,20 +154,22 @@ class LaneMeasured(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints", "prefix")
+    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints", "prefix", "prefix_page_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     HINTS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     prompt_tokens: int
     max_tokens: int
     wait_s: float
     hints: _common_pb2.Hints
     prefix: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
+    prefix_page_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("ticket", "cached_tokens", "wait_s")
@@ -210,7 +212,7 @@ class PromptPiece(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
-    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix")
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +220,7 @@ class RequestMeta(_message.Message):
     HINTS_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: str
     sampling: _common_pb2.Sampling
     timeout_s: float
@@ -225,7 +228,8 @@ class RequestMeta(_message.Message):
     hints: _common_pb2.Hints
     generated: int
     prefix: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
+    prefix_page_tokens: int
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket", "reason", "report", "branch")
@@ -310,22 +314,26 @@ class Handed(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., cancelled: _Optional[bool] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("ticket", "request", "prompt")
+    __slots__ = ("ticket", "request", "prompt", "page_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     request: RequestMeta
     prompt: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ...) -> None: ...
+    page_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., page_tokens: _Optional[int] = ...) -> None: ...
 
 class Grant(_message.Message):
-    __slots__ = ("ticket", "cached_pages")
+    __slots__ = ("ticket", "cached_tokens", "page_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
-    CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
-    cached_pages: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached_pages: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    page_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., page_tokens: _Optional[int] = ...) -> None: ...
 
 class Refuse(_message.Message):
     __slots__ = ("ticket", "reason")
@@ -400,7 +408,7 @@ class Release(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class OfferMigration(_message.Message):
-    __slots__ = ("ticket", "request", "prompt", "placed", "generated", "most", "moves")
+    __slots__ = ("ticket", "request", "prompt", "placed", "generated", "most", "moves", "page_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -408,6 +416,7 @@ class OfferMigration(_message.Message):
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     MOST_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     request: RequestMeta
     prompt: _containers.RepeatedScalarFieldContainer[int]
@@ -415,7 +424,8 @@ class OfferMigration(_message.Message):
     generated: int
     most: int
     moves: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., placed: _Optional[_Union[Ticket, _Mapping]] = ..., generated: _Optional[int] = ..., most: _Optional[int] = ..., moves: _Optional[int] = ...) -> None: ...
+    page_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., prompt: _Optional[_Iterable[int]] = ..., placed: _Optional[_Union[Ticket, _Mapping]] = ..., generated: _Optional[int] = ..., most: _Optional[int] = ..., moves: _Optional[int] = ..., page_tokens: _Optional[int] = ...) -> None: ...
 
 class CaughtUp(_message.Message):
     __slots__ = ("ticket",)
@@ -424,16 +434,18 @@ class CaughtUp(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
 
 class Fetch(_message.Message):
-    __slots__ = ("ticket", "prefix", "cached_pages", "timeout_s")
+    __slots__ = ("ticket", "prefix", "cached_pages", "timeout_s", "page_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     prefix: _containers.RepeatedScalarFieldContainer[int]
     cached_pages: int
     timeout_s: float
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., cached_pages: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    page_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., cached_pages: _Optional[int] = ..., timeout_s: _Optional[float] = ..., page_tokens: _Optional[int] = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("ticket", "moves")
