@@ -34,7 +34,7 @@ from core.messages import Cancel, Failed, Finished, Freeness
 from core.pages import Pages
 from core.request import Request, Stage
 from core.worker import Identity
-from scheduler.cost import CostModel
+from scheduler.cost import CostModel, Repriced
 from scheduler.decode_events import (
     Answer,
     Asked,
@@ -309,6 +309,8 @@ class DecodePolicy:
                 commands += self._swapped_out(self._swapping(key, Place.LEAVING), now)
             case SwappedIn(key):
                 commands += self._swapped_in(self._swapping(key, Place.RETURNING), now)
+            case Repriced(cost):
+                self._reprice(cost)
         if not self._running:
             return commands + self._decide(now)
         commands += self._admit(now)
@@ -327,6 +329,14 @@ class DecodePolicy:
         if due and (end is None or due[0][0] < end):
             return due[0][0]
         return end
+
+    def _reprice(self, cost: CostModel) -> None:
+        """Who was refused or waits because of a gap may have what it asked for; a policy without a model keeps none."""
+        if self._cost is not None:
+            self._cost = cost
+            self._pace.reprice(cost)
+            self._crowd.reprice(cost)
+            self._retest = True
 
     # Memory and who may have it.
     def _ask(self, event: Asked, now: float) -> list[DecodeCommand]:

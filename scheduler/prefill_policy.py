@@ -19,6 +19,7 @@ from core.pages import Owner, Pages
 from core.ranked import Ranked
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
+from scheduler.cost import Repriced
 from scheduler.fcfs import Fcfs
 from scheduler.order import Job, Order, Take
 from scheduler.prefill_events import (
@@ -232,6 +233,9 @@ class PrefillPolicy:
                 commands += self._chunk_failed(run_id, reason, now)
             case Suspended(run_id):
                 self._step_suspended(run_id, now)
+            case Repriced(cost):
+                self._order.reprice(cost)
+                self._eased = True
         commands += self._plan(now)
         if isinstance(event, Prompt):
             commands += self._preempt(now)
