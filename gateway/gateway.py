@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -28,7 +28,7 @@ from runtime import rpc, wire
 from runtime.driver import Driver
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
-from scheduler.router import Router, RouterConfig
+from scheduler import policies
 from scheduler.router_events import Arrived, ClientGone, Complete, Deliver, End, RouterCommand, Satisfied, ToOne
 
 log = logging.getLogger("baton.gateway")
@@ -137,7 +137,9 @@ class Gateway:
             context=facts.context,
         )
         self._driver = Driver(bug, check=config.check)
-        self._router = Router(me, RouterConfig(max_queue_s=config.max_queue_s))
+        chosen = policies.live(config.policy)
+        waits = replace(chosen.router_config, max_queue_s=config.max_queue_s)
+        self._router = replace(chosen, router_config=waits).router(me, None)
         self._driver.seat("router", self._router, self._perform)
         self._sessions = Sessions(Greeting(self._me), self._driver, self._changed)
         self._registry = Registry(config.coordinator, self._member, self._sessions.members_changed)

@@ -14,6 +14,7 @@ from core.worker import Identity
 from engine.api import Engine, Row, Sampled
 from runtime.driver import Driver
 from runtime.jobs import JobThread
+from scheduler.learning import StepTook
 from scheduler.prefill_events import (
     Answer,
     AskForSink,
@@ -39,7 +40,10 @@ SEAT = "prefill"
 
 
 class PrefillShell:
-    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist."""
+    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist.
+
+    `stepped` hears what each step took, after the policy has.
+    """
 
     def __init__(
         self,
@@ -48,12 +52,14 @@ class PrefillShell:
         engine: Engine,
         thread: JobThread,
         tell: Callable[[Identity, Message], None],
+        stepped: Callable[[StepTook], None] = lambda step: None,
     ) -> None:
         self.policy = policy
         self._driver = driver
         self._engine = engine
         self._thread = thread
         self._tell = tell
+        self._stepped = stepped
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self.computed_tokens = 0
@@ -91,12 +97,14 @@ class PrefillShell:
         """On the engine's thread."""
         rows = [Row(holder(span.key), span.start, span.stop) for span in command.spans]
         try:
+            began = self._driver.now()
             sampled = self._engine.step(rows)
+            seconds = self._driver.now() - began
         except Exception as error:
             log.exception("a step of %s failed", ", ".join(span.key for span in command.spans))
             self._driver.post_threadsafe(SEAT, ChunkFailed(command.run_id, str(error)))
         else:
-            self._loop.call_soon_threadsafe(self._done, command, sampled)
+            self._loop.call_soon_threadsafe(self._done, command, sampled, seconds)
 
     def _open(self, name: str, request: Request, pages: tuple[int, ...], prompt: int) -> None:
         """On the engine's thread; what cannot be opened fails the step that needs it."""
@@ -105,8 +113,9 @@ class PrefillShell:
         except Exception:
             log.exception("%s cannot be opened", name)
 
-    def _done(self, command: RunChunk, sampled: list[Sampled]) -> None:
+    def _done(self, command: RunChunk, sampled: list[Sampled], seconds: float) -> None:
         """First tokens go to their clients before anything else is decided."""
+        rows = tuple((span.stop - span.start, span.start) for span in command.spans)
         keys = {holder(span.key): span.key for span in command.spans}
         self.computed_tokens += sum(span.stop - span.start for span in command.spans)
         begun = []
@@ -123,3 +132,4 @@ class PrefillShell:
                     told = replace(told, tokens=(each.token,), logits_hashes=(each.logits_hash,), logprobs=logprobs)
                 self._tell(ticket.minter, told)
         self._driver.post(SEAT, ChunkDone(command.run_id, tuple(begun)))
+        self._stepped(StepTook(rows, 0, 0, seconds))

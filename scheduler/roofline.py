@@ -95,6 +95,16 @@ CPU = Hardware(
 )  # fmt: skip
 HARDWARE = {hardware.name: hardware for hardware in (A100, H100, H200, CPU)}
 
+
+def cpu(threads: int, *, nbytes: int = 2, exact: bool = False) -> Hardware:
+    """A guess at a CPU of which nothing is known: `CPU` with so many cores; `nbytes` a value.
+
+    Without bf16 units an eighth of the products is left; exact mode takes 3 times as long to compute.
+    """
+    share = threads / 2 / (8 if nbytes == 4 else 1) / (3 if exact else 1)
+    return replace(CPU, name=f"cpu-{threads}", flops=CPU.flops * share)
+
+
 # What a read costs by kind of path. The first two: from Ready to Taken, digests included, between two processes here
 # (bench/results); NVLink: APEX's and Vidur's send and receive; a network of 400 Gb/s and a PCIe 5 bus to
 # host memory: their rates, unmeasured.
