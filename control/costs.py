@@ -64,16 +64,16 @@ def cost(config: WorkerConfig, engine: Engine, numerics: Numerics, fingerprint: 
         return model.at(config.pace, config.pace) if config.pace > 0 else model
     room = Room(engine.pages, engine.kv.page_tokens, context, config.chunk_tokens, config.max_rows)
     kind = Kind(machine(), os.cpu_count() or 1, numerics, config.hash_logits, fingerprint, room)
-    sizes = ModelConfig.read(config.model)
-    prior = guess(sizes, numerics)
     if config.profile_s <= 0:
-        return prior
+        return guess(ModelConfig.read(config.model), numerics)
     path = directory() / f"{_digest(kind)}.json"
     with _turn(path, config.profile_s + TURN_S):
         kept = read(path, kind)
         if kept is not None:
             log.info("steps: from %s: %s", path, said(kept))
             return kept
+        sizes = ModelConfig.read(config.model)
+        prior = guess(sizes, numerics)
         found = profile(engine, sizes.vocab, room, prior, config.profile_s, prior.name)
         write(path, kind, found)
     log.info("steps: profiled: %s", said(found))
@@ -94,7 +94,7 @@ def guess(config: ModelConfig, numerics: Numerics) -> CostModel:
         value_bytes=nbytes,
     )
     hardware = roofline.cpu(numerics.threads, nbytes=nbytes, exact=numerics.exact)
-    return roofline.roofline(f"{config.architecture} on {hardware.name}", sizes, hardware)
+    return roofline.roofline(f"{config.architecture} on {hardware.name}", sizes, hardware, lines=2)
 
 
 def profile(
