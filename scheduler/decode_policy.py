@@ -991,4 +991,6 @@ def _retired(guest: Guest) -> bool:
 
 
 def _frees(row: Row) -> bool:
-    return row.bound > 0 and row.place in (Place.RUNNING, Place.JOINING)
+    """Whether there is memory to be had from its request: one that waits to join may hold shared pages alone."""
+    held = row.bound or (row.guest.shares and row.guest.pages)
+    return held > 0 and row.place in (Place.RUNNING, Place.JOINING)
