@@ -101,12 +101,11 @@ def test_nothing_that_was_learned_waits_for_ever_and_nothing_is_due_before():
 
 
 def test_probes_notice_each_coefficient():
-    for which in range(3):
-        lines = tuple(tuple(v * (3 if at == which else 1) for at, v in enumerate(line)) for line in PRIOR.decode)
-        assert differ(PRIOR, replace(PRIOR, decode=lines)) > 0.05
-    for which in range(2):
-        lines = tuple(tuple(v * (3 if at == which else 1) for at, v in enumerate(line)) for line in PRIOR.prefill)
-        assert differ(PRIOR, replace(PRIOR, prefill=lines)) > 0.05
+    (a, b, c, d), (e, f, g) = PRIOR.prefill[0], PRIOR.decode[0]
+    for line in ((3 * a, b, c, d), (a, 3 * b, c, d)):
+        assert differ(PRIOR, replace(PRIOR, prefill=(line,))) > 0.05
+    for short in ((3 * e, f, g), (e, 3 * f, g), (e, f, 3 * g)):
+        assert differ(PRIOR, replace(PRIOR, decode=(short,))) > 0.05
     assert differ(PRIOR, PRIOR) == 0
 
 

@@ -91,6 +91,16 @@ def test_without_faults_every_request_is_served_though_memory_runs_out(deploymen
     assert sum(run(deployment, seed, 0.0) for seed in seeds) > 0, "memory did not run out"
 
 
+@pytest.mark.parametrize(
+    ("deployment", "seed", "faults"),
+    [("mixed", 7, 0.0), ("two mixed and a decode worker", 4, 0.0), ("mixed", 16, 1.0)],
+    ids=["each is promised what the other computes in", "alone, and no page free", "the same with faults"],
+)
+def test_rings_of_memory_that_were_met_on_the_way(deployment, seed, faults):
+    """In an arena of both phases."""
+    run(deployment, seed, faults)
+
+
 @pytest.mark.parametrize("deployment", DEPLOYMENTS)
 @SEEDS
 def test_with_faults_every_request_ends_and_nothing_is_wrong_or_lost(deployment, seeds):
