@@ -69,6 +69,8 @@ LANES = LanesConfig()
 """When a lane that failed is made again."""
 SUSPENDS = False
 """Whether engines can stop a step between two operators and go on with it later: what a policy's pre-emption needs."""
+HOST_PAGES = 0
+"""Pages of host memory that an engine can bring KV to and back: without any, rows that lose theirs are computed anew."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
@@ -110,9 +112,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         cost: Callable[[WorkerConfig, Engine, Numerics, str, int], CostModel] = costs.cost,
     ) -> None:
         self._config = config
-        self._policy = policies.live(config.policy).sized(
-            chunk_tokens=config.chunk_tokens, max_rows=config.max_rows, max_steps=config.max_steps, suspends=SUSPENDS
-        )
+        self._policy = policies.live(config.policy)
         self._cost = cost
         self._me = me
         self._build = build
@@ -215,7 +215,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
         if role.prefills:
-            prefill = self._policy.prefill(self._me, engine.kv, ledger, cost)
+            prefill = self._of_role(engine, role).prefill(self._me, engine.kv, ledger, cost)
             self._prefill = PrefillShell(
                 prefill, driver, engine, self._engine_thread, self._gateways.tell, self._stepped
             )
@@ -231,11 +231,15 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             )
 
     def _of_role(self, engine: Engine, role: Role) -> Policy:
-        """The deployment's policy as this decode worker runs it."""
-        config, policy = self._config, self._policy
-        if role is Role.MIXED:
-            # Its prompts wait for the running order, so it gives short ones.
-            policy = replace(policy, decode_config=replace(policy.decode_config, max_steps=1))
+        """The deployment's policy as this worker and its engine run it."""
+        config = self._config
+        policy = self._policy.sized(
+            chunk_tokens=config.chunk_tokens,
+            max_rows=config.max_rows,
+            max_steps=1 if role is Role.MIXED else config.max_steps,  # its prompts wait for the running order
+            suspends=SUSPENDS,
+            host_pages=HOST_PAGES,
+        )
         bounds = MigrationConfig(
             config.migrate_below_steps,
             config.migrate_above_steps,

@@ -76,14 +76,14 @@ class Policy:
     colocated: bool = False
     """All workers do both phases, whatever role they were given."""
 
-    def sized(self, *, chunk_tokens: int, max_rows: int, max_steps: int, suspends: bool) -> Policy:
-        """The same decisions over steps of another size; `suspends`: the engine can stop a step and go on with it.
+    def sized(self, *, chunk_tokens: int, max_rows: int, max_steps: int, suspends: bool, host_pages: int = 0) -> Policy:
+        """The same decisions for an engine of another size: of its steps, of its orders, of its host memory.
 
-        Most prompt tokens and most sequences of one step, most decode steps of one order.
+        `suspends`: it can stop a step between two operators and go on with it later.
         """
         preempt = self.prefill_config.preempt and suspends
         prefill = replace(self.prefill_config, chunk_tokens=chunk_tokens, max_rows=max_rows, preempt=preempt)
-        decode = replace(self.decode_config, max_rows=max_rows, max_steps=max_steps)
+        decode = replace(self.decode_config, max_rows=max_rows, max_steps=max_steps, host_pages=host_pages)
         return replace(self, prefill_config=prefill, decode_config=decode)
 
     def router(self, me: Identity, cost: CostModel | None, *, mixed_alone: bool = False) -> Router:

@@ -30,7 +30,7 @@ def test_the_size_of_steps_is_the_engines_and_all_else_the_policys():
         assert found.prefill_config.preempt == each.prefill_config.preempt
         assert not each.sized(**SIZES, suspends=False).prefill_config.preempt
         assert found.prefill_config == replace(each.prefill_config, chunk_tokens=100, max_rows=7)
-        assert found.decode_config == replace(each.decode_config, max_rows=7, max_steps=3)
+        assert found.decode_config == replace(each.decode_config, max_rows=7, max_steps=3, host_pages=0)
 
 
 def test_ours_is_two_queues_forecast_memory_capped_gaps_and_two_candidates():
