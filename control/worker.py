@@ -70,7 +70,7 @@ LANES = LanesConfig()
 SUSPENDS = False
 """Whether engines can stop a step between two operators and go on with it later: what a policy's pre-emption needs."""
 HOST_PAGES = 0
-"""Pages of host memory that an engine can bring KV to and back: without any, rows that lose theirs are computed anew."""
+"""Pages of host memory that an engine can bring KV to and back; without any, rows that lose theirs are recomputed."""
 SCRATCH_NBYTES = 4 * 2**20
 """Most bytes of the arena kept for lane probes."""
 
