@@ -3,7 +3,8 @@
 A profile has seconds, not minutes, and an engine may be a thousand times slower than another. So steps of both phases
 take turns, a short and a long one first, what lies between after them. Each is done once to warm up and then until it
 was timed `repeats` times, or has had its share of the time; one that is predicted to take too long is skipped. What was
-not timed is filled in by the prior, at the level that was measured: its shape counts, its speed does not.
+not timed is filled in by the prior, at the level that was measured: its shape counts, its speed does not. Margins are
+never wider than the prior's: at a start other processes start as well, and of so few samples a tail is one of them.
 
 | parameter | unit | default | meaning |
 |---|---|---|---|
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from scheduler.cost import CostModel, Row, decode_features, prefill_features
+from scheduler.cost import CostModel, Phase, Row, decode_features, prefill_features
 from scheduler.cost_fit import Sample, fit, margins_of
 
 PREFILL_NEW = (16, 512, 128, 2048, 256, 1024, 32, 4096, 8192)
@@ -172,7 +173,7 @@ class Profile:
         self.spent_s += seconds
 
     def model(self, name: str) -> CostModel:
-        """What was timed, and the prior's shape where nothing was; its margins are its own errors."""
+        """What was timed, and the prior's shape where nothing was; margins are its own errors, the prior's at most."""
         samples: dict[bool, list[Sample]] = {True: [], False: []}
         for shape, seconds in self._timed:
             samples[shape.decodes].append(Sample(_features(shape), _middle(seconds)))
@@ -182,7 +183,7 @@ class Profile:
         fill, step = (fallback if (level := self._level(which)) is None else level for which in (False, True))
         at_level = self._prior.at(fill, step)
         model = fit(name, samples[False], samples[True], prior=at_level, prior_weight=self._prior_weight)
-        margins = dict(model.margins)
+        margins, most = dict(model.margins), dict(self._prior.margins)
         for decodes in (False, True):
             errors = [
                 each / shape.seconds(model) - 1
@@ -191,7 +192,9 @@ class Profile:
                 for each in seconds
             ]
             if errors:
-                margins["decode" if decodes else "prefill"] = margins_of(errors)
+                phase: Phase = "decode" if decodes else "prefill"
+                own = margins_of(errors)
+                margins[phase] = tuple(map(min, own, most[phase])) if phase in most else own
         return replace(model, margins=tuple(sorted(margins.items())))
 
     def _note(self, shape: Shape) -> None:

@@ -127,6 +127,14 @@ def test_margins_are_what_was_off():
         assert rough.model("it").margin(phase, 0.9) > 0.2
 
 
+def test_margins_are_no_wider_than_the_priors():
+    profile, rng = Profile(ROOM, PRIOR, 60.0), random.Random(7)
+    while (shape := profile.next()) is not None:
+        profile.took(shape.seconds(TRUTH) * (5.0 if rng.random() < 0.3 else 1.0))
+    for phase in ("prefill", "decode"):
+        assert profile.model("it").margin(phase, 0.99) == PRIOR.margin(phase, 0.99)
+
+
 def test_the_same_times_give_the_same_model():
     models = []
     for _ in range(2):
