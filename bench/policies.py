@@ -26,11 +26,11 @@ from typing import Any
 from bench.report import Row, emit, parser, progress
 from core.errors import SetupError
 from core.request import Phase, Slo
+from scheduler.policies import ABLATIONS, BASELINES, BATON, REFUSING, SHIPPED, Policy, policy
 from sim.fleet import workers
 from sim.goodput import Estimate, Goal, edge, trial
 from sim.outcome import Outcome
 from sim.plot import Axis, Bar, bars
-from sim.policies import ABLATIONS, BASELINES, BATON, REFUSING, SHIPPED, Policy, policy
 from sim.run import Settings
 from sim.source import Source, source
 from sim.workload import Workload

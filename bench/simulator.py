@@ -37,12 +37,12 @@ from bench.report import Row, emit, median, parser, progress
 from core.errors import SetupError
 from core.request import Slo
 from scheduler.past_future import PastFuture
+from scheduler.policies import BATON, Policy
 from sim import traces
 from sim.fleet import Build, workers
 from sim.generators import AZURE_CONV, generate
 from sim.goodput import Goal, search, trial
 from sim.outcome import Outcome
-from sim.policies import BATON, Policy
 from sim.run import Result, Settings, Simulation, simulate
 from sim.workload import Arrival, Workload
 

@@ -100,10 +100,11 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
     ) -> registry_pb2.HeartbeatResponse:
         try:
             lanes = tuple(wire.lane_from(lane) for lane in request.lanes)
+            costs = wire.costs_from(request.costs) if request.HasField("costs") else None
             identity = wire.identity(request.identity)
         except RemoteError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        if isinstance(self._ask(Renewed(identity, request.ready, lanes)), Unknown):
+        if isinstance(self._ask(Renewed(identity, request.ready, lanes, costs)), Unknown):
             await context.abort(grpc.StatusCode.NOT_FOUND, f"{request.identity} is not registered")
         return registry_pb2.HeartbeatResponse()
 

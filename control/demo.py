@@ -38,7 +38,7 @@ def prompts() -> list[str]:
 
 def run() -> None:
     """The whole demo; raises SetupError or RpcFailure."""
-    config = DeploymentConfig(model=str(MODEL), prefill=2, decode=1, port=0, kv_memory="64M")
+    config = DeploymentConfig(model=str(MODEL), prefill=2, decode=1, port=0, kv_memory="64M", profile_s=0.5)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="baton-demo-") as scratch:
         log = Path(scratch) / "baton.log"

@@ -30,6 +30,7 @@ from core.config import (
 from core.errors import SetupError
 from core.worker import Role
 from runtime import log as logs
+from scheduler import policies
 
 START_S = 120.0
 """A process that does not listen within this time has failed."""
@@ -187,6 +188,7 @@ class Deployment:
         worker_entry: str = "control.process",
     ) -> None:
         self.config = config
+        self._policy = policies.live(config.policy)
         self._model = model
         self._served_name = served_name
         self._say = say
@@ -300,6 +302,7 @@ class Deployment:
                 ttft_s=c.ttft_s,
                 gap_s=c.gap_s,
                 prefix_cache=c.prefix_cache,
+                policy=c.policy,
                 check=c.check,
                 record=self._record,
             )
@@ -332,7 +335,9 @@ class Deployment:
                     preempt=c.preempt,
                     max_rows=c.max_rows,
                     max_steps=c.max_steps,
-                    migrate=c.migrate,
+                    policy=c.policy,
+                    profile_s=c.profile_s,
+                    migrate=c.migrate or self._policy.migration is not None,
                     migrate_below_steps=c.migrate_below_steps,
                     migrate_above_steps=c.migrate_above_steps,
                     hash_logits=c.hash_logits,

@@ -18,10 +18,10 @@ from typing import TextIO
 
 from core.errors import LocalError, SetupError
 from core.request import Slo
+from scheduler.policies import POLICIES, Policy, policy
 from sim.fleet import Build, workers
 from sim.goodput import Goal, Goodput, Trial, curve, goodput
 from sim.outcome import Outcome, Tally
-from sim.policies import POLICIES, Policy, policy
 from sim.report import Requests, write
 from sim.run import Settings, simulate
 from sim.scenario import CALM, Scenario, read, shipped
@@ -271,7 +271,7 @@ def find(name: str) -> Policy:
         ) from error
     found = getattr(module, "POLICY", None)
     if not isinstance(found, Policy):
-        raise SetupError(f"policy: {name}: POLICY: got {found!r}, want a sim.policies.Policy")
+        raise SetupError(f"policy: {name}: POLICY: got {found!r}, want a scheduler.policies.Policy")
     return found
 
 

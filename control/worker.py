@@ -10,6 +10,7 @@ from typing import assert_never
 
 import grpc
 
+from control import costs
 from control.handoff import HandOffShell
 from control.peers import Gateways, Peers
 from core.config import WorkerConfig
@@ -17,7 +18,7 @@ from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
 from core.messages import Cancel, Message, Offer, Prompt, ToPeer
 from core.pages import Owner, Pages
-from core.worker import Greeting, Identity, Lane, Member, Numerics, Role, fell_back
+from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, fell_back
 from decode.shell import DecodeShell
 from engine.api import Engine
 from kernels import native
@@ -27,11 +28,11 @@ from runtime import inspection, rpc
 from runtime.driver import Driver
 from runtime.inspection import Inspection
 from runtime.jobs import JobThread
-from runtime.metrics import Gauges, Metrics
+from runtime.metrics import RATIOS, Gauges, Metrics
 from runtime.registry import Registry
-from scheduler import decode_policy, prefill_policy
+from scheduler import decode_policy, policies, prefill_policy
+from scheduler.cost import QUANTILES, CostModel, Repriced
 from scheduler.decode_migrating import MigratingPolicy
-from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.drain import Begun, Drain, DrainCommand, Drained, Look, Looked
 from scheduler.lanes import (
     Broke,
@@ -47,8 +48,10 @@ from scheduler.lanes import (
     NotMade,
     Parted,
 )
+from scheduler.learning import Announce, Learning, LearningCommand, StepTook
 from scheduler.migration import MigrationConfig
-from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
+from scheduler.past_future import PastFuture
+from scheduler.policies import Policy
 from transfer import thread as lanes
 from transfer.digest import Sums
 from transfer.sink import Sink
@@ -92,7 +95,7 @@ def _sums() -> Sums | None:
 class Worker(worker_pb2_grpc.WorkerServiceServicer):
     """One worker process's inside. `bug` is called when it should end because of a fault of our own.
 
-    `transport` makes the lane of a kind, on the transfer thread.
+    `transport` makes the lane of a kind, on the transfer thread; `cost` says what steps take, on the engine's.
     """
 
     def __init__(
@@ -103,8 +106,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         load: Callable[[WorkerConfig], tuple[Engine, Numerics, str, int]],
         bug: Callable[[BaseException], None],
         transport: Callable[[str, Identity], Transport] = make_transport,
+        cost: Callable[[WorkerConfig, Engine, Numerics, str, int], CostModel] = costs.cost,
     ) -> None:
         self._config = config
+        self._policy = policies.live(config.policy)
+        self._cost = cost
         self._me = me
         self._build = build
         self._load = load
@@ -123,6 +129,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         inspect_pb2_grpc.add_InspectServiceServicer_to_server(self.inspection, self._server.grpc)
         self._metrics = Metrics(self._gauges)
         self._step_s = self._metrics.histogram("decode_step_seconds", "Engine time of one decode step.")
+        wrong = "Engine time of a step over what the cost model had predicted."
+        self._error = self._metrics.histogram("step_cost_ratio", wrong, ("phase",), RATIOS)
+        spent = "Engine time of steps."
+        self._spent = self._metrics.counter("step_measured_seconds", spent, ("phase",))
+        self._expected = self._metrics.counter("step_predicted_seconds", f"{spent} As predicted.", ("phase",))
         self._healthy = False
         self._lag_s = 0.0
         self.address = self._server.address
@@ -132,7 +143,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         """Load the model, register the arena, serve, join the deployment; returns when registered is under way."""
         config, role = self._config, self._config.role
         self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
-        engine, numerics, fingerprint, context = await self._loaded()
+        engine, numerics, fingerprint, context, cost = await self._loaded()
         self._engine = engine
         self._ledger = Pages(engine.pages)
         scratch = max(1, min(SCRATCH_NBYTES // engine.kv.page_nbytes, engine.pages // 20))
@@ -169,9 +180,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             numerics=numerics,
             transport=config.transport,
             migrates=config.migrate and role is Role.DECODE,
+            costs=Costs(cost.prefill, cost.decode),
         )
         self._greeting = Greeting(self._base, metadata, scratch)
-        self._seat(engine, role)
+        self._seat(engine, role, cost)
         await self._server.start()
         self._registry = Registry(config.coordinator, self.member, self._members_changed)
         self._tasks = [asyncio.create_task(self._registered()), asyncio.create_task(self._watch_lag())]
@@ -179,8 +191,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._driver.post("lanes", Met(self._me))
         log.info("serving %s on %s: %d pages of %d tokens", role, self.address, engine.pages, engine.kv.page_tokens)
 
-    def _seat(self, engine: Engine, role: Role) -> None:
-        config, driver = self._config, self._driver
+    def _seat(self, engine: Engine, role: Role, cost: CostModel) -> None:
+        driver, ledger = self._driver, self._ledger
+        self._learning = Learning(cost)
+        driver.seat("costs", self._learning, self._reprice)
         self._ways = Lanes(LANES)
         driver.seat("lanes", self._ways, self._lay)
         self._gateways = Gateways(self._base, driver, self._gateway_heard, self._gateway_lost)
@@ -200,33 +214,62 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
         if role.prefills:
-            settings = PrefillConfig(config.chunk_tokens, config.max_rows, preempt=config.preempt)
-            policy = PrefillPolicy(self._me, engine.kv, self._ledger, settings)
-            tell, preempt = self._gateways.tell, config.preempt
-            self._prefill = PrefillShell(policy, driver, engine, self._engine_thread, tell, preempt)
+            prefill = self._of_role(engine, role).prefill(self._me, engine.kv, ledger, cost)
+            tell, preempt = self._gateways.tell, self._config.preempt
+            self._prefill = PrefillShell(prefill, driver, engine, self._engine_thread, tell, self._stepped, preempt)
         if role.decodes:
-            # A mixed worker's prompts wait for the running order, so it gives short ones.
-            steps = 1 if role is Role.MIXED else config.max_steps
             self._decode = DecodeShell(
-                self._batch(engine, DecodeConfig(config.max_rows, steps, host_pages=engine.host_pages)),
+                self._of_role(engine, role).decode(self._me, engine.kv, ledger, cost),
                 driver,
                 engine,
                 self._engine_thread,
                 self._gateways.tell,
-                lambda _, s: self._step_s.observe(s),
+                self._stepped,
                 self._send_peer,
             )
 
-    def _batch(self, engine: Engine, settings: DecodeConfig) -> DecodePolicy:
+    def _of_role(self, engine: Engine, role: Role) -> Policy:
+        """The deployment's policy as this worker and its engine run it."""
         config = self._config
-        if not self._base.migrates:
-            return DecodePolicy(self._me, engine.kv, self._ledger, settings)
+        policy = self._policy.sized(
+            chunk_tokens=config.chunk_tokens,
+            max_rows=config.max_rows,
+            max_steps=1 if role is Role.MIXED else config.max_steps,  # its prompts wait for the running order
+            suspends=config.preempt,
+            host_pages=engine.host_pages,
+        )
         bounds = MigrationConfig(
             config.migrate_below_steps,
             config.migrate_above_steps,
             last_pages=max(1, LAST_TOKENS // engine.kv.page_tokens),
         )
-        return MigratingPolicy(self._me, engine.kv, self._ledger, settings, bounds)
+        return replace(policy, migration=bounds if self._base.migrates else None)
+
+    def _stepped(self, step: StepTook) -> None:
+        """A step is over: say how far off its prediction was, and learn from it."""
+        phase = "prefill" if step.rows else "decode"
+        predicted_s = self._learning.cost.step_s(step.rows, step.batch, step.context)
+        self._spent.labels(phase).inc(step.seconds)
+        self._expected.labels(phase).inc(predicted_s)
+        if predicted_s > 0:
+            self._error.labels(phase).observe(step.seconds / predicted_s)
+        if step.batch:
+            self._step_s.observe(step.seconds)
+        self._driver.post("costs", step)
+
+    def _reprice(self, command: LearningCommand) -> None:
+        """Steps take another time than the policies here, or those who choose workers, have been told."""
+        match command:
+            case Repriced():
+                for seat, shell in (("prefill", self._prefill), ("decode", self._decode)):
+                    if shell is not None:
+                        self._driver.post(seat, command)
+            case Announce(cost):
+                log.info("steps: %s", costs.said(cost))
+                self._base = replace(self._base, costs=Costs(cost.prefill, cost.decode))
+                self._registry.renew()
+            case _:
+                assert_never(command)
 
     async def drain(self) -> None:
         """Take nothing more and give running rows away, as long as somebody may take them and it does not take long."""
@@ -288,13 +331,14 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         await self._peers.accept(request_iterator, context)
 
-    async def _loaded(self) -> tuple[Engine, Numerics, str, int]:
-        """The engine, made on its own thread."""
-        done: asyncio.Future[tuple[Engine, Numerics, str, int]] = self._loop.create_future()
+    async def _loaded(self) -> tuple[Engine, Numerics, str, int, CostModel]:
+        """The engine, made on its own thread, and what its steps take."""
+        done: asyncio.Future[tuple[Engine, Numerics, str, int, CostModel]] = self._loop.create_future()
 
         def job() -> None:
             try:
-                loaded = self._load(self._config)
+                found = self._load(self._config)
+                loaded = *found, self._cost(self._config, *found)
             except Exception as error:
                 self._loop.call_soon_threadsafe(done.set_exception, error)
             else:
@@ -526,6 +570,24 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 yield "rows_offered", "Running rows offered to others.", {"outcome": "moved"}, float(moves.given)
                 yield "rows_offered", "Running rows offered to others.", {"outcome": "stayed"}, float(moves.stayed)
                 yield "freeness_steps", "Steps until memory is used up.", {}, policy.freeness()
+            yield "promises_revoked", "Promises of memory that were taken back.", {}, float(policy.revoked)
+            rule = policy.admission
+            if isinstance(rule, PastFuture):
+                for by, count in {"lengths": rule.quick, "peak": rule.peaks}.items():
+                    yield "admissions", "Promises of memory, by what showed that it suffices.", {"by": by}, float(count)
+        for phase in ("prefill", "decode"):
+            for quantile in QUANTILES:
+                labels = {"phase": phase, "quantile": f"{quantile:g}"}
+                margin = self._learning.cost.margin(phase, quantile)
+                yield (
+                    "step_cost_margin",
+                    "By how much steps exceed predictions.",
+                    labels,
+                    margin,
+                )
+        steps = {"learned": self._learning.learned, "outlier": self._learning.outliers}
+        for what, count in steps.items():
+            yield "step_cost_samples", "Steps that the cost model learned from.", {"what": what}, float(count)
         for peer, lane in self._lanes.items():
             labels = {"source": peer.name, "transport": lane.transport}
             yield "lane_gbytes_per_second", "Measured speed of a lane.", labels, lane.gbytes_per_s

@@ -62,6 +62,10 @@ class WorkerConfig:
     """It is short when its rows have memory for fewer steps than these."""
     migrate_above_steps: int = 192
     """Another takes rows while its own have memory for more steps than these."""
+    policy: str = "baton"
+    """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
+    profile_s: float = 2.0
+    """Most seconds in which a worker times its steps at its first start on this machine; 0: it guesses, and learns."""
     hash_logits: bool = False
     """Hash the logits of every token, for comparisons."""
     engine: str = "torch"
@@ -106,6 +110,8 @@ class GatewayConfig:
     """Token gap goal of requests that bring none; 0: best effort."""
     prefix_cache: bool = True
     """Let workers keep the KV of prompts for others that begin alike, within a tenant."""
+    policy: str = "baton"
+    """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
     check: bool = False
     """Check the router's invariants at every step; for tests."""
     record: str = ""
@@ -204,6 +210,10 @@ class DeploymentConfig:
     """Most sequences in one engine step."""
     max_steps: int = 16
     """Most decode steps in one order to the engine."""
+    policy: str = "baton"
+    """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
+    profile_s: float = 2.0
+    """Most seconds in which a worker times its steps at its first start on this machine; 0: it guesses, and learns."""
     migrate: bool = False
     """A decode worker that is short of memory, or is to end, gives its running rows to others."""
     migrate_below_steps: int = 48
@@ -259,6 +269,8 @@ class DeploymentConfig:
         for field in ("max_queue_s", "ttft_s", "gap_s"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise bad(field, "a finite time of at least 0")
+        if not 0 <= self.profile_s < math.inf:
+            raise bad("profile_s", "a finite time of at least 0")
         if not 0 < self.timeout_s < math.inf:
             raise bad("timeout_s", "a finite time above 0")
         if not 0 <= self.migrate_below_steps <= self.migrate_above_steps:

@@ -92,6 +92,14 @@ def fell_back(transport: str, reader: str, source: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Costs:
+    """What a worker's steps take, as far as others care: the lines of `scheduler.cost`, in seconds a unit."""
+
+    prefill: tuple[tuple[float, float, float, float], ...]
+    decode: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Member:
     """What a process registers with the coordinator."""
 
@@ -117,6 +125,8 @@ class Member:
     migrates: bool = False
     """Rows that run here may move to others that do so too, and theirs to it."""
     lanes: tuple[Lane, ...] = field(default=())
+    costs: Costs | None = None
+    """As it said last, which it does seldom; None if it did not."""
 
     @property
     def kv_tokens(self) -> int:

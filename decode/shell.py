@@ -48,6 +48,7 @@ from scheduler.decode_events import (
     WithdrawRow,
 )
 from scheduler.decode_policy import DecodePolicy
+from scheduler.learning import StepTook
 from transfer.sink import Decided, Drop
 from transfer.source import AskToMove, Sealed, Withdraw
 
@@ -104,7 +105,7 @@ class DecodeShell:
         engine: Engine,
         thread: JobThread,
         tell: Callable[[Identity, Message], None],
-        stepped: Callable[[int, float], None] = lambda rows, seconds: None,
+        stepped: Callable[[StepTook], None] = lambda step: None,
         tell_peer: Callable[[Identity, Freeness], object] = lambda peer, message: None,
     ) -> None:
         self.policy = policy
@@ -186,7 +187,8 @@ class DecodeShell:
                 self._note(self._sequences[each.sequence], each)
                 ended = ended or each.finish is not None
             steps += 1
-            self._loop.call_soon_threadsafe(self._emit, sampled, self._driver.now() - started)
+            took = StepTook((), len(ends), sum([end for _, end in ends]), self._driver.now() - started)
+            self._loop.call_soon_threadsafe(self._emit, sampled, took)
         names = {each.sequence: self._names(self._sequences[each.sequence]) for each in sampled if each.finish}
         self._loop.call_soon_threadsafe(self._ran, command, steps, sampled, names)
 
@@ -275,9 +277,8 @@ class DecodeShell:
         self._sequences.pop(key, None)
         self._engine.close(key)
 
-    def _emit(self, sampled: list[Sampled], seconds: float) -> None:
+    def _emit(self, sampled: list[Sampled], took: StepTook) -> None:
         """The first step of a sequence repeats what another worker said, whose message may be late or lost."""
-        self._stepped(len(sampled), seconds)
         for each in sampled:
             row = self._rows.get(each.sequence)
             if row is None:
@@ -295,6 +296,7 @@ class DecodeShell:
                 tokens, logprobs = before.tokens + tokens, before.logprobs + logprobs
             if tokens:
                 self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.branch, logprobs))
+        self._stepped(took)
 
     def _ran(self, command: Run, steps: int, sampled: list[Sampled], names: Mapping[str, tuple[int, ...]]) -> None:
         ended = []

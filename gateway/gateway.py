@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -31,7 +31,7 @@ from runtime.driver import Driver
 from runtime.inspection import Inspection
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
-from scheduler.router import Router, RouterConfig
+from scheduler import policies
 from scheduler.router_events import Arrived, ClientGone, Complete, Deliver, End, RouterCommand, Satisfied, ToOne
 
 log = logging.getLogger("baton.gateway")
@@ -141,7 +141,9 @@ class Gateway:
             context=facts.context,
         )
         self._driver = Driver(bug, check=config.check)
-        self._router = Router(me, RouterConfig(max_queue_s=config.max_queue_s))
+        chosen = policies.live(config.policy)
+        waits = replace(chosen.router_config, max_queue_s=config.max_queue_s)
+        self._router = replace(chosen, router_config=waits).router(me, None)
         self._driver.seat("router", self._router, self._perform)
         self._traces = Traces(self._router, self._driver.now)
         self.inspection = Inspection(str(me), self._driver, more=self._unread, trace=self._traced, here_only=True)

@@ -15,6 +15,7 @@ from core.worker import Identity
 from engine.api import Engine, Row, Sampled, Step
 from runtime.driver import Driver
 from runtime.jobs import JobThread
+from scheduler.learning import StepTook
 from scheduler.prefill_events import (
     Answer,
     AskForSink,
@@ -44,6 +45,7 @@ class PrefillShell:
     """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist.
 
     With `preempt` steps can be suspended; without, a `Suspend` is answered by the end of the step.
+    `stepped` hears what each step took, after the policy has.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PrefillShell:
         engine: Engine,
         thread: JobThread,
         tell: Callable[[Identity, Message], None],
+        stepped: Callable[[StepTook], None] = lambda step: None,
         preempt: bool = False,
     ) -> None:
         self.policy = policy
@@ -60,11 +63,12 @@ class PrefillShell:
         self._engine = engine
         self._thread = thread
         self._tell = tell
+        self._stepped = stepped
         self._preempt = preempt
         self._stop = 0
         """The run that is to stop; others do not obey."""
-        self._suspended: tuple[RunChunk, Step] | None = None
-        """The engine thread's own."""
+        self._suspended: tuple[RunChunk, Step, float] | None = None
+        """With the seconds it has computed; the engine thread's own."""
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[str, Ticket] = {}
         self.computed_tokens = 0
@@ -100,27 +104,29 @@ class PrefillShell:
             case _:
                 assert_never(command)
 
-    def _run(self, command: RunChunk, step: Step | None = None) -> None:
-        """On the engine's thread; `step` is one that goes on."""
+    def _run(self, command: RunChunk, step: Step | None = None, spent_s: float = 0.0) -> None:
+        """On the engine's thread; `step` is one that goes on, after `spent_s` of computing."""
         rows = [Row(holder(span.key), span.start, span.stop) for span in command.spans]
         sampled: list[Sampled] | None
         try:
+            began = self._driver.now()
             if self._preempt:
                 step = step or self._engine.begin(rows)
                 sampled = step.run(lambda: self._stop == command.run_id)
             else:
                 sampled = self._engine.step(rows)
+            spent_s += self._driver.now() - began
         except Exception as error:
             log.exception("a step of %s failed", ", ".join(span.key for span in command.spans))
             self._driver.post_threadsafe(SEAT, ChunkFailed(command.run_id, str(error)))
             return
         if sampled is not None:
-            self._loop.call_soon_threadsafe(self._done, command, sampled)
+            self._loop.call_soon_threadsafe(self._done, command, sampled, spent_s)
             return
         assert step is not None
         if self._suspended is not None:
             raise LocalError(f"run {command.run_id} stopped, and run {self._suspended[0].run_id} had: want one of them")
-        self._suspended = command, step
+        self._suspended = command, step, spent_s
         self._driver.post_threadsafe(SEAT, Suspended(command.run_id))
 
     def _resume(self, run_id: int) -> None:
@@ -128,9 +134,9 @@ class PrefillShell:
         if self._suspended is None or self._suspended[0].run_id != run_id:
             got = None if self._suspended is None else self._suspended[0].run_id
             raise LocalError(f"run {run_id} is to go on, want the suspended one, which is {got}")
-        command, step = self._suspended
+        command, step, spent_s = self._suspended
         self._suspended = None
-        self._run(command, step)
+        self._run(command, step, spent_s)
 
     def _open(self, name: str, request: Request, pages: tuple[int, ...], prompt: int) -> None:
         """On the engine's thread; what cannot be opened fails the step that needs it."""
@@ -139,8 +145,9 @@ class PrefillShell:
         except Exception:
             log.exception("%s cannot be opened", name)
 
-    def _done(self, command: RunChunk, sampled: list[Sampled]) -> None:
+    def _done(self, command: RunChunk, sampled: list[Sampled], seconds: float) -> None:
         """First tokens go to their clients before anything else is decided."""
+        rows = tuple((span.stop - span.start, span.start) for span in command.spans)
         keys = {holder(span.key): span.key for span in command.spans}
         self.computed_tokens += sum(span.stop - span.start for span in command.spans)
         begun = []
@@ -157,3 +164,4 @@ class PrefillShell:
                     told = replace(told, tokens=(each.token,), logits_hashes=(each.logits_hash,), logprobs=logprobs)
                 self._tell(ticket.minter, told)
         self._driver.post(SEAT, ChunkDone(command.run_id, tuple(begun)))
+        self._stepped(StepTook(rows, 0, 0, seconds))

@@ -37,6 +37,9 @@ SECONDS = (
 )
 """Bucket bounds in seconds, after the OpenTelemetry GenAI conventions with a longer tail."""
 
+RATIOS = (0.1, 0.25, 0.5, 0.67, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 10.0)
+"""Bucket bounds of measured over predicted."""
+
 SCRAPE_S = 5.0
 """A scrape fails if the loop does not answer within this time."""
 
@@ -74,9 +77,11 @@ class Metrics:
         self._server: WSGIServer | None = None
         self._thread: Thread | None = None
 
-    def histogram(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Histogram:
-        """A histogram of seconds named baton_NAME."""
-        return Histogram(f"baton_{name}", text, labels, buckets=SECONDS, registry=self.registry)
+    def histogram(
+        self, name: str, text: str, labels: tuple[str, ...] = (), buckets: tuple[float, ...] = SECONDS
+    ) -> Histogram:
+        """A histogram named baton_NAME, of seconds unless its buckets are others."""
+        return Histogram(f"baton_{name}", text, labels, buckets=buckets, registry=self.registry)
 
     def counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
         """A counter named baton_NAME."""

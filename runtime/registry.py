@@ -76,6 +76,7 @@ class Registry:
                 identity=str(member.identity),
                 ready=member.ready,
                 lanes=[wire.registry_lane(lane) for lane in member.lanes],
+                costs=wire.registry_costs(member.costs),
             )
             try:
                 await self._stub.Heartbeat(request, timeout=5.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 
 from core import messages as m
@@ -9,7 +11,7 @@ from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 
@@ -107,6 +109,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
         ready=member.ready,
         migrates=member.migrates,
         lanes=[registry_lane(lane) for lane in member.lanes],
+        costs=registry_costs(member.costs),
     )
 
 
@@ -130,6 +133,27 @@ def member_from(body: registry_pb2.Member) -> Member:
         ready=body.ready,
         migrates=body.migrates,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
+        costs=costs_from(body.costs) if body.HasField("costs") else None,
+    )
+
+
+def registry_costs(costs: Costs | None) -> registry_pb2.StepCosts | None:
+    """What steps take, as the registry carries it."""
+    if costs is None:
+        return None
+    prefill, decode = (list(itertools.chain(*lines)) for lines in (costs.prefill, costs.decode))
+    return registry_pb2.StepCosts(prefill=prefill, decode=decode)
+
+
+def costs_from(body: registry_pb2.StepCosts) -> Costs:
+    """The inverse of `registry_costs`; raises RemoteError on what are no lines of costs."""
+    fills, steps = tuple(body.prefill), tuple(body.decode)
+    whole = fills and steps and not (len(fills) % 4 or len(steps) % 3)
+    if not (whole and all(0 <= value < math.inf for value in (*fills, *steps))):
+        raise RemoteError(f"costs: got {fills} and {steps}, want lines of 4 and of 3 numbers from 0 on")
+    return Costs(
+        tuple((a, b, c, d) for a, b, c, d in zip(*(iter(fills),) * 4, strict=True)),
+        tuple((a, b, c) for a, b, c in zip(*(iter(steps),) * 3, strict=True)),
     )
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Row = tuple[int, int]  # (new, cached) tokens of one request in a step; new > 0
@@ -186,6 +186,12 @@ class CostModel:
                 return lane
         raise ValueError(f"lane: got {name!r}, wanted one of {[lane.name for lane in self.lanes]} of {self.name}")
 
+    def at(self, prefill: float = 1.0, decode: float = 1.0) -> CostModel:
+        """The same on a machine whose prefill and decode steps take so many times as long; lanes are as they are."""
+        fills = tuple((a * prefill, b * prefill, c * prefill, d * prefill) for a, b, c, d in self.prefill)
+        steps = tuple((a * decode, b * decode, c * decode) for a, b, c in self.decode)
+        return replace(self, prefill=fills, decode=steps)
+
     def margin(self, phase: Phase, q: float) -> float:
         """What to add, relative, so that a share `q` of times of this phase are no longer than predicted.
 
@@ -228,6 +234,13 @@ class CostModel:
             tuple(Lane(name, *costs) for name, costs in document["lanes"].items()),
             tuple((phase, tuple(margins)) for phase, margins in document["margins"].items()),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Repriced:
+    """An event of policies that predict: steps take as long as this model says, from now on."""
+
+    cost: CostModel
 
 
 def _coefficients(what: str, values: Sequence[float], count: int) -> None:

@@ -12,6 +12,7 @@ from core.messages import Cancel, Carried, Failed, Finished, First, Freeness, Mo
 from core.quick import quick_init
 from core.request import Request, Stage, Ticket
 from core.worker import Identity
+from scheduler.cost import Repriced
 
 
 # Events.
@@ -334,5 +335,6 @@ DecodeEvent = (
     | Freeness
     | MoveAsked
     | MoveEnded
+    | Repriced
 )
 DecodeCommand = Answer | Run | Cut | Leave | Evict | SwapOut | SwapIn | DropHandOff | Tell | Moving

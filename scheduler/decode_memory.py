@@ -74,7 +74,8 @@ class Memory:
             limit = max(0, min(limit, batch.steps_within(room)))
             needed = batch.needed(limit)
         self.horizon = batch.step + limit
-        self._planned = needed
+        # Beside others in this arena there may be too little for the rows as they are: they wait with what there is.
+        self._planned = min(needed, room)
 
     def set_aside(self) -> None:
         """Keep from others in this arena what rows will grow into."""

@@ -35,7 +35,7 @@ from core.pages import Pages
 from core.request import Request, Stage
 from core.standing import Standing
 from core.worker import Identity
-from scheduler.cost import CostModel
+from scheduler.cost import CostModel, Repriced
 from scheduler.decode_events import (
     Answer,
     Asked,
@@ -326,6 +326,8 @@ class DecodePolicy:
                 commands += self._swapped_out(self._swapping(key, Place.LEAVING), now)
             case SwappedIn(key):
                 commands += self._swapped_in(self._swapping(key, Place.RETURNING), now)
+            case Repriced(cost):
+                self._reprice(cost)
         if not self._running:
             return commands + self._decide(now)
         commands += self._admit(now)
@@ -344,6 +346,14 @@ class DecodePolicy:
         if due and (end is None or due[0][0] < end):
             return due[0][0]
         return end
+
+    def _reprice(self, cost: CostModel) -> None:
+        """Who was refused or waits because of a gap may have what it asked for; a policy without a model keeps none."""
+        if self._cost is not None:
+            self._cost = cost
+            self._pace.reprice(cost)
+            self._crowd.reprice(cost)
+            self._retest = True
 
     # Memory and who may have it.
     def _ask(self, event: Asked, now: float) -> list[DecodeCommand]:
@@ -1025,4 +1035,6 @@ def _retired(guest: Guest) -> bool:
 
 
 def _frees(row: Row) -> bool:
-    return row.bound > 0 and row.place in (Place.RUNNING, Place.JOINING)
+    """Whether there is memory to be had from its request: one that waits to join may hold shared pages alone."""
+    held = row.bound or (row.guest.shares and row.guest.pages)
+    return held > 0 and row.place in (Place.RUNNING, Place.JOINING)

@@ -137,9 +137,7 @@ class DualQueue:
         self._tokens = chunk_tokens
         self._rows = max_rows
         self._pace = Pace(chunk_tokens, cost, settings.quantile)
-        self._knee = min(max(knee(cost), LENGTHS[0]), chunk_tokens)
-        self._floor_s = self._pace.seconds(_NOTHING, self._knee)
-        self.short_tokens = min(settings.short_tokens or self._knee, chunk_tokens)
+        self._bounds(cost)
         self._jobs: dict[str, Job] = {}
         self._short: set[str] = set()
         self._begun: set[str] = set()
@@ -165,6 +163,16 @@ class DualQueue:
         self._suspended: _Out | None = None
         self._load = 0.0
         self._load_at = 0.0
+
+    def _bounds(self, cost: CostModel) -> None:
+        self._knee = min(max(knee(cost), LENGTHS[0]), self._tokens)
+        self._floor_s = self._pace.seconds(_NOTHING, self._knee)
+        self.short_tokens = min(self._set.short_tokens or self._knee, self._tokens)
+
+    def reprice(self, cost: CostModel) -> None:
+        """Who is short, or has an age, stays so; `Gather` shares the pace."""
+        self._pace.reprice(cost)
+        self._bounds(cost)
 
     # What comes and goes.
     def expect(self, job: Job, now: float) -> None:
@@ -343,9 +351,12 @@ class DualQueue:
             "running": asdict(self._running) if self._running else None,
             "suspended": asdict(self._suspended) if self._suspended else None,
             "load": [self._load, self._load_at],
+            "cost": self._pace.cost.document() if self._pace.cost else None,
         }
 
     def restore(self, document: Mapping[str, Any]) -> None:
+        if document["cost"] is not None:
+            self.reprice(CostModel.of(document["cost"]))
         self._jobs = {each["key"]: Job(**each) for each in document["jobs"]}
         self._short, self._begun = set(document["short"]), set(document["begun"])
         self._gather.restore(document["gather"])

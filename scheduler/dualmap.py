@@ -14,7 +14,8 @@ their own and go by queued tokens at once.
 
 The time to first token is (our own new tokens queued there + the request's) / speed. A worker's speed is measured: the
 tokens that were queued at an offer and the seconds to its first token, both with exponential forgetting, beginning with
-`prior_samples` samples at the cost model's speed or `tokens_per_s`.
+`prior_samples` samples at the speed that it says of itself (`Member.costs`), else that of the cost model, else
+`tokens_per_s`.
 
 Decode workers are chosen among those with room: the predicted gap with one more row must keep what was promised, and
 the KV that all may come to stay below `fill`. `first_fit` packs them in order of identity (xLLM's rule), so that others
@@ -92,8 +93,9 @@ class DualMap:
     def __init__(self, config: DualMapConfig = DualMapConfig(), cost: CostModel | None = None) -> None:
         self._config = config
         self._cost = cost
-        speed = PROBE_TOKENS / cost.prefill_s([(PROBE_TOKENS, 0)]) if cost is not None else config.tokens_per_s
-        self._prior = (config.prior_samples * float(PROBE_TOKENS), config.prior_samples * PROBE_TOKENS / speed)
+        self._costs: dict[Identity, CostModel] = {}
+        """Of workers that say their own."""
+        self._prior = self._samples_of(cost)
         self._ring = Ring(config.points)
         self._heat = Heat(first_pages=config.first_pages, window=config.window, hot=config.hot, cool=config.cool)
         self._known: dict[Identity, Known] = {}
@@ -132,7 +134,7 @@ class DualMap:
             best = next((post for post in fitting if self._will_do(post, need, self._config.fill)), None)
             lightest = workers.lightest(source, need, 2)
             return lightest if best is None else (best, *(post for post in lightest if post is not best))[:2]
-        if not need.gap_s or self._cost is None:
+        if not need.gap_s or (self._cost is None and not self._costs):
             return workers.lightest(source, need, 2)  # in order of memory, which is all that is asked
         lightest = workers.lightest(source, need, 2)
         if not lightest or self._will_do(lightest[0], need, self._config.fill):
@@ -153,13 +155,13 @@ class DualMap:
             known.add(need.prefix)
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
-        had, took = self._samples.get(source.identity, self._prior)
+        had, took = self._measured(source.identity)
         keep = 1 - self._config.forget
         self._samples[source.identity] = keep * had + tokens, keep * took + seconds
 
     def ttft_s(self, post: Post, need: Need, workers: Workers) -> float:
         """Predicted time to first token of a request that is offered to `post` now."""
-        tokens, seconds = self._samples.get(post.identity, self._prior)
+        tokens, seconds = self._measured(post.identity)
         return (post.queue_tokens + self._new(post, need, workers)) * seconds / tokens if tokens else 0.0
 
     def document(self) -> dict[str, Any]:
@@ -186,6 +188,10 @@ class DualMap:
         self._mixed = len({post.decodes for post in posts}) == 2
         self._known = {who: known for who, known in self._known.items() if who in workers}
         self._samples = {who: sample for who, sample in self._samples.items() if who in workers}
+        told = [(post.identity, post.member.costs) for post in (*posts, *workers.decodes.posts)]
+        self._costs = {
+            who: CostModel(who.name, costs.prefill, costs.decode) for who, costs in told if costs is not None
+        }
 
     def _pair(self, need: Need) -> tuple[Post, ...]:
         """The prefix's two workers."""
@@ -232,7 +238,22 @@ class DualMap:
         """One more row there keeps the gap that was promised, and memory below `fill`."""
         if post.held_tokens + need.size > fill * post.room:
             return False
-        if not need.gap_s or self._cost is None:
+        cost = self._costs.get(post.identity, self._cost) if self._costs else self._cost
+        if not need.gap_s or cost is None:
             return True
         context = round(self._config.context_share * (post.held_tokens + need.size))
-        return self._cost.decode_s(post.rows + 1, context) <= need.gap_s
+        return cost.decode_s(post.rows + 1, context) <= need.gap_s
+
+    def _measured(self, who: Identity) -> tuple[float, float]:
+        """Tokens and seconds of a worker's prefills; at first what it says of itself, or the model of all."""
+        known = self._samples.get(who)
+        if known is not None:
+            return known
+        return self._samples_of(self._costs[who]) if who in self._costs else self._prior
+
+    def _samples_of(self, cost: CostModel | None) -> tuple[float, float]:
+        """As many samples as a prior counts for, at a model's speed."""
+        config = self._config
+        step_s = cost.prefill_s([(PROBE_TOKENS, 0)]) if cost is not None else 0.0
+        speed = PROBE_TOKENS / step_s if step_s > 0 else config.tokens_per_s
+        return config.prior_samples * float(PROBE_TOKENS), config.prior_samples * PROBE_TOKENS / speed

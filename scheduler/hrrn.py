@@ -28,7 +28,6 @@ class Hrrn(Line):
         self, chunk_tokens: int = 512, max_rows: int = 32, cost: CostModel | None = None, quantile: float = 0.9
     ) -> None:
         super().__init__(chunk_tokens, max_rows, cost, quantile)
-        self._cost = cost
         self._classes: dict[int, Ranked] = {}
         self._service: dict[str, float] = {}
 
@@ -68,6 +67,10 @@ class Hrrn(Line):
         assert lines.keys() == self._service.keys()
         assert all(self._classes.values()), "an empty class stays"
 
+    def reprice(self, cost: CostModel) -> None:
+        super().reprice(cost)
+        self._service = {key: self._service_of(self._jobs[key]) for key in self._service}
+
     def restore(self, document: Mapping[str, Any]) -> None:
         super().restore(document)
         self._classes, self._service = {}, {}
@@ -76,4 +79,8 @@ class Hrrn(Line):
 
     def _line_up(self, job: Job) -> None:
         self._classes.setdefault(length_class(job.left), Ranked()).put(job.key, job.accepted_at)
-        self._service[job.key] = self._cost.prefill_s([(job.left, job.context)]) if self._cost else float(job.left)
+        self._service[job.key] = self._service_of(job)
+
+    def _service_of(self, job: Job) -> float:
+        cost = self._pace.cost
+        return cost.prefill_s([(job.left, job.context)]) if cost else float(job.left)

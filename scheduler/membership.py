@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Member, Numerics, Role
 
 _NUMERICS = tuple(field.name for field in fields(Numerics))
 _SAME = ("protocol", "model", "fingerprint")
@@ -63,6 +63,8 @@ class Renewed:
     identity: Identity
     ready: bool
     lanes: tuple[Lane, ...]
+    costs: Costs | None = None
+    """None: as before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +139,15 @@ class Membership:
                 self._members[member.identity.name] = member
                 self._until[member.identity.name] = now + self._lease_s
                 return [Admitted(member.identity), self._publish()]
-            case Renewed(identity, ready, lanes):
+            case Renewed(identity, ready, lanes, costs):
                 known = self._members.get(identity.name)
                 if known is None or known.identity != identity:
                     return [Unknown(identity)]
                 self._until[identity.name] = now + self._lease_s
-                if (known.ready, known.lanes) == (ready, lanes):
+                renewed = replace(known, ready=ready, lanes=lanes, costs=costs if costs is not None else known.costs)
+                if renewed == known:
                     return []
-                self._members[identity.name] = replace(known, ready=ready, lanes=lanes)
+                self._members[identity.name] = renewed
                 return [self._publish()]
             case Left(identity):
                 known = self._members.get(identity.name)

@@ -125,6 +125,10 @@ class Order(Protocol):
         """The suspended step goes on, to its end."""
         ...
 
+    def reprice(self, cost: CostModel) -> None:
+        """Predict by this model from now on; what has been promised and who has aged by another one stays."""
+        ...
+
     def check(self) -> None:
         """Raise AssertionError if an invariant does not hold."""
         ...
@@ -198,15 +202,21 @@ class Pace:
 
     def __init__(self, chunk_tokens: int, cost: CostModel | None = None, quantile: float = 0.9) -> None:
         self._chunk = chunk_tokens
-        self._cost = cost
+        self.cost = cost
+        self._quantile = quantile
         self._margin = 1.0 + (cost.margin("prefill", quantile) if cost else 0.0)
         self.tokens_per_s = 0.0
         """Measured; used only without a cost model."""
 
+    def reprice(self, cost: CostModel) -> None:
+        """Another model."""
+        self.cost = cost
+        self._margin = 1.0 + cost.margin("prefill", self._quantile)
+
     def seconds(self, backlog: Backlog, new: int = 0, cached: int = 0) -> float:
         """To compute a backlog, and `new` tokens behind `cached` ones, in full steps."""
         tokens = backlog.tokens + new
-        if self._cost is None:
+        if self.cost is None:
             return tokens / self.tokens_per_s if self.tokens_per_s else 0.0
         if not tokens:
             return 0.0
@@ -214,7 +224,7 @@ class Pace:
         rows = backlog.rows + (1 if new else 0)
         steps = -(-tokens // self._chunk)
         longest = 0.0
-        for fixed_s, token_s, pair_s, row_s in self._cost.prefill:
+        for fixed_s, token_s, pair_s, row_s in self.cost.prefill:
             seconds = fixed_s * steps + token_s * tokens + pair_s * pairs + row_s * rows
             if seconds > longest:
                 longest = seconds
@@ -222,7 +232,7 @@ class Pace:
 
     def step_s(self, rows: Sequence[tuple[int, int]]) -> float:
         """One step of (new, cached) rows; 0 without a cost model."""
-        return self._cost.prefill_s(rows) * self._margin if self._cost else 0.0
+        return self.cost.prefill_s(rows) * self._margin if self.cost else 0.0
 
     def measured(self, tokens: int, seconds: float) -> None:
         """A step took so long. A small one is mostly fixed cost: it says nothing of a queue, whose steps are full."""
@@ -375,6 +385,9 @@ class Line(ABC):
         """Nothing asks for it here."""
         raise LocalError(f"{type(self).__name__} suspends no step")
 
+    def reprice(self, cost: CostModel) -> None:
+        self._pace.reprice(cost)
+
     def check(self) -> None:
         assert self._backlog == Backlog(self._jobs.values())
         for line in (self._waiting, self._started):
@@ -389,6 +402,7 @@ class Line(ABC):
             "began_at": self._began_at,
             "step_s": self._step_s,
             "tokens_per_s": self._pace.tokens_per_s,
+            "cost": self._pace.cost.document() if self._pace.cost else None,
         }
 
     def restore(self, document: Mapping[str, Any]) -> None:
@@ -397,3 +411,5 @@ class Line(ABC):
         self._waiting, self._started = Ranked(document["waiting"]), Ranked(document["started"])
         self._began_at, self._step_s = document["began_at"], document["step_s"]
         self._pace.tokens_per_s = document["tokens_per_s"]
+        if document["cost"] is not None:
+            self.reprice(CostModel.of(document["cost"]))

@@ -20,14 +20,19 @@ class Pace:
     """
 
     def __init__(self, cost: CostModel | None, share: float, quantile: float) -> None:
-        self._cost = cost
-        self._factor = (1.0 + cost.margin("decode", quantile)) / share if cost is not None else 0.0
+        self._share, self._quantile = share, quantile
+        self.reprice(cost)
         self.rows = 0
         self._context = 0
         """Tokens attended to at step 0 of the worker; rows that grow add one each at every step."""
         self._counts: dict[float, int] = {}
         self._gaps: list[float] = []
         """A heap of the gaps in `_counts`; of those that ended there may be some, too."""
+
+    def reprice(self, cost: CostModel | None) -> None:
+        """Go by this model from now on; rows that share steps already go on doing so."""
+        self._cost = cost
+        self._factor = (1.0 + cost.margin("decode", self._quantile)) / self._share if cost is not None else 0.0
 
     def add(self, gap_s: float, context: int, rows: int = 1) -> None:
         """Rows of one request join."""

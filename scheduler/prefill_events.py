@@ -9,6 +9,7 @@ from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer
 from core.quick import quick_init
 from core.request import Request, Ticket
 from core.worker import Identity
+from scheduler.cost import Repriced
 
 
 # Events (beside the messages Offer, Prompt and Cancel).
@@ -177,7 +178,9 @@ class EndSequence:
     key: str
 
 
-PrefillEvent = Offer | Prompt | Cancel | ChunkDone | ChunkFailed | Suspended | Granted | HandOffOver | GatewayGone
+PrefillEvent = (
+    Offer | Prompt | Cancel | ChunkDone | ChunkFailed | Suspended | Granted | HandOffOver | GatewayGone | Repriced
+)
 PrefillCommand = (
     Answer | Invite | Begin | RunChunk | Suspend | Resume | AskForSink | SealPages | WithdrawHandOff | EndSequence
 )

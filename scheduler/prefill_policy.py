@@ -20,6 +20,7 @@ from core.ranked import Ranked
 from core.request import Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity
+from scheduler.cost import Repriced
 from scheduler.fcfs import Fcfs
 from scheduler.order import Job, Order, Take
 from scheduler.prefill_events import (
@@ -168,6 +169,8 @@ class PrefillPolicy:
         """Bound pages that no sink has promised to take."""
         self._vast: dict[str, int] = {}
         """Pages of those whose sink was asked, that have not begun, and for which ungranted ones may leave no room."""
+        self._own = ""
+        """The last that our own sink was asked for."""
         self._running: _Step | None = None
         self._suspended: _Step | None = None
         self._run_id = 0
@@ -233,6 +236,9 @@ class PrefillPolicy:
                 commands += self._chunk_failed(run_id, reason, now)
             case Suspended(run_id):
                 self._step_suspended(run_id, now)
+            case Repriced(cost):
+                self._order.reprice(cost)
+                self._eased = True
         commands += self._plan(now)
         if isinstance(event, Prompt):
             commands += self._preempt(now)
@@ -421,10 +427,22 @@ class PrefillPolicy:
             return []
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
+        if held.ticket.sink == self._me:
+            if self._own_is_asked(held):
+                return []
+            self._own = held.key
         if not held.begun and held.pages > (1 - self._config.ungranted_share) * self._capacity:
             self._vast[held.key] = held.pages
         self._set_grant(held, Grant.ASKED)
         return [AskForSink(held.ticket, held.request, held.until)]
+
+    def _own_is_asked(self, held: _Held) -> bool:
+        """Whether our own sink keeps memory for another one already that has not begun.
+
+        What it keeps is missing here: two of those could each wait for ever for what is kept for the other.
+        """
+        own = self._requests.get(self._own)
+        return own is not None and own is not held and not own.begun and own.grant is not Grant.NOT_ASKED
 
     def _set_grant(self, held: _Held, grant: Grant) -> None:
         if held.begun:

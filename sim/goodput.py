@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from core.errors import SetupError
+from scheduler.policies import Policy
 from sim.fleet import Build
 from sim.outcome import Outcome
-from sim.policies import Policy
 from sim.run import Settings, simulate
 from sim.scenario import CALM, Scenario
 from sim.workload import Workload, bad

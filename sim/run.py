@@ -12,12 +12,12 @@ from typing import Any
 from core.errors import SetupError
 from core.request import Slo
 from core.worker import Identity, Role
+from scheduler.policies import Policy
 from sim.fleet import Build
 from sim.gaps import edges
 from sim.loop import CHECK_EVERY, Kind, Loop
 from sim.network import Network
 from sim.outcome import Outcome, Record, Tally
-from sim.policies import Policy
 from sim.scenario import Drain, Fault, Link, Lose, Return, Scenario, Slow
 from sim.worker import Gateway, Worker, World
 from sim.workload import Arrival, Workload, answered, groups
@@ -131,10 +131,8 @@ class Simulation:
         self._prompt: tuple[int, ...] = ()
         self._page_tokens = builds[0].shape.page_tokens
         self.gateways = [
-            Gateway(
-                self.world, f"gateway-{i}", i, policy.router(Identity(f"gateway-{i}", 1), builds[0].cost), self._done
-            )
-            for i in range(settings.gateways)
+            Gateway(self.world, name, i, policy.router(Identity(name, 1), builds[0].cost, mixed_alone=True), self._done)
+            for i, name in enumerate(f"gateway-{i}" for i in range(settings.gateways))
         ]
         self.workers: dict[str, Worker] = {}
         self._lives: dict[str, int] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from core.messages import (
     Cancel,
@@ -27,6 +26,7 @@ from core.sampling import Sampling
 from core.worker import Identity, Member, Role
 from scheduler import decode_events as decoding
 from scheduler import router_events as routing
+from scheduler.policies import Policy
 from scheduler.router import Router
 from sim.fleet import Build
 from sim.loop import Loop, Process, Seat
@@ -36,10 +36,6 @@ from sim.shells import DecodeShell, HandOffShell, MixedShell, PrefillShell
 from sim.workload import Arrival
 from transfer.sink import Sink, SourceLost
 from transfer.source import SinkLost, Source
-
-if TYPE_CHECKING:
-    from sim.policies import Policy
-
 
 NOBODY = Arrival(0.0, 1, 1)
 
@@ -81,11 +77,11 @@ class Worker(Process):
         self.handoff = handoff
         self.source_seat, self.sink_seat = handoff.source_seat, handoff.sink_seat
         if build.role is Role.MIXED:
-            self.mixed = MixedShell(self, policy.mixed(self.me, build, self.ledger), build.cost)
+            self.mixed = MixedShell(self, policy.mixed(self.me, build.shape, self.ledger, build.cost), build.cost)
         if build.role is Role.PREFILL:
-            self.prefill = PrefillShell(self, policy.prefill(self.me, build, self.ledger), build.cost)
+            self.prefill = PrefillShell(self, policy.prefill(self.me, build.shape, self.ledger, build.cost), build.cost)
         if build.role is Role.DECODE:
-            self.decode = DecodeShell(self, policy.decode(self.me, build, self.ledger), build.cost)
+            self.decode = DecodeShell(self, policy.decode(self.me, build.shape, self.ledger, build.cost), build.cost)
         self._takers = self._seats_by_message()
         self.network.peers[self.me] = self
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import fnmatch
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,10 @@ SKIPS = Path(__file__).parent / "skips.txt"
 # The same examples every time, and no time limit for one: machines that are busy elsewhere must not fail a test.
 hypothesis.settings.register_profile("baton", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("baton")
+
+# Whatever processes keep for their next start is kept for this run of tests alone.
+os.environ["BATON_CACHE"] = tempfile.mkdtemp(prefix="baton-tests-cache-")
+atexit.register(shutil.rmtree, os.environ["BATON_CACHE"], ignore_errors=True)
 
 _skipped: dict[str, str] = {}
 

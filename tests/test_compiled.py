@@ -108,7 +108,7 @@ from dataclasses import replace
 from core.request import Slo
 from sim import loop
 from sim.fleet import workers
-from sim.policies import POLICIES
+from scheduler.policies import POLICIES
 from sim.run import Settings, simulate
 from sim.scenario import Drain, Lose, Return, Scenario
 from sim.workload import Arrival

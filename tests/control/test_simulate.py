@@ -17,13 +17,13 @@ from control import cli
 from control.simulate import Plan, Progress, command, rates, slo
 from core.errors import SetupError
 from core.request import Slo
-from sim.policies import POLICIES
+from scheduler.policies import POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--requests", "40", "--trace", "lmsys", "--rate", "10", "--policy", "fcfs")
 OWN = """
 from dataclasses import replace
-from sim.policies import policy
+from scheduler.policies import policy
 POLICY = replace(policy("fcfs"), name="mine", about="the same under another name")
 """
 

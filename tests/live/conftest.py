@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 TINY: dict[str, Any] = {"page_tokens": 16, "chunk_tokens": 64, "max_rows": 24, "kv_memory": "2M", "threads": 1}
 """Small pages, chunks and arenas, so that short prompts cross many of them and memory binds."""
+TINY["profile_s"] = 0.0
+"""Starts are not to take longer for it: cost models begin with a guess, and learn."""
 
 _started: list[Live] = []
 

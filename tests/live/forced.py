@@ -12,17 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from control import worker
 from control.engines import load
 from control.process import Service, build_version, main, make
+from control.worker import Worker
 from core.config import ProcessConfig, WorkerConfig
+from core.kv import KvShape
+from core.pages import Pages
 from core.worker import Identity
-from engine.api import Engine
-from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.cost import CostModel
+from scheduler.decode_policy import DecodePolicy
 from scheduler.fcfs import Fcfs
 from scheduler.forecast import Forecast, ForecastConfig
 from scheduler.order import Take
-from scheduler.prefill_policy import PrefillPolicy
+from scheduler.policies import DECODE, PREFILL, Policy
 
 
 class Eager(Fcfs):
@@ -52,24 +54,36 @@ class Short(Forecast):
         pass
 
 
-class ForcedWorker(worker.Worker):
-    """A worker with more rows than memory."""
+class Forced(Policy):
+    """Lets in more rows than memory holds."""
 
-    def _batch(self, engine: Engine, settings: DecodeConfig) -> DecodePolicy:
-        policy = super()._batch(engine, replace(settings, admission="past_future"))
+    def decode(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> DecodePolicy:
+        policy = super().decode(me, shape, ledger, cost)
         policy.forecast = Short()
         return policy
+
+
+FORCED = Forced(
+    "forced",
+    "suspends and swaps whenever it can",
+    lambda config, cost: Eager(config.chunk_tokens, config.max_rows),
+    prefill_config=replace(PREFILL, preempt=True),
+    decode_config=replace(DECODE, admission="past_future"),
+)
+
+
+class ForcedWorker(Worker):
+    """A worker with that policy."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._policy = FORCED
 
 
 def forced(config: ProcessConfig, me: Identity, bug: Callable[[BaseException], None]) -> Service:
     """A worker that is told so; of another process, what `control.process` makes."""
     if not isinstance(config, WorkerConfig):
         return make(config, me, bug)
-
-    def policy(me: Identity, shape: Any, ledger: Any, settings: Any, *rest: Any, **more: Any) -> PrefillPolicy:
-        return PrefillPolicy(me, shape, ledger, settings, Eager(settings.chunk_tokens, settings.max_rows))
-
-    worker.__dict__["PrefillPolicy"] = policy
     return ForcedWorker(config, me, build_version(), load, bug)
 
 

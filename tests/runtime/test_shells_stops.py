@@ -119,7 +119,12 @@ class Stage:
         settings = PrefillConfig(preempt=preempt)
         self.policy = PrefillPolicy(P1, engine.kv, self.ledger, settings, Eager())
         self.shell = PrefillShell(
-            machine or self.policy, self.driver, engine, self.thread, lambda to, said: self.heard.append(said), preempt
+            machine or self.policy,
+            self.driver,
+            engine,
+            self.thread,
+            lambda to, said: self.heard.append(said),
+            preempt=preempt,
         )
 
     def ask(self, counter: int, sampling: Sampling) -> None:

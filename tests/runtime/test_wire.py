@@ -14,7 +14,7 @@ from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, Role
 from protos.baton.v1 import registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import wire
@@ -69,6 +69,12 @@ stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, te
 runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
 lanes = st.builds(Lane, identities, text, seconds, seconds)
 numerics = st.builds(Numerics, st.booleans(), text, counts, text)
+coefficients = st.floats(0, 1e9)
+costs = st.builds(
+    Costs,
+    st.lists(st.tuples(*[coefficients] * 4), min_size=1, max_size=3).map(tuple),
+    st.lists(st.tuples(*[coefficients] * 3), min_size=1, max_size=3).map(tuple),
+)
 members = st.builds(
     Member,
     identities,
@@ -87,6 +93,7 @@ members = st.builds(
     ready=st.booleans(),
     migrates=st.booleans(),
     lanes=st.lists(lanes, max_size=2).map(tuple),
+    costs=st.none() | costs,
 )
 
 firsts = st.lists(st.builds(m.First, counts, words, counts, st.none() | known), max_size=3).map(tuple)
@@ -206,8 +213,18 @@ def test_a_cancel_drops_the_pieces_of_its_prompt():
 @QUICK
 @given(members, st.binary(max_size=20), counts)
 def test_a_greeting_comes_back_without_what_the_registry_tells(member, metadata, scratch):
-    known = replace(member, address="", metrics_address="", ready=False, lanes=())
+    known = replace(member, address="", metrics_address="", ready=False, lanes=(), costs=None)
     assert wire.greeting(over(wire.hello(Greeting(member, metadata, scratch)))) == Greeting(known, metadata, scratch)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [((), (1.0, 2.0, 3.0)), ((1.0,) * 4, ()), ((1.0,) * 5, (1.0,) * 3), ((1.0,) * 4, (1.0,) * 4),
+     ((1.0, 2.0, 3.0, -1.0), (1.0,) * 3), ((1.0,) * 4, (1.0, 2.0, float("nan"))), ((float("inf"),) * 4, (1.0,) * 3)],
+)  # fmt: skip
+def test_what_are_no_costs_is_a_remote_error(prefill, decode):
+    with pytest.raises(RemoteError, match="costs: got"):
+        wire.costs_from(registry_pb2.StepCosts(prefill=prefill, decode=decode))
 
 
 @QUICK

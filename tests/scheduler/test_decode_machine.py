@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from core.messages import Cancel
+from scheduler.cost import Repriced
 from scheduler.decode_policy import DecodeConfig, GatewayGone
 from tests.cast import GATEWAY, OTHER_GATEWAY, efforts
 from tests.scheduler.decode_world import COST, Play, Visit, World
@@ -134,6 +135,10 @@ class DecodeWorker(RuleBasedStateMachine):
             for guest in self.world.guests.values():
                 guest.unwanted = guest.unwanted or guest.ticket.minter == who
             self.world.give(GatewayGone(who))
+
+    @rule(factor=st.sampled_from([0.3, 1.0, 4.0]))
+    def machine_changes(self, factor):
+        self.world.give(Repriced(COST.at(factor, factor)))
 
     @rule(seconds=st.sampled_from([0.5, 2.0]))
     def wait(self, seconds):

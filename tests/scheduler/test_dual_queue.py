@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -485,6 +486,28 @@ def test_who_has_its_sinks_promise_starts_past_one_that_may_lack_it(promised, st
     play.plan()
     play.order.check()
     assert [key for key, _ in play.running[0]] == started if play.running else not started
+
+
+def test_another_model_while_it_runs_is_another_boundary_for_those_who_come():
+    """Who was short, or has an age, stays so; a state that is read goes on by the model that it was written with."""
+    order = DualQueue(256, 8, COST)
+    order.expect(Job("a", 60, accepted_at=0.0), 0.0)
+    order.ready("a", 0.0)
+    assert order.short_tokens > 60
+    before_s = order.wait_s(200, 0, 0.0)
+    order.reprice(replace(COST, prefill=((0.001, 0.0, 0.0, 0.0), (0.0, 0.0001, 0.0, 0.0))))
+    order.check()
+    assert order.short_tokens == 11
+    order.expect(Job("b", 60, accepted_at=0.0), 0.0)
+    order.ready("b", 0.0)
+    assert [job.key for job in (order._gather.first(),)] == ["a"]
+    assert order.upcoming(0.0) == ["a", "b"]
+    order.reprice(COST.at(3.0, 3.0))
+    assert order.wait_s(200, 0, 0.0) > 2 * before_s
+    again = DualQueue(256, 8, COST)
+    again.restore(json.loads(json.dumps(order.document())))
+    assert again.wait_s(200, 0, 0.0) == order.wait_s(200, 0, 0.0)
+    assert again.document() == order.document()
 
 
 def test_another_model_is_another_boundary():

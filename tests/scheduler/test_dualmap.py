@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.worker import Identity, Role
+from core.worker import Costs, Identity, Role
 from scheduler.cost import CostModel
 from scheduler.dualmap import DualMap, DualMapConfig
 from scheduler.heat import Heat, Known
@@ -303,6 +303,36 @@ def test_how_a_decode_worker_is_chosen(decode, gap_s, rows, want):
     for number, count in enumerate(rows):
         decoding(posts[f"d{number + 1}"], workers, count, 100)
     assert sinks(placement, workers, posts["p1"], need((), gap_s=gap_s)) == want
+
+
+def test_a_decode_worker_that_says_it_is_slow_is_passed_over():
+    """With one more row d1 would take 0.12 s, d2 11 ms; no model of all is known. Then d1 says that it is fast."""
+    placement = DualMap()
+    workers, posts = fleet(placement, "p1", "d1", "d2", pages=2500)
+    decoding(posts["d2"], workers, 1, 100)
+    asked = need((), gap_s=0.05)
+    list(placement.sources(asked, workers))
+    assert sinks(placement, workers, posts["p1"], asked) == ["d1", "d2"], "nobody says anything: the lightest"
+    for slow, want in ((0.1, ["d2", "d1"]), (0.01, ["d1", "d2"])):
+        for name, fixed_s in (("d1", slow), ("d2", 0.01)):
+            costs = Costs(((0.0, 1e-4, 0.0, 0.0),), ((fixed_s, 1e-3, 0.0),))
+            workers.up(replace(posts[name].member, costs=costs))
+        list(placement.sources(asked, workers))
+        assert sinks(placement, workers, posts["p1"], asked) == want
+    assert sinks(placement, workers, posts["p1"], need(())) == ["d1", "d2"], "who was promised nothing does not care"
+
+
+def test_a_prefill_worker_is_as_fast_as_it_says_until_it_is_measured():
+    placement = DualMap(cost=COST)
+    workers, posts = fleet(placement, "p1", "p2", "d1")
+    workers.up(replace(posts["p1"].member, costs=Costs(((0.0, 1e-3, 0.0, 0.0),), ((1e-3, 0.0, 0.0),))))
+    asked = need((), 1000)
+    list(placement.sources(asked, workers))
+    assert placement.ttft_s(posts["p1"], asked, workers) == pytest.approx(1.0)
+    assert placement.ttft_s(posts["p2"], asked, workers) == pytest.approx(0.1), "the model of all"
+    for _ in range(200):
+        placement.prefilled(posts["p1"], 1000, 0.2)
+    assert placement.ttft_s(posts["p1"], asked, workers) == pytest.approx(0.2, rel=0.05)
 
 
 def test_spread_passes_over_a_worker_with_many_short_rows():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Identity, Lane, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, Role
 from scheduler.membership import (
     Admitted,
     Joining,
@@ -39,6 +39,15 @@ def test_a_member_is_admitted_renewed_and_expires():
     assert machine.deadline() == 6.5
     assert machine.on(None, 6.5) == [Publish((), 2)]
     assert machine.deadline() is None
+
+
+def test_watchers_hear_of_other_costs_and_a_heartbeat_without_any_changes_none():
+    machine = Membership(3.5)
+    costs, slower = Costs(((1.0,) * 4,), ((1.0,) * 3,)), Costs(((2.0,) * 4,), ((2.0,) * 3,))
+    machine.on(Joining(replace(D, costs=costs)), 0.0)
+    assert machine.on(Renewed(D1, True, (), costs), 1.0) == []
+    assert machine.on(Renewed(D1, True, ()), 1.5) == []
+    assert machine.on(Renewed(D1, True, (), slower), 2.0) == [Publish((replace(D, costs=slower),), 2)]
 
 
 def test_watchers_hear_when_readiness_or_lanes_change():

@@ -16,6 +16,7 @@ from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
+from scheduler.cost import Repriced
 from scheduler.dual_queue import DualQueue
 from scheduler.fcfs import Fcfs
 from scheduler.prefill_policy import (
@@ -928,6 +929,11 @@ class PrefillWorker(RuleBasedStateMachine):
         self.give(event)
 
     # What else happens.
+    @rule(factor=st.sampled_from([0.3, 1.0, 4.0]))
+    def machine_changes(self, factor):
+        """What was promised and who waits stays; only predictions are others."""
+        self.give(Repriced(SLOW.at(factor, factor)))
+
     @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
     def wait(self, seconds):
         self.turn_clock(self.now + seconds)

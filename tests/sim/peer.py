@@ -36,11 +36,11 @@ from core.worker import Identity, Role
 from scheduler.cost import CostModel, DecodeLine, Lane
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.mixed_policy import MixedConfig, MixedPolicy
+from scheduler.policies import Policy
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.router import RouterConfig
 from sim.fleet import Build
 from sim.outcome import Outcome
-from sim.policies import Policy
 from sim.run import Settings, Simulation, simulate
 from sim.workload import Arrival
 from tests.sim.turns import Ahead, AheadEngine, Turns, TurnsEngine
@@ -185,22 +185,22 @@ class Theirs(Policy):
     prompt_tokens: int = ENDLESS
     real: bool = False
 
-    def prefill(self, me: Identity, build: Build, ledger: Pages) -> PrefillPolicy:
+    def prefill(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> PrefillPolicy:
         """Ours, unless there are stages."""
         kind = PrefillPolicy if self.stages == 1 else Ahead
-        return kind(me, build.shape, ledger, self.prefill_config)
+        return kind(me, shape, ledger, self.prefill_config)
 
-    def decode(self, me: Identity, build: Build, ledger: Pages) -> DecodePolicy:
+    def decode(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> DecodePolicy:
         """Of a decode worker."""
         if self.real:
-            return DecodePolicy(me, build.shape, ledger, self.decode_config)
-        return Turns(1, 0, build.shape, ledger)  # type: ignore[return-value]
+            return DecodePolicy(me, shape, ledger, self.decode_config)
+        return Turns(1, 0, shape, ledger)  # type: ignore[return-value]
 
-    def mixed(self, me: Identity, build: Build, ledger: Pages) -> MixedPolicy:
+    def mixed(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> MixedPolicy:
         """Of a colocated worker."""
         if self.real:
-            return MixedPolicy(me, build.shape, ledger, self.mixed_config)
-        return Turns(self.stages, self.prompt_tokens, build.shape, ledger)  # type: ignore[return-value]
+            return MixedPolicy(me, shape, ledger, self.mixed_config)
+        return Turns(self.stages, self.prompt_tokens, shape, ledger)  # type: ignore[return-value]
 
 
 def run(folder: Path, placement: Placement, rate: float, *, real: bool = False) -> tuple[Answer, list[Outcome]]:

@@ -27,11 +27,11 @@ from scheduler.least_loaded import LeastLoaded
 from scheduler.mixed_events import Ended, MixedCommand, MixedConfig, MixedEvent, Step, Stepped
 from scheduler.mixed_policy import MixedPolicy
 from scheduler.placement import Need, Post, Workers
+from scheduler.policies import Policy
 from scheduler.router import RouterConfig
 from sim.fleet import Build
 from sim.loop import Kind
 from sim.outcome import Outcome
-from sim.policies import Policy
 from sim.run import Settings, Simulation, simulate
 from sim.shells import MixedShell
 from sim.worker import Worker
@@ -218,9 +218,9 @@ class Engine(Policy):
 
     ahead: bool = True
 
-    def mixed(self, me: Identity, build: Build, ledger: Pages) -> MixedPolicy:
+    def mixed(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> MixedPolicy:
         """A colocated worker's."""
-        return (Ahead if self.ahead else MixedPolicy)(me, build.shape, ledger, self.mixed_config)
+        return (Ahead if self.ahead else MixedPolicy)(me, shape, ledger, self.mixed_config)
 
 
 def replay(setup: Setup, fitted: Fitted, arrivals: Sequence[Arrival], *, ahead: bool = True) -> list[Seen]:

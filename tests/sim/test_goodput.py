@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from core.errors import LocalError, SetupError
 from core.request import Slo
+from scheduler.policies import policy
 from sim.fleet import workers
 from sim.generators import ARXIV, generate
 from sim.goodput import LEAST, OCTAVES, Edge, Estimate, Goal, Trial, curve, edge, goodput, search, student, trial
-from sim.policies import policy
 from sim.run import Settings
 from sim.workload import Arrival, Workload, scale
 

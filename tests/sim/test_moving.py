@@ -11,11 +11,11 @@ from core.errors import SetupError
 from core.request import Phase, Slo
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.migration import MigrationConfig
+from scheduler.policies import Policy, policy
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
 from sim.loop import Kind
 from sim.outcome import Outcome
-from sim.policies import Policy, policy
 from sim.run import Settings, Simulation, simulate
 from sim.scenario import Drain, Lose, Scenario, Slow, read
 from sim.workload import Arrival, Workload

@@ -17,11 +17,11 @@ from core.kv import KvShape
 from core.worker import Role
 from scheduler.cost import CostModel
 from scheduler.decode_policy import DecodeConfig
+from scheduler.policies import Policy
 from scheduler.prefill_policy import PrefillConfig
 from sim import traces
 from sim.fleet import Build
 from sim.outcome import Outcome
-from sim.policies import Policy
 from sim.run import Settings, simulate
 from sim.workload import Arrival
 from tests.sim import peer

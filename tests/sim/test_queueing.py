@@ -19,11 +19,11 @@ from core.request import Phase
 from core.worker import Role
 from scheduler.cost import CostModel, Lane
 from scheduler.mixed_events import MixedConfig
+from scheduler.policies import Policy
 from scheduler.prefill_policy import PrefillConfig
 from scheduler.router import RouterConfig
 from sim.fleet import Build
 from sim.outcome import Outcome
-from sim.policies import Policy
 from sim.run import Settings, simulate
 from sim.workload import Arrival
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from core.request import Phase, Slo
+from scheduler.policies import policy
 from sim.fleet import workers
 from sim.generators import LMSYS, generate
 from sim.goodput import Edge, Estimate, Goodput, Trial
 from sim.outcome import Outcome, Tally
 from sim.page import _distributions
-from sim.policies import policy
 from sim.report import OUTCOME, Requests, flat, write
 from sim.run import Result, Settings, simulate
 from sim.study import Run, Study, document, figures, means

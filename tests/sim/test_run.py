@@ -14,10 +14,10 @@ import pytest
 from core.errors import SetupError
 from core.request import Phase, Slo
 from scheduler.dualmap import DualMap, DualMapConfig
+from scheduler.policies import BASELINES, BATON, policy
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
 from sim.outcome import Outcome
-from sim.policies import BASELINES, BATON, policy
 from sim.run import Settings, Simulation, page_hashes, simulate
 from sim.scenario import Link, Lose, Return, Scenario, Slow
 from sim.workload import Arrival, Workload
@@ -144,7 +144,7 @@ from dataclasses import asdict
 from core.request import Slo
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
-from sim.policies import policy
+from scheduler.policies import policy
 from sim.run import Settings, simulate
 from sim.scenario import Lose, Return, Scenario
 found = []

@@ -15,9 +15,9 @@ from dataclasses import replace
 import pytest
 
 from core.request import Slo
+from scheduler.policies import BATON
 from sim.fleet import workers
 from sim.outcome import Outcome
-from sim.policies import BATON
 from sim.run import Settings, simulate
 from sim.workload import Arrival
 

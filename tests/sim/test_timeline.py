@@ -11,10 +11,10 @@ import pytest
 
 from core.errors import LocalError
 from core.request import Slo
+from scheduler.policies import policy
 from sim.fleet import workers
 from sim.generators import LMSYS, generate
 from sim.outcome import Outcome
-from sim.policies import policy
 from sim.run import Settings, Simulation, simulate
 from sim.scenario import CALM, Lose, Return, Scenario
 from sim.timeline import Timeline

@@ -19,8 +19,16 @@ class Lane(_message.Message):
     latency_us: float
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
+class StepCosts(_message.Message):
+    __slots__ = ("prefill", "decode")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_FIELD_NUMBER: _ClassVar[int]
+    prefill: _containers.RepeatedScalarFieldContainer[float]
+    decode: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
+
 class Member(_message.Message):
-    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates")
+    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates", "costs")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +45,7 @@ class Member(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
     MIGRATES_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     address: str
@@ -53,7 +62,8 @@ class Member(_message.Message):
     ready: bool
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     migrates: bool
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ...) -> None: ...
+    costs: StepCosts
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("member",)
@@ -68,14 +78,16 @@ class RegisterResponse(_message.Message):
     def __init__(self, heartbeat_s: _Optional[float] = ...) -> None: ...
 
 class HeartbeatRequest(_message.Message):
-    __slots__ = ("identity", "ready", "lanes")
+    __slots__ = ("identity", "ready", "lanes", "costs")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     LANES_FIELD_NUMBER: _ClassVar[int]
+    COSTS_FIELD_NUMBER: _ClassVar[int]
     identity: str
     ready: bool
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
-    def __init__(self, identity: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ...) -> None: ...
+    costs: StepCosts
+    def __init__(self, identity: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ...) -> None: ...
 
 class HeartbeatResponse(_message.Message):
     __slots__ = ()

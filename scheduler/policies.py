@@ -1,4 +1,6 @@
-"""Policies by name, as they are compared: each is classes of `scheduler/`, chosen and set, and nothing else.
+"""Policies by name, as they run and are compared: each is classes of `scheduler/`, chosen and set, and nothing else.
+
+The processes and the simulator make their machines here, so that both run the same with the same settings.
 
 A new one is a class in one file of `scheduler/` and a line here; then it stands beside the others.
 """
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from core.errors import SetupError
+from core.kv import KvShape
 from core.pages import Pages
 from core.worker import Identity
 from scheduler.cost import CostModel
@@ -32,12 +35,11 @@ from scheduler.round_robin import RoundRobin
 from scheduler.router import Router, RouterConfig
 from scheduler.shortest import Shortest
 from scheduler.splitwise import Splitwise
-from sim.fleet import Build
 
 CHUNK_TOKENS = 2048
 MAX_ROWS = 256
 MAX_STEPS = 1000
-"""A standing order of a simulated engine may be long: nobody waits for its tokens."""
+"""Steps of a simulated engine; an order of it may be long, because nobody waits for its tokens. `Policy.sized`."""
 
 PREFILL = PrefillConfig(chunk_tokens=CHUNK_TOKENS, max_rows=64)
 DECODE = DecodeConfig(max_rows=MAX_ROWS, max_steps=MAX_STEPS)
@@ -62,7 +64,7 @@ class Policy:
     name: str
     about: str
     order: Callable[[PrefillConfig, CostModel], Order] = fcfs
-    placement: Callable[[CostModel], Placement] = lambda cost: LeastLoaded()
+    placement: Callable[[CostModel | None], Placement] = lambda cost: LeastLoaded()
     router_config: RouterConfig = field(default_factory=RouterConfig)
     prefill_config: PrefillConfig = PREFILL
     decode_config: DecodeConfig = DECODE
@@ -74,25 +76,34 @@ class Policy:
     colocated: bool = False
     """All workers do both phases, whatever role they were given."""
 
-    def router(self, me: Identity, cost: CostModel) -> Router:
-        """A gateway's; `mixed` below gives no worker what could take or give a hand-over."""
-        return Router(me, replace(self.router_config, mixed_alone=True), self.placement(cost))
+    def sized(self, *, chunk_tokens: int, max_rows: int, max_steps: int, suspends: bool, host_pages: int = 0) -> Policy:
+        """The same decisions for an engine of another size: of its steps, of its orders, of its host memory.
 
-    def prefill(self, me: Identity, build: Build, ledger: Pages) -> PrefillPolicy:
+        `suspends`: it can stop a step between two operators and go on with it later.
+        """
+        preempt = self.prefill_config.preempt and suspends
+        prefill = replace(self.prefill_config, chunk_tokens=chunk_tokens, max_rows=max_rows, preempt=preempt)
+        decode = replace(self.decode_config, max_rows=max_rows, max_steps=max_steps, host_pages=host_pages)
+        return replace(self, prefill_config=prefill, decode_config=decode)
+
+    def router(self, me: Identity, cost: CostModel | None, *, mixed_alone: bool = False) -> Router:
+        """A gateway's. `cost`: of a worker that does not tell its own; `mixed_alone` as in `RouterConfig`."""
+        return Router(me, replace(self.router_config, mixed_alone=mixed_alone), self.placement(cost))
+
+    def prefill(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> PrefillPolicy:
         """A prefill worker's."""
-        order = self.order(self.prefill_config, build.cost)
-        return PrefillPolicy(me, build.shape, ledger, self.prefill_config, order)
+        return PrefillPolicy(me, shape, ledger, self.prefill_config, self.order(self.prefill_config, cost))
 
-    def decode(self, me: Identity, build: Build, ledger: Pages) -> DecodePolicy:
+    def decode(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> DecodePolicy:
         """A decode worker's."""
-        cost = build.cost if self.gap_cap else None
+        paced = cost if self.gap_cap else None
         if self.migration is not None:
-            return MigratingPolicy(me, build.shape, ledger, self.decode_config, self.migration, cost)
-        return DecodePolicy(me, build.shape, ledger, self.decode_config, cost)
+            return MigratingPolicy(me, shape, ledger, self.decode_config, self.migration, paced)
+        return DecodePolicy(me, shape, ledger, self.decode_config, paced)
 
-    def mixed(self, me: Identity, build: Build, ledger: Pages) -> MixedPolicy:
+    def mixed(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> MixedPolicy:
         """A colocated worker's."""
-        return MixedPolicy(me, build.shape, ledger, self.mixed_config, build.cost)
+        return MixedPolicy(me, shape, ledger, self.mixed_config, cost)
 
 
 BATON = Policy(
@@ -209,3 +220,15 @@ def policy(name: str) -> Policy:
     if name not in POLICIES:
         raise SetupError(f"policy: got {name!r}, want one of {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def live(name: str) -> Policy:
+    """The policy of that name, if a deployment of processes can run it; SetupError where it cannot."""
+    found = policy(name)
+    if found.colocated:
+        able = ", ".join(each.name for each in POLICIES.values() if not each.colocated)
+        raise SetupError(
+            f"policy: {name} has every worker compute both phases in one step, which only the simulator does so far; "
+            f"want one of {able}"
+        )
+    return found
