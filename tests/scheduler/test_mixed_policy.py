@@ -392,6 +392,21 @@ def test_a_cached_prefix_is_not_computed_again():
         assert told.message.stages[1].detail.get("cached") == (str(start) if start else None)
 
 
+@pytest.mark.parametrize(("of_tokens", "found"), [(2, 8), (8, 0)])
+def test_names_of_smaller_pages_name_ours_and_those_of_larger_ones_do_not(of_tokens, found):
+    machine, names = policy(budget_tokens=32), (1, 11, 2, 12, 3)[: 10 // of_tokens]
+    request = replace(ask(10, 4), prefix=names, prefix_page_tokens=of_tokens)
+    for counter, cached in ((1, 0), (2, found)):
+        key = ticket(counter)
+        offer = Offer(key, 10, 4, 1e9, prefix=names, prefix_page_tokens=of_tokens)
+        assert give(machine, offer, 0.0) == [Answer(Accept(key, cached))]
+        commands = give(machine, Prompt(key, request), 0.0)
+        assert spans(commands) == [(key.key, cached, 10)]
+        give(machine, Stepped(commands[-1].step_id, 1, (Began(key.key, First(5), "stop"),)), 1.0)
+        assert ledger(machine).cached((11, 12)) * 4 == found
+    assert ledger(machine).cached((1,)) == 0
+
+
 def test_of_a_prompt_that_is_all_there_the_last_token_is_computed():
     machine, prompt = policy(budget_tokens=32), tuple(range(1000, 1008))
     queued(machine, 1, 8, 4, prefix=prefix_of(prompt))

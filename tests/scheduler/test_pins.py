@@ -78,10 +78,18 @@ def test_only_the_last_pause_of_a_session_ends_its_pin():
 
 
 def turn(
-    machine: DecodePolicy, ledger: Pages, counter: int, now: float, prefix=(11, 12), session: str = "s", names=()
+    machine: DecodePolicy,
+    ledger: Pages,
+    counter: int,
+    now: float,
+    prefix=(11, 12),
+    session: str = "s",
+    names=(),
+    of_tokens: int = 0,
 ) -> list:
     """A request of two full pages and a half comes, runs and ends with KV of 13 tokens, and `names`."""
     request = replace(ask(10, 4), hints=Hints(session=session, tool="grep"), prefix=prefix)
+    request = replace(request, prefix_page_tokens=of_tokens)
     key = ticket(counter)
     assert machine.on(Asked(key, request), now) == [Answer(key.key, True)]
     ledger.bind(key.key, 3, Owner.PULLING)
@@ -119,6 +127,16 @@ def test_what_has_no_name_no_session_or_no_time_is_not_kept(prefix, session, mos
     machine, ledger = made(most_s=most_s)
     turn(machine, ledger, 1, 0.0, prefix, session)
     assert (ledger.pinned, ledger.available, machine.deadline()) == (0, 12, None)
+
+
+def test_pages_are_kept_under_the_names_of_their_own_size():
+    """Those of two tokens name each second page of four; an answer's go on from there."""
+    machine, ledger = made()
+    turn(machine, ledger, 1, 0.0, prefix=(1, 11, 2, 12, 3), names=(11, 12, 13), of_tokens=2)
+    assert (ledger.cached((11, 12, 13)), ledger.cached((1, 11))) == (3, 0)
+    machine, ledger = made()
+    turn(machine, ledger, 1, 0.0, prefix=(11,), of_tokens=8)
+    assert (ledger.cached((11,)), ledger.pinned) == (0, 0), "eight tokens are no page of ours"
 
 
 @pytest.mark.parametrize("session", ["s", ""])

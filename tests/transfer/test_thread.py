@@ -123,6 +123,9 @@ def test_a_peer_with_pages_of_another_size_is_probed_and_pulled_from(unequal):
     lane = sink.event()
     assert isinstance(lane, LaneProbed), lane
     assert lane.gbytes_per_s > 0.05
+    probed = sink.bytes[14:].reshape(8, KV.page_nbytes)
+    assert np.array_equal(probed[:6], source.bytes[:6]), "as many bytes as the smaller of the two has"
+    assert not probed[6:].any()
     kv = replace(KV, page_tokens=64)
     pages = [10, 11, 12, 13, 30, 31, 20]
     sink.thread.pull(5, "source#02", [PageRun(10, 4), PageRun(30, 2), PageRun(20, 1)], [PageRun(6, 2)], 4, 100, 16)
