@@ -112,7 +112,9 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
         await coordinator.start()
         workers = []
         for number, role in enumerate(roles):
-            config = WorkerConfig(role, role, coordinator.address, "", "m", transport="inprocess", check=True)
+            config = WorkerConfig(
+                role, role, coordinator.address, "", "m", transport="inprocess", engine="paced", check=True
+            )
             workers.append(Worker(config, Identity(role, number + 1), "b", load, bugs.append, make))
         try:
             for worker in workers:
@@ -164,7 +166,9 @@ def test_a_lane_that_breaks_is_away_for_all_who_ask_until_it_is_made_anew(monkey
         roles = {"d": Role.DECODE, "p": Role.PREFILL, **({"e": Role.DECODE} if migrate else {})}
         workers = {}
         for number, (name, role) in enumerate(roles.items()):
-            config = WorkerConfig(name, role, where, "", "m", transport="inprocess", check=True, migrate=migrate)
+            config = WorkerConfig(
+                name, role, where, "", "m", transport="inprocess", engine="paced", check=True, migrate=migrate
+            )
             workers[name] = Worker(config, Identity(name, number + 1), "b", load, bugs.append, make)
 
         def known() -> dict[str, tuple[bool, set[str]]]:
@@ -228,7 +232,9 @@ def test_decode_workers_between_which_rows_move_have_lanes_but_serve_only_with_a
         where = coordinator.address
 
         def worker(name: str, role: Role, number: int, migrate: bool) -> Worker:
-            config = WorkerConfig(name, role, where, "", "m", transport="inprocess", check=True, migrate=migrate)
+            config = WorkerConfig(
+                name, role, where, "", "m", transport="inprocess", engine="paced", check=True, migrate=migrate
+            )
             return Worker(config, Identity(name, number), "b", load, bugs.append)
 
         def known() -> dict[str, set[str]]:
