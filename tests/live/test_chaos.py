@@ -15,7 +15,6 @@ def test_nobody_fails_while_processes_die_stand_still_and_drain_and_reads_fail(t
     assert not report.wrong
     assert not report.held
     assert not report.errors
-    assert report.share(report.chaos, "rejected") <= report.share(report.calm, "rejected") + 2
     assert report.count("good") > 0.9 * len(report.chaos)
     assert {deed.partition(" ")[2] for deed in report.did if not deed.startswith("rule")} == {
         "prefill",
