@@ -296,7 +296,7 @@ class DecodeShell:
                 tokens, logprobs = before.tokens + tokens, before.logprobs + logprobs
             if tokens:
                 self._tell(row.ticket.minter, Tokens(row.ticket, index, tokens, hashes, row.branch, logprobs))
-        self._stepped(took)
+        self._stepped(took)  # tokens go first: what is learned of a step takes longer than they do
 
     def _ran(self, command: Run, steps: int, sampled: list[Sampled], names: Mapping[str, tuple[int, ...]]) -> None:
         ended = []
