@@ -496,10 +496,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 measured = Lane(source, transports, gbytes_per_s, latency_us)
                 self._driver.post("lanes", Made(source, attempt, measured))
             case lanes.ConnectFailed(peer, reason, attempt):
-                self._complain(peer, reason)
+                self._complain(peer, attempt, reason)
                 self._driver.post("lanes", NotMade(Identity.parse(peer), attempt))
             case lanes.ProbeFailed(peer, reason, doubtful, read_id, attempt):
-                self._complain(peer, reason)
+                self._complain(peer, attempt, reason)
                 if doubtful is not None:
                     self._transfer.fence((read_id,))
                 self._driver.post("lanes", NotMade(Identity.parse(peer), attempt))
@@ -514,9 +514,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case lanes.Connected() | ReadDone():
                 pass
 
-    def _complain(self, peer: str, reason: str) -> None:
+    def _complain(self, peer: str, attempt: int, reason: str) -> None:
         identity = Identity.parse(peer)
-        there = identity == self._me or self._peers.has(identity)
+        there = self._ways.tries(identity, attempt) and (identity == self._me or self._peers.has(identity))
         level = logging.WARNING if self._ways.away(identity) else logging.ERROR  # that one is away was said before
         log.log(level if there else logging.INFO, "lane from %s: %s", peer, reason)
 

@@ -214,7 +214,7 @@ class DualQueue:
     def wait_s(self, new: int, cached: int, now: float, wanted_s: float = math.inf, suspendable: bool = False) -> float:
         rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
         if new > self.short_tokens:
-            own = Job("", new, cached, now, now + min(wanted_s, self._set.easy_s))
+            own = self._due(Job("", new, cached, now, now + wanted_s))
             own_s, slack_s = self._by_deadline(now, own)
             if wanted_s < math.inf:
                 alone_s = self._alone_s(own)

@@ -170,6 +170,10 @@ class Lanes:
         lane = self._lanes.get(peer)
         return lane is not None and lane.was_up and lane.state is not State.UP
 
+    def tries(self, peer: Identity, attempt: int) -> bool:
+        """True if the lane is of this attempt. Of any other one, which was given up here, a failure is no news."""
+        return self._of(peer, attempt) is not None
+
     def on(self, event: LanesEvent | None, now: float) -> list[LanesCommand]:
         match event:
             case None:

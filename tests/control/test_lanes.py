@@ -95,8 +95,8 @@ def ready(coordinator: str) -> set[str]:
 
 
 @pytest.mark.parametrize("roles", [(Role.PREFILL, Role.DECODE), (Role.MIXED,)], ids=["two", "alone"])
-def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, roles):
-    """The last one reads from the first, or from itself."""
+def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, caplog, roles):
+    """The last one reads from the first, or from itself. What is said of an attempt before is no error."""
     transports: dict[str, Flaky] = {}
     bugs: list[BaseException] = []
 
@@ -120,6 +120,10 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, r
             for worker in workers:
                 await worker.start()
             await asyncio.to_thread(until, lambda: ready(coordinator.address) == {*roles}, "all are ready")
+            caplog.set_level("INFO", "baton.worker")
+            caplog.clear()
+            workers[-1]._transferred(lanes.ProbeFailed(f"{roles[0]}#000000000001", "disconnected", attempt=1))
+            assert [each.levelname for each in caplog.records if "lane from" in each.message] == ["INFO"]
         finally:
             for worker in workers:
                 await worker.stop("the test is over")

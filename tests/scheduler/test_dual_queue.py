@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -313,6 +314,12 @@ def test_who_needs_much_of_a_full_line_is_refused(before, new, accepted):
     if before:
         spare_s = min(0.9 - before / 10_000, 1.0 - (before + new) / 10_000)
         assert (8 * new / 10_000 * (before / 10_000) ** 2 <= spare_s) == accepted
+
+
+@pytest.mark.parametrize(("wanted_s", "accepted"), [(60.0, True), (20.5, True), (19.0, False), (math.inf, True)])
+def test_an_idle_worker_takes_whatever_can_be_done_in_time(wanted_s, accepted):
+    """20 s of work, which is more than a job without a deadline is thought to have."""
+    assert (DualQueue(1000, 8, COST, PLAIN).wait_s(200_000, 0, 0.0, wanted_s) <= wanted_s) == accepted
 
 
 def test_what_short_ones_take_of_the_time_is_not_there_for_long_ones():

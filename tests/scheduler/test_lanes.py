@@ -184,6 +184,25 @@ def test_a_lane_is_away_from_its_break_until_it_is_up_again_and_a_new_one_is_not
     assert machine.remade == 1
 
 
+def test_a_lane_is_of_its_last_attempt_only():
+    machine = Lanes(CONFIG)
+    assert not machine.tries(P1, 1)
+    machine.on(Met(P1), 0.0)
+    assert machine.tries(P1, 1)
+    assert not machine.tries(P2, 1)
+    machine.on(Met(P1), 1.0)
+    assert machine.tries(P1, 2)
+    assert not machine.tries(P1, 1), "its peer is back"
+    machine.on(NotMade(P1, 2), 2.0)
+    assert machine.tries(P1, 2), "more may be said of what failed"
+    machine.on(Broke(P1, 2), 3.0)
+    machine.on(None, machine.deadline() or 3.0)
+    assert machine.tries(P1, 3)
+    assert not machine.tries(P1, 2)
+    machine.on(Parted(P1), 4.0)
+    assert not machine.tries(P1, 3)
+
+
 def test_peers_do_not_disturb_each_other():
     machine = Lanes(CONFIG)
     machine.on(Met(P1), 0.0)
