@@ -287,6 +287,8 @@ class Scatter:
         self.pages = pages
         self.nbytes = pages * PAGE_UNITS * UNIT_NBYTES
         self.rng = rng
+        self.whole = [(self.runs(1), self.runs(1)) for _ in range(8)]
+        """Places for one contiguous read, whoever does it: where it lies decides what is in a cache."""
 
     def runs(self, count: int) -> list[PageRun]:
         """`count` separate runs of whole pages, equal in size but for one page."""
@@ -349,7 +351,8 @@ def add_request(works: Works, lane: Lane, name: str, scatter: Scatter) -> None:
 
         works[key] = (rounds, ours)
 
-    for count in (1, 2, RUNS, 12):
+    reads(f"{name} runs 1", scatter.whole)
+    for count in (2, RUNS, 12):
         reads(f"{name} runs {count}", [(scatter.runs(count), scatter.runs(count)) for _ in range(8)])
     for nbytes in BLOCKS:
         reads(f"{name} blocks {nbytes}", [(scatter.block_runs(nbytes), scatter.block_runs(nbytes)) for _ in range(4)])
@@ -367,7 +370,7 @@ def add_itself(works: Works, itself: Itself, name: str, scatter: Scatter) -> Non
 
         works[key] = (rounds, work)
 
-    whole = [(scatter.starts(scatter.runs(1)), scatter.starts(scatter.runs(1))) for _ in range(8)]
+    whole = [(scatter.starts(theirs), scatter.starts(ours)) for theirs, ours in scatter.whole]
 
     def contiguous(i: int) -> None:
         itself.plain(scatter.nbytes, *whole[i % len(whole)])
@@ -428,7 +431,8 @@ def measure(
         timed(work, 1, 0)
     samples: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats):
-        for name, (rounds, call) in works.items():
+        # In another order each time: what a work leaves in the caches is the next one's luck.
+        for name, (rounds, call) in rng.sample(list(works.items()), len(works)):
             samples[name].append(timed(call, rounds, 1 + repeat * rounds))
     lane.close()
     return rows_of(lane_name, sizes, {name: median(values) for name, values in samples.items()})
