@@ -6,7 +6,7 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -22,34 +22,17 @@ from engine.paced import LAYERS, PacedEngine
 from prefill.shell import PrefillShell
 from runtime.driver import Driver
 from runtime.jobs import JobThread
-from scheduler.fcfs import Fcfs
-from scheduler.order import Take
 from scheduler.prefill_events import ChunkDone, Resume, RunChunk, Span, Suspend, Suspended
 from scheduler.prefill_policy import GatewayGone, PrefillConfig, PrefillPolicy
 from tests.cast import GATEWAY, P1, ticket
 from tests.checkpoints import make_llama
 from tests.decode.test_shell import Scripted
 from tests.engine.play import alone
+from tests.live.forced import Eager
 from tests.runtime.test_shells import Silent
 
 PROMPTS = {1: tuple(random.Random(1).choices(range(2, 128), k=90)), 2: tuple(range(5, 25)), 3: tuple(range(40, 47))}
 STOPS = {"torch": 4, "paced": LAYERS - 1}
-
-
-class Eager(Fcfs):
-    """Whoever waits overtakes the step that runs."""
-
-    def overtakes(self, now: float) -> str | None:
-        return self.head(now)
-
-    def suspended(self, step: Sequence[Take], now: float) -> None:
-        pass
-
-    def resumes(self, now: float) -> bool:
-        return self.head(now) is None
-
-    def resumed(self, step: Sequence[Take], now: float) -> None:
-        pass
 
 
 class Slow:
