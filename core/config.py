@@ -50,7 +50,7 @@ class WorkerConfig:
     """nixl or zeromq."""
     chunk_tokens: int = 512
     """Most prompt tokens in one engine step."""
-    preempt: bool = False
+    preempt: bool = True
     """A prefill step may be suspended for a more urgent prompt, and goes on afterwards."""
     max_rows: int = 64
     """Most sequences in one engine step."""
@@ -204,7 +204,7 @@ class DeploymentConfig:
     """nixl (UCX), zeromq, or auto: nixl, and zeromq only where nixl has no wheel."""
     chunk_tokens: int = 512
     """Most prompt tokens in one engine step."""
-    preempt: bool = False
+    preempt: bool = True
     """A prefill step may be suspended for a more urgent prompt, and goes on afterwards."""
     max_rows: int = 64
     """Most sequences in one engine step."""
