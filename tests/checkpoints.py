@@ -104,7 +104,7 @@ def make_llama(
         tensors["lm_head.weight"] = matrix(vocab, hidden, 3.0)
     _save(folder, tensors, shards)
     if tokenizer:
-        _byte_tokenizer(folder, vocab)
+        byte_tokenizer(folder, vocab)
     return folder
 
 
@@ -256,7 +256,7 @@ def _save(folder: Path, tensors: dict[str, torch.Tensor], shards: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _byte_tokenizer(folder: Path, vocab: int) -> None:
+def byte_tokenizer(folder: Path, vocab: int) -> None:
     """A ``tokenizer.json`` of 256 byte tokens after <bos>, <eos> and <pad>; ids above stay without text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
