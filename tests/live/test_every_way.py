@@ -74,7 +74,7 @@ EDGE = int(256 * 0.95) * PAGE_TOKENS - 150
 WAYS = {
     "handed over": Way(256, SPLIT, pulled),
     "suspended and swapped": Way(
-        100, {"chunk_tokens": 2048, "prefix_cache": False, "how": {"worker_entry": "tests.live.forced"}}, forced
+        48, {"chunk_tokens": 2048, "prefix_cache": False, "how": {"worker_entry": "tests.live.forced"}}, forced
     ),
     "moved": Way(256, SPLIT | {"migrate": True, "migrate_below_steps": EDGE, "migrate_above_steps": EDGE}, moved),
     "killed": Way(256, SPLIT, placed_again, kills=True),
