@@ -23,6 +23,7 @@ from core.messages import (
     Failed,
     Finished,
     Handed,
+    Holding,
     Moved,
     Offer,
     Prompt,
@@ -30,6 +31,7 @@ from core.messages import (
     SlotFree,
     Tokens,
 )
+from core.prefix import page_hashes
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
@@ -256,7 +258,8 @@ class Router:
         size, sizes = len(request.prompt) + request.sampling.max_tokens, None
         if len(branches) > 1:
             size, sizes = self._workers.size(request), self._workers.sizes(request)
-        need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s, sizes=sizes)
+        prefix = self._names(call, branches[0], len(request.prompt) + done) if done else request.prefix
+        need = Need(len(request.prompt) + done, size, prefix, gap_s=request.slo.gap_s, sizes=sizes)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
         return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
@@ -331,7 +334,7 @@ class Router:
             request.slo,
             request.hints,
             request.generated + len(done),
-            request.prefix,
+            flight.need.prefix,
             request.prefix_page_tokens,
         )
 
@@ -470,6 +473,8 @@ class Router:
             case Handed():
                 flight.reports[Role.PREFILL] = message.stages
                 flight.handed = True
+                if message.cached_tokens:
+                    flight.call.cached_tokens = message.cached_tokens
                 return self._moved(flight, message.ticket, now)
             case Finished():
                 flight.reports[Role.DECODE if message.decoded else Role.PREFILL] = message.stages
@@ -495,7 +500,41 @@ class Router:
         queued = Stage("queued", self._me.name, flight.offered_at - flight.queued_at)
         offered = Stage("offered", self._me.name, now - flight.offered_at)
         call.stages += _of_attempt((queued, offered), flight.placements)
-        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second))]
+        fetches = load.source.member.fetches and flight.need.prefix
+        holdings = self._holdings(flight, load.source, cached_tokens) if fetches else ()
+        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second, holdings))]
+
+    # Who has which pages, where prefill workers fetch.
+    def _link(self, call: Call) -> int:
+        """Tokens that one name of the call's prefix stands for."""
+        return call.request.prefix_page_tokens or self._workers.page_tokens
+
+    def _holdings(self, flight: Flight, source: Post, cached_tokens: int) -> tuple[Holding, ...]:
+        """Who may have more of the prompt than its prefill worker has."""
+        link = self._link(flight.call)
+        found = self._placement.holders(source, flight.need, cached_tokens // link, self._workers)
+        return tuple([Holding(who, pages * link) for who, pages in found])
+
+    def _names(self, call: Call, index: int, upto: int) -> tuple[int, ...]:
+        """Of the full pages that hold the first `upto` tokens of a prompt and its continuation."""
+        request, prompt = call.request, call.request.prompt
+        if not request.prefix or not self._workers.fetches:
+            return request.prefix
+        link = self._link(call)
+        start = len(prompt) // link * link
+        if len(request.prefix) * link != start:
+            return request.prefix
+        rest = prompt[start:] + tuple(call.branches[index].tokens[: upto - len(prompt)])
+        return request.prefix + page_hashes(rest, link, after=request.prefix[-1])
+
+    def _answered(self, flight: Flight, finished: Finished, index: int) -> None:
+        """The decode worker keeps the pages of the answer, too; of several continuations of one prompt it does not.
+        The newest token has no KV, unless one that ended the text came after it."""
+        call, load = flight.call, self._load(flight)
+        if load.source.member.fetches and flight.need.prefix and len(flight.branches) == 1:
+            newest = 0 if finished.reason == "stop" else 1
+            upto = len(call.request.prompt) + len(call.branches[index].tokens) - newest
+            self._placement.kept(load.sink, self._names(call, index, upto))
 
     def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
@@ -542,6 +581,10 @@ class Router:
         commands = self._moved(flight, message.ticket, now) if message.decoded else []
         if message.ticket.key not in self._flights:
             return commands
+        if message.cached_tokens:
+            flight.call.cached_tokens = message.cached_tokens
+        if message.decoded:
+            self._answered(flight, message, index)
         if flight.live() != [index]:
             return [*commands, *self._complete(flight.call, index, message.reason, message.stop_token_id)]
         commands += self._recall(flight, "done", report=True) if flight.untold else []
@@ -565,6 +608,8 @@ class Router:
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
         if sink is not load.sink:
             self._workers.moved(load, sink)
+        if load.source.member.fetches and flight.need.prefix:
+            self._placement.kept(sink, flight.need.prefix)
         untold, flight.untold = flight.untold, []
         return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
 
@@ -643,6 +688,8 @@ class Router:
         if flight.owing.pop(part, None) is None:
             return self._ignore()
         flight.reports[part] = message.stages
+        if isinstance(message, Handed | Finished) and message.cached_tokens:
+            flight.call.cached_tokens = message.cached_tokens
         return [] if flight.owing else self._finish(flight)
 
     def _finish(self, flight: Flight) -> list[RouterCommand]:
