@@ -9,6 +9,7 @@ their way waits for those, and asks for none.
 | parameter | unit | default | meaning |
 |---|---|---|---|
 | message_s | s | 0.002 | from the question to the announcement and from the last byte to the word of it: two messages |
+| run_s | s | 4e-6 | to post a run of neighbouring pages |
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from scheduler.fetching import Fetching, Holder
 from scheduler.prefill_events import DropFetch, FetchOver, FetchPages
 
 MESSAGE_S = 0.002
+RUN_S = 4e-6
 
 
 @dataclass(slots=True)
@@ -44,12 +46,18 @@ class Fetches:
     """All fetches of one prefill worker. Each `FetchPages` is answered by one `FetchOver`, also after `DropFetch`."""
 
     def __init__(
-        self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel, message_s: float = MESSAGE_S
+        self,
+        me: Identity,
+        shape: KvShape,
+        ledger: Pages,
+        cost: CostModel,
+        message_s: float = MESSAGE_S,
+        run_s: float = RUN_S,
     ) -> None:
         self._me = me
         self._page_tokens = shape.page_tokens
         self._ledger = ledger
-        self._message_s = message_s
+        self._message_s, self._run_s = message_s, run_s
         self._rule = Fetching(shape, replace(cost, lanes=()))
         self._busy_until: dict[Identity, float] = {}
         """By workers whose pages can be read."""
@@ -79,7 +87,7 @@ class Fetches:
         self._busy_until.pop(source, None)
         if lane.transport and lane.gbytes_per_s > 0:
             latency_s = lane.latency_us / 1e6
-            lanes.append(Lane(name, self._message_s + latency_s, latency_s, 1e-9 / lane.gbytes_per_s))
+            lanes.append(Lane(name, self._message_s + latency_s, self._run_s, 1e-9 / lane.gbytes_per_s))
             self._busy_until[source] = 0.0
         self._rule = replace(self._rule, cost=replace(self._rule.cost, lanes=tuple(lanes)))
 
