@@ -99,6 +99,9 @@ class Cancel:
     """Answer with the stages so far: `Handed` from a prefill worker, `Finished` from a decode worker."""
     branch: int | None = None
     """Only this continuation, at a decode worker; the others go on."""
+    prefix: tuple[int, ...] = ()
+    """It is no cancel but an end, which only the gateway could see: names of the full pages of prompt and answer, as in
+    `Request`, to keep as a decode worker keeps those of an end of its own."""
 
 
 @quick_init

@@ -200,8 +200,9 @@ def frames(message: m.Message) -> list[Frame]:
             for each in holdings:
                 pieces[-1].holdings.add(worker=str(each.worker), tokens=each.tokens)
             return [Frame(prompt=piece) for piece in pieces]
-        case m.Cancel(_, reason, report, branch):
-            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch))]
+        case m.Cancel(_, reason, report, branch, prefix):
+            cancel = worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch, prefix=prefix)
+            return [Frame(cancel=cancel)]
         case m.Tokens(_, index, tokens, hashes, branch, logprobs, prompt_logprobs):
             body = worker_pb2.Tokens(
                 ticket=ticket,
@@ -318,7 +319,8 @@ class Reader:
                 ticket = _ticket_from(frame.cancel.ticket)
                 self._pieces.pop(ticket.key, None)
                 branch = frame.cancel.branch if frame.cancel.HasField("branch") else None
-                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report, branch)
+                prefix = tuple(frame.cancel.prefix)
+                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report, branch, prefix)
             case "tokens":
                 tokens = frame.tokens
                 return m.Tokens(

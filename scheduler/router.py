@@ -258,7 +258,9 @@ class Router:
         size, sizes = len(request.prompt) + request.sampling.max_tokens, None
         if len(branches) > 1:
             size, sizes = self._workers.size(request), self._workers.sizes(request)
-        prefix = self._names(call, branches[0], len(request.prompt) + done) if done else request.prefix
+        prefix = request.prefix
+        if done and self._workers.fetches:
+            prefix = self._names(call, branches[0], len(request.prompt) + done)
         need = Need(len(request.prompt) + done, size, prefix, gap_s=request.slo.gap_s, sizes=sizes)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
@@ -518,23 +520,24 @@ class Router:
     def _names(self, call: Call, index: int, upto: int) -> tuple[int, ...]:
         """Of the full pages that hold the first `upto` tokens of a prompt and its continuation."""
         request, prompt = call.request, call.request.prompt
-        if not request.prefix or not self._workers.fetches:
-            return request.prefix
         link = self._link(call)
         start = len(prompt) // link * link
-        if len(request.prefix) * link != start:
+        if not request.prefix or len(request.prefix) * link != start:
             return request.prefix
         rest = prompt[start:] + tuple(call.branches[index].tokens[: upto - len(prompt)])
         return request.prefix + page_hashes(rest, link, after=request.prefix[-1])
 
-    def _answered(self, flight: Flight, finished: Finished, index: int) -> None:
-        """The decode worker keeps the pages of the answer, too; of several continuations of one prompt it does not.
-        The newest token has no KV, unless one that ended the text came after it."""
-        call, load = flight.call, self._load(flight)
-        if load.source.member.fetches and flight.need.prefix and len(flight.branches) == 1:
-            newest = 0 if finished.reason == "stop" else 1
-            upto = len(call.request.prompt) + len(call.branches[index].tokens) - newest
-            self._placement.kept(load.sink, self._names(call, index, upto))
+    def _answered(self, flight: Flight, index: int, newest: int) -> tuple[int, ...]:
+        """Names of the pages of an answer that has ended, which its decode worker keeps beside those of the prompt; of
+        several continuations of one prompt it does not. The `newest` tokens, 1 or 0, have no KV."""
+        call, load, names = flight.call, self._load(flight), flight.need.prefix
+        if not names or len(flight.branches) > 1:
+            return ()
+        upto = len(call.request.prompt) + len(call.branches[index].tokens)
+        names = self._names(call, index, upto)
+        if load.source.member.fetches:
+            self._placement.kept(load.sink, names if not newest else names[: (upto - newest) // self._link(call)])
+        return names
 
     def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
@@ -583,8 +586,8 @@ class Router:
             return commands
         if message.cached_tokens:
             flight.call.cached_tokens = message.cached_tokens
-        if message.decoded:
-            self._answered(flight, message, index)
+        if message.decoded and self._load(flight).source.member.fetches:
+            self._answered(flight, index, newest=0 if message.reason == "stop" else 1)
         if flight.live() != [index]:
             return [*commands, *self._complete(flight.call, index, message.reason, message.stop_token_id)]
         commands += self._recall(flight, "done", report=True) if flight.untold else []
@@ -650,7 +653,9 @@ class Router:
                 return [*self._recall(flight, "stop string", branch=local), *self._complete(call, index, "stop")]
             flight.untold.append(local)
             return self._complete(call, index, "stop")
-        recall, tokens = self._recall(flight, "stop string", report=True), len(call.branches[index].tokens)
+        ended = self._answered(flight, index, newest=1) if flight.phase is Phase.DECODING else ()
+        recall = self._recall(flight, "stop string", report=True, ended=ended)
+        tokens = len(call.branches[index].tokens)
         owing: dict[Role, Identity] = {}
         if flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and not flight.handed:
             owing[Role.PREFILL] = flight.ticket.source
@@ -802,16 +807,28 @@ class Router:
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(
-        self, flight: Flight, reason: str, *, report: bool = False, branch: int | None = None
+        self,
+        flight: Flight,
+        reason: str,
+        *,
+        report: bool = False,
+        branch: int | None = None,
+        ended: tuple[int, ...] = (),
     ) -> list[RouterCommand]:
-        """Cancel at every worker that may hold something for this attempt."""
+        """Cancel at every worker that may hold something for this attempt; its decode worker may keep pages of what
+        has `ended`."""
         ticket = flight.placed
         if ticket is None or flight.phase is Phase.QUEUED:
             return []
         where = [ticket.source]
         if flight.phase is not Phase.OFFERED:
             where += [who for who in (ticket.sink, flight.second) if who is not None and who not in where]
-        return [ToOne(who, Cancel(ticket, reason, report, branch)) for who in where if who in self._workers]
+        kept = {ticket.sink: ended}
+        return [
+            ToOne(who, Cancel(ticket, reason, report, branch, kept.get(who, ())))
+            for who in where
+            if who in self._workers
+        ]
 
     def _end(
         self,

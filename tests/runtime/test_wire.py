@@ -113,7 +113,9 @@ MESSAGES: dict[type, st.SearchStrategy] = {
         st.none() | identities,
         st.lists(st.builds(m.Holding, identities, counts), max_size=2).map(tuple),
     ),
-    m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
+    m.Cancel: st.builds(
+        m.Cancel, tickets, text, st.booleans(), st.none() | counts, st.lists(words, max_size=3).map(tuple)
+    ),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
     m.Reject: st.builds(m.Reject, tickets, text, seconds),
     m.Tokens: st.builds(

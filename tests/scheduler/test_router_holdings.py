@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from core.messages import Accept, Finished, Handed, Holding, Moved, Offer, Prompt, Tokens
+from core.messages import Accept, Cancel, Finished, Handed, Holding, Moved, Offer, Prompt, Tokens
 from core.prefix import page_hashes
 from core.request import Request, Ticket
 from core.sampling import Sampling
@@ -15,7 +15,7 @@ from scheduler.dualmap import DualMap
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Placement
 from scheduler.router import Router, RouterConfig
-from scheduler.router_events import Arrived, End, Satisfied, ToOne, WorkerDown, WorkerUp
+from scheduler.router_events import Arrived, ClientGone, End, Satisfied, ToOne, WorkerDown, WorkerUp
 from tests.cast import D1, D2, GATEWAY, P1, P2, SHAPE, worker
 
 PAGE = SHAPE.page_tokens
@@ -108,22 +108,49 @@ def test_who_has_pages_of_another_size_or_is_gone_is_not_named():
     assert D1 not in [each.worker for each in fourth.holdings]
 
 
-def test_an_answer_that_was_cut_short_or_is_one_of_several_is_not_kept():
+def decoding(machine: Router, counter: int, upto: int, n: int = 1) -> Ticket:
+    """A row that has said so much of the text."""
+    ticket = placed(machine, counter, ask(10, 80, n))[0].ticket
+    for branch in range(n):
+        machine.on(Tokens(ticket, 0, TEXT[10:11], branch=branch), 2.0)
+    machine.on(Handed(ticket, ()), 2.0)
+    for branch in range(n):
+        machine.on(Tokens(ticket, 0, TEXT[10:upto], branch=branch), 2.0)
+    return ticket
+
+
+@pytest.mark.parametrize(("upto", "there"), [(30, 28), (29, 28), (28, 24)])
+def test_of_an_answer_that_a_stop_string_ended_the_pages_are_kept(upto, there):
+    """The decode worker hears their names with the recall, and keeps those that it has written; the newest token may
+    have no KV."""
     machine = router()
-    prompt, _ = placed(machine, 1, ask(10, 80))
-    answer_of = prompt.ticket
-    machine.on(Tokens(answer_of, 0, TEXT[10:11]), 2.0)
-    machine.on(Handed(answer_of, ()), 2.0)
-    machine.on(Tokens(answer_of, 0, TEXT[10:30]), 2.0)
-    machine.on(Satisfied(1, 0), 2.0)
-    second, _ = placed(machine, 2, ask(40))
-    assert max((each.tokens for each in second.holdings), default=0) <= 8
-    several, _ = placed(machine, 3, ask(10, 8, n=2), cached=8)
-    for branch in (0, 1):
-        machine.on(Tokens(several.ticket, 0, TEXT[10:18], branch=branch), 2.0)
-        machine.on(Finished(several.ticket, "length", 8, branch=branch, decoded=True), 2.0)
-    last, _ = placed(machine, 4, ask(40))
-    assert max((each.tokens for each in last.holdings), default=0) <= 8
+    ticket = decoding(machine, 1, upto)
+    names = page_hashes(TEXT[:upto], PAGE)
+    to_source, to_sink, *_ = machine.on(Satisfied(1, 0), 2.0)
+    assert to_source == ToOne(P1, Cancel(ticket, "stop string", report=True))
+    assert to_sink == ToOne(D1, Cancel(ticket, "stop string", report=True, prefix=names))
+    second, _ = placed(machine, 2, ask(40), cached=8)
+    assert second.holdings == (Holding(D1, there),)
+
+
+def test_without_fetches_they_are_kept_as_well():
+    machine = router(fetches=False, placement=LeastLoaded())
+    decoding(machine, 1, 30)
+    *_, to_sink = [each for each in machine.on(Satisfied(1, 0), 2.0) if isinstance(each, ToOne) and each.worker == D1]
+    assert to_sink.message.prefix == page_hashes(TEXT[:30], PAGE)
+
+
+@pytest.mark.parametrize("event", [ClientGone(1, "left"), Satisfied(1, 0)], ids=["left", "one of several"])
+def test_an_answer_that_somebody_left_or_that_is_one_of_several_is_not_kept(event):
+    machine = router()
+    decoding(machine, 1, 30, n=1 if isinstance(event, ClientGone) else 2)
+    sent = [each.message for each in machine.on(event, 2.0) if isinstance(each, ToOne)]
+    if isinstance(event, Satisfied):
+        sent += [each.message for each in machine.on(Satisfied(1, 1), 2.0) if isinstance(each, ToOne)]
+    assert sent
+    assert {each.prefix for each in sent} == {()}
+    second, _ = placed(machine, 2, ask(40), cached=8)
+    assert second.holdings == ()
 
 
 def test_a_row_that_moved_leaves_its_answer_where_it_ended():

@@ -244,16 +244,18 @@ class RequestMeta(_message.Message):
     def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("ticket", "reason", "report", "branch")
+    __slots__ = ("ticket", "reason", "report", "branch", "prefix")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     report: bool
     branch: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ...) -> None: ...
+    prefix: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ticket", "index", "tokens", "logits_hashes", "branch", "logprobs", "prompt_logprobs")
