@@ -10,6 +10,7 @@ their way waits for those, and asks for none.
 |---|---|---|---|
 | message_s | s | 0.002 | from the question to the announcement and from the last byte to the word of it: two messages |
 | run_s | s | 4e-6 | to post a run of neighbouring pages |
+| latency_s | s | 0.005 | most that counts of a lane's latency: it was measured once, perhaps on a busy machine |
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from scheduler.prefill_events import DropFetch, FetchOver, FetchPages
 
 MESSAGE_S = 0.002
 RUN_S = 4e-6
+LATENCY_S = 0.005
 
 
 @dataclass(slots=True)
@@ -53,11 +55,12 @@ class Fetches:
         cost: CostModel,
         message_s: float = MESSAGE_S,
         run_s: float = RUN_S,
+        latency_s: float = LATENCY_S,
     ) -> None:
         self._me = me
         self._page_tokens = shape.page_tokens
         self._ledger = ledger
-        self._message_s, self._run_s = message_s, run_s
+        self._message_s, self._run_s, self._latency_s = message_s, run_s, latency_s
         self._rule = Fetching(shape, replace(cost, lanes=()))
         self._busy_until: dict[Identity, float] = {}
         """By workers whose pages can be read."""
@@ -86,7 +89,7 @@ class Fetches:
         lanes = [each for each in self._rule.cost.lanes if each.name != name]
         self._busy_until.pop(source, None)
         if lane.transport and lane.gbytes_per_s > 0:
-            latency_s = lane.latency_us / 1e6
+            latency_s = min(lane.latency_us / 1e6, self._latency_s)
             lanes.append(Lane(name, self._message_s + latency_s, self._run_s, 1e-9 / lane.gbytes_per_s))
             self._busy_until[source] = 0.0
         self._rule = replace(self._rule, cost=replace(self._rule.cost, lanes=tuple(lanes)))

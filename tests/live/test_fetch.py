@@ -28,7 +28,14 @@ PREFILLS, DECODES = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
 def fetching(launch, model, tmp_path_factory) -> Iterator[Live]:
     """Two prefill and two decode workers, whose lanes and messages obey rules."""
     rules = tmp_path_factory.mktemp("fetch") / "rules"
-    settings = {"engine": "paced", "pace": 6.0, "hash_logits": True, "chunk_tokens": 512, "fetch": True}
+    settings = {
+        "engine": "paced",
+        "pace": 8.0,
+        "kv_memory": "4M",
+        "hash_logits": True,
+        "chunk_tokens": 512,
+        "fetch": True,
+    }
     live = launch("fetch", model, faults=rules, prefill=2, decode=2, **settings)
     live.torn = True  # digests must differ here
     live.expected = ["^lane from .*: no answer"]  # workers come back here, and may be slow to
@@ -111,7 +118,7 @@ def fetched(reply: Reply) -> tuple[str, int]:
 def turns(live: Live, reference: Chain, number: int) -> tuple[Case, int, str]:
     """A first turn that was answered, by workers of which the prefill worker is another life by now: the second turn,
     how many of its tokens have KV, and the decode worker that alone has it."""
-    first = case(prompt(1500, number), 40)
+    first = case(prompt(3000, number), 30)
     said = one(live, first, reference)
     renew(live, at(said, "prefill"))
     text = (*first.prompt, *said.tokens)
@@ -182,10 +189,10 @@ def test_what_two_dead_workers_leave_is_computed_no_further_than_no_one_has_it(l
 
 def test_a_prefix_comes_from_another_prefill_worker(live, reference):
     """Who has it is busy, and both decode workers are new."""
-    first = case(prompt(1000, 9), 4)
+    first = case(prompt(1200, 9), 4)
     had = at(one(live, first, reference), "prefill")
     renew(live, *DECODES)
-    long, short = (case((*first.prompt, *prompt(count, 10)), 2) for count in (5000, 50))
+    long, short = (case((*first.prompt, *prompt(count, 10)), 2) for count in (6000, 50))
 
     async def play(client: Client) -> Reply:
         crowd = asyncio.create_task(client.generate(long.request))
@@ -197,8 +204,8 @@ def test_a_prefix_comes_from_another_prefill_worker(live, reference):
 
     reply = exact(short, run(live, play), reference)
     assert at(reply, "prefill") != had
-    assert fetched(reply) == (had, whole(1000) // PAGE * PAGE_NBYTES)
-    assert reply.last.cached_tokens == whole(1000)
+    assert fetched(reply) == (had, whole(1200) // PAGE * PAGE_NBYTES)
+    assert reply.last.cached_tokens == whole(1200)
 
 
 @pytest.mark.parametrize(("number", "event"), [(30, "hear Fetch"), (40, "sent Ready")], ids=["asked", "read"])

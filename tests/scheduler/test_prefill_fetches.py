@@ -86,6 +86,7 @@ HAS = (Holding(D1, 24),)
         (fetches(lane(), Lane(D1, ""), lane()), HAS, 2.0, (D1, 6)),
         (fetches(lane(gbytes_per_s=0.0)), HAS, 2.0, None),
         (fetches(lane(D2)), HAS, 2.0, None),
+        (fetches(replace(lane(), latency_us=5e6)), HAS, 2.0, (D1, 6)),
         (fetches(lane(D2), lane()), (*HAS, Holding(D2, 12)), 2.0, (D1, 6)),
         (fetches(lane(D2), lane(gbytes_per_s=FAR)), (*HAS, Holding(D2, 12)), 2.0, (D2, 3)),
     ],
