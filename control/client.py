@@ -80,6 +80,11 @@ def waterfall(end: inference_pb2.End) -> Sequence[str]:
             d = stage.detail
             copied = f"{int(d['nbytes']) / 1e3:,.0f} kB from {d['from']} in {float(d['copy_s']) * 1e3:.1f} ms"
             extra = f"{copied} while it ran on, {d['transport']}"
+        elif stage.name == "fetch":
+            d = stage.detail
+            extra = f"from {d['from']}: {d.get('failed', '')}"
+            if "nbytes" in d:
+                extra = f"{int(d['nbytes']) / 1e3:,.0f} kB from {d['from']}, {d['gbytes_per_s']} GB/s, {d['transport']}"
         elif stage.name == "prefill":
             extra = f"{stage.detail['tokens']} tokens in {stage.detail['chunks']} chunks"
             if "cached" in stage.detail:

@@ -25,7 +25,7 @@ from core.request import Stage
 from core.worker import Identity, Lane
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone, Withdrawn
-from scheduler.prefill_policy import Granted, HandOffOver
+from scheduler.prefill_policy import FetchOver, Granted, HandOffOver
 from transfer import sink as taking
 from transfer import source as giving
 from transfer.thread import Digested, DigestFailed, Pulled, TransferThread
@@ -39,7 +39,8 @@ SOURCE, SINK, DECODE = "source", "sink", "decode"
 class HandOffShell:
     """Seats `source` and `sink` in `driver`. The seats "prefill" and "decode" exist as far as the role needs them.
 
-    `moves`: the policy in the seat "decode" gives and takes running rows. `away`: whether nothing can be read from a
+    `moves`: the policy in the seat "decode" gives and takes running rows. `fetches`: that in "prefill" has pages
+    fetched. `away`: whether nothing can be read from a
     peer for now, though it is there.
     """
 
@@ -55,6 +56,7 @@ class HandOffShell:
         emulated: Callable[[], bool],
         *,
         moves: bool = False,
+        fetches: bool = False,
         away: Callable[[Identity], bool] = lambda peer: False,
     ) -> None:
         self.source = source
@@ -66,6 +68,7 @@ class HandOffShell:
         self._lane = lane
         self._emulated = emulated
         self._moves = moves
+        self._fetches = fetches
         self._away = away
         self._lively = False
         self._jobs: dict[int, tuple[str, int]] = {}
@@ -188,8 +191,13 @@ class HandOffShell:
                 self._driver.post(DECODE, KvArrived(ticket, request, firsts, stages, carried))
             case taking.Gone(ticket, reason, recompute):
                 self._driver.post(DECODE, Withdrawn(ticket, reason, recompute))
-            case taking.Fetched(ticket, pages, reason):
+            case taking.Fetched(ticket, pages, reason, pull):
                 log.debug("fetch %s: %d pages are here%s", ticket.key, pages, reason and f": {reason}")
+                if self._fetches:
+                    detail = {"from": ticket.source.name, "failed": reason}
+                    if pull is not None:
+                        detail = self._pulled(ticket.source, pull)
+                    self._driver.post("prefill", FetchOver(ticket.key, pull.nbytes if pull else 0, detail))
             case _:
                 assert_never(command)
 
@@ -202,8 +210,17 @@ class HandOffShell:
 
     def _stages(self, source: Identity, pull: taking.Pull, *, moved: bool) -> tuple[Stage, ...]:
         """What it took to come here. A row that moves is copied while it runs: only its pause is time of its own."""
+        detail, me = self._pulled(source, pull), self._me.name
+        if moved:
+            copied = {"copy_s": f"{pull.total_s:.6f}", "pause_s": f"{pull.paused_s:.6f}"}
+            return (Stage("move", me, pull.paused_s, {**detail, **copied}),)
+        detail["cached"] = str(pull.cached_tokens)
+        return (Stage("reserve_wait", me, pull.granted_s), Stage("pull", me, pull.total_s, detail))
+
+    def _pulled(self, source: Identity, pull: taking.Pull) -> dict[str, str]:
+        """What came from where, and how fast."""
         lane = self._lane(source)
-        detail = {
+        return {
             "from": source.name,
             "nbytes": str(pull.nbytes),
             "runs": str(pull.runs),
@@ -211,9 +228,3 @@ class HandOffShell:
             "transport": lane.transport if lane else "own memory",
             "read_s": f"{pull.read_s:.6f}",
         }
-        me = self._me.name
-        if moved:
-            copied = {"copy_s": f"{pull.total_s:.6f}", "pause_s": f"{pull.paused_s:.6f}"}
-            return (Stage("move", me, pull.paused_s, {**detail, **copied}),)
-        detail["cached"] = str(pull.cached_tokens)
-        return (Stage("reserve_wait", me, pull.granted_s), Stage("pull", me, pull.total_s, detail))

@@ -340,6 +340,7 @@ class Deployment:
                     migrate=c.migrate or self._policy.migration is not None,
                     migrate_below_steps=c.migrate_below_steps,
                     migrate_above_steps=c.migrate_above_steps,
+                    fetch=c.fetch,
                     hash_logits=c.hash_logits,
                     engine=c.engine,
                     cost=c.cost,

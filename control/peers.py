@@ -97,7 +97,8 @@ class Gateways:
 
 
 class Peers:
-    """One stream to every worker of the other phase, and to every decode worker that rows may move to or come from.
+    """One stream to every worker of the other phase, to every decode worker that rows may move to or come from, and to
+    every prefill worker that pages may be fetched from.
 
     Of two, the one whose name sorts first dials.
     """
@@ -200,7 +201,7 @@ class Peers:
         if other.identity == self._me.identity:
             return False
         mine, its = self._me.role, other.role
-        if self._me.migrates and other.migrates:
+        if (self._me.migrates and other.migrates) or (self._me.fetches and other.fetches):
             return True
         return (mine.prefills and its.decodes) or (mine.decodes and its.prefills)
 

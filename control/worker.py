@@ -180,6 +180,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             numerics=numerics,
             transport=config.transport,
             migrates=config.migrate and role is Role.DECODE,
+            fetches=config.fetch and role.prefills,
             costs=Costs(cost.prefill, cost.decode),
         )
         self._greeting = Greeting(self._base, metadata, scratch)
@@ -209,12 +210,14 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._lanes.get,
             lambda: any("tcp" in lane.transport for lane in self._readers.values()),
             moves=self._base.migrates,
+            fetches=self._base.fetches,
             away=self._ways.away,
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
         if role.prefills:
-            prefill = self._of_role(engine, role).prefill(self._me, engine.kv, ledger, cost)
+            fetches = self._base.fetches
+            prefill = self._of_role(engine, role).prefill(self._me, engine.kv, ledger, cost, fetch=fetches)
             tell, preempt = self._gateways.tell, self._config.preempt
             self._prefill = PrefillShell(prefill, driver, engine, self._engine_thread, tell, self._stepped, preempt)
         if role.decodes:
@@ -366,13 +369,27 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._report(error)
 
     def _ready(self) -> bool:
-        """Weights are loaded by now; a worker alone cannot hand over, so its lane must have been measured, too."""
+        """Weights are loaded by now; a worker alone cannot hand over, so its lane must have been measured, too.
+
+        Lanes over which rows move, or pages are fetched, are no part of that: it serves without.
+        """
         role = self._config.role
         if self._leaving:
             return False
         if role is Role.MIXED:
             return self._me in self._lanes
-        return bool(self._readers) if role is Role.PREFILL else any(not self._moves_to(peer) for peer in self._lanes)
+        if role is Role.PREFILL:
+            return any(self._hands_to(peer) for peer in self._readers)
+        return any(not self._moves_to(peer) for peer in self._lanes)
+
+    def _hands_to(self, peer: Identity) -> bool:
+        """Whether a peer takes what is prefilled here."""
+        greeting = self._peers.greeting(peer)
+        return greeting is not None and greeting.member.role.decodes
+
+    def _fetches_from(self, greeting: Greeting) -> bool:
+        """Whether we may want a peer's pages; names of pages of another size would say nothing of them."""
+        return self._base.fetches and greeting.member.kv == self._engine.kv
 
     def _moves_to(self, peer: Identity) -> bool:
         """Whether rows may move between us and a peer: it is not one that prompts come from."""
@@ -383,6 +400,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         """Rows can move once either has measured its way to read the other's pages."""
         if peer in self._lanes and peer in self._readers and self._moves_to(peer):
             self._handoff.met(peer)
+
+    def _reach(self, lane: Lane) -> None:
+        """Pages can be fetched over a lane from now on, or not any more."""
+        greeting = self._peers.greeting(lane.source)
+        if self._base.fetches and (not lane.transport or (greeting is not None and self._fetches_from(greeting))):
+            self._driver.post("prefill", lane)
 
     def _changed(self) -> None:
         """Readiness or lanes changed: tell those who route."""
@@ -422,7 +445,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _peer_opened(self, greeting: Greeting) -> None:
         self._transfer.boost(1.0)
         member = greeting.member
-        if (self._config.role.decodes and member.role.prefills) or self._moves_to(member.identity):
+        takes = (self._config.role.decodes and member.role.prefills) or self._moves_to(member.identity)
+        if takes or self._fetches_from(greeting):
             self._driver.post("lanes", Met(member.identity))
 
     def _lay(self, command: LanesCommand) -> None:
@@ -447,11 +471,13 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._warn()
                 self._peers.tell_lane(peer, lane)
                 self._met(peer)
+                self._reach(lane)
                 self._changed()
             case DeclareAway():
                 del self._lanes[peer]
                 self._peers.tell_lane(peer, Lane(peer, ""))
                 self._handoff.parted(peer)
+                self._reach(Lane(peer, ""))
                 self._changed()
             case _:
                 assert_never(command)
@@ -555,6 +581,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 yield "requests", "Requests by phase and state.", {"phase": "prefill", "state": where}, float(count)
             yield "prefill_tokens", "Prompt tokens computed.", {}, float(self._prefill.computed_tokens)
             yield "prefill_suspensions", "Prefill steps suspended.", {}, float(self._prefill.policy.suspensions)
+            if (fetches := self._prefill.policy.fetches) is not None:
+                for outcome, count in {"fetched": fetches.fetched, "failed": fetches.failed}.items():
+                    yield "fetches", "Pulls of prompts' pages from other workers.", {"outcome": outcome}, float(count)
+                yield "fetched_bytes", "KV bytes of prompts pulled from others.", {}, float(fetches.fetched_nbytes)
         if self._decode is not None:
             for state_, count in self._decode.policy.queue().items():
                 yield "requests", "Requests by phase and state.", {"phase": "decode", "state": state_}, float(count)

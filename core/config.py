@@ -62,6 +62,8 @@ class WorkerConfig:
     """It is short when its rows have memory for fewer steps than these."""
     migrate_above_steps: int = 192
     """Another takes rows while its own have memory for more steps than these."""
+    fetch: bool = False
+    """A prefill worker pulls pages of prompts from workers that have them, where that is quicker than to compute."""
     policy: str = "baton"
     """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
     profile_s: float = 2.0
@@ -220,6 +222,8 @@ class DeploymentConfig:
     """It is short when its rows have memory for fewer steps than these."""
     migrate_above_steps: int = 192
     """Another takes rows while its own have memory for more steps than these."""
+    fetch: bool = False
+    """Prefill workers pull pages of prompts from workers that have them, where that is quicker than to compute them."""
     max_queue_s: float = 30.0
     """A request without a TTFT goal is accepted while its wait stays under this."""
     ttft_s: float = 0.0

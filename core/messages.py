@@ -67,6 +67,16 @@ class SlotFree:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """A worker that may have the first pages of a prompt, as far as its gateway knows."""
+
+    worker: Identity
+    tokens: int
+    """Of the prompt, at most."""
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The accepted request itself."""
 
@@ -74,6 +84,8 @@ class Prompt:
     request: Request
     second: Identity | None = None
     """Another sink, should the ticket's refuse or be lost."""
+    holdings: tuple[Holding, ...] = ()
+    """Who may have more of it than the worker said it has, the most first."""
 
 
 @quick_init
@@ -87,6 +99,9 @@ class Cancel:
     """Answer with the stages so far: `Handed` from a prefill worker, `Finished` from a decode worker."""
     branch: int | None = None
     """Only this continuation, at a decode worker; the others go on."""
+    prefix: tuple[int, ...] = ()
+    """It is no cancel but an end, which only the gateway could see: names of the full pages of prompt and answer, as in
+    `Request`, to keep as a decode worker keeps those of an end of its own."""
 
 
 @quick_init
@@ -114,6 +129,8 @@ class Handed:
     stages: tuple[Stage, ...]
     cancelled: bool = False
     """The sink need not have the KV: the gateway wanted no more, and the stages."""
+    cached_tokens: int = 0
+    """Of the prompt, that were not computed, if pages were fetched for it; 0: as `Accept` said."""
 
 
 @quick_init
@@ -130,6 +147,8 @@ class Finished:
     branch: int = 0
     decoded: bool = False
     """By the decode worker; else the prefill worker found that the first token is the last."""
+    cached_tokens: int = 0
+    """As in `Handed`, by the prefill worker."""
 
 
 @quick_init

@@ -129,7 +129,7 @@ class Stage:
     """One step of a request's waterfall: seconds measured on one process's clock."""
 
     name: str
-    """queued, offered, batch_wait, prefill, reserve_wait, pull, join_wait, decode, move."""
+    """queued, offered, fetch, batch_wait, prefill, reserve_wait, pull, join_wait, decode, move."""
     worker: str
     seconds: float
     detail: dict[str, str] = field(default_factory=dict)

@@ -124,6 +124,8 @@ class Member:
     ready: bool = False
     migrates: bool = False
     """Rows that run here may move to others that do so too, and theirs to it."""
+    fetches: bool = False
+    """It takes prompts, and pulls pages of them from workers that have them."""
     lanes: tuple[Lane, ...] = field(default=())
     costs: Costs | None = None
     """As it said last, which it does seldom; None if it did not."""

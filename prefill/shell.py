@@ -23,7 +23,9 @@ from scheduler.prefill_events import (
     Begin,
     ChunkDone,
     ChunkFailed,
+    DropFetch,
     EndSequence,
+    FetchPages,
     Invite,
     PrefillCommand,
     Resume,
@@ -34,6 +36,7 @@ from scheduler.prefill_events import (
     WithdrawHandOff,
 )
 from scheduler.prefill_policy import PrefillPolicy, holder
+from transfer.sink import AskSource, Drop
 from transfer.source import AskSink, Sealed, Withdraw
 
 log = logging.getLogger("baton.prefill")
@@ -42,7 +45,8 @@ SEAT = "prefill"
 
 
 class PrefillShell:
-    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist.
+    """Seats `policy` in `driver`; sends to gateways through `tell`. The seat "source" must exist, and "sink" where
+    the policy fetches.
 
     With `preempt` steps can be suspended; without, a `Suspend` is answered by the end of the step.
     `stepped` hears what each step took, after the policy has.
@@ -101,6 +105,10 @@ class PrefillShell:
                 self._driver.post("source", Sealed(key, pages, tokens, firsts))
             case WithdrawHandOff(key, reason):
                 self._driver.post("source", Withdraw(key, reason))
+            case FetchPages(ticket, prefix, deadline):
+                self._driver.post("sink", AskSource(ticket, prefix, deadline))
+            case DropFetch(key, reason):
+                self._driver.post("sink", Drop(key, reason))
             case _:
                 assert_never(command)
 

@@ -37,6 +37,7 @@ def hello(greeting: Greeting) -> Frame:
         transport_metadata=greeting.transport_metadata,
         scratch_pages=greeting.scratch_pages,
         migrates=member.migrates,
+        fetches=member.fetches,
     )
     return Frame(hello=body)
 
@@ -62,6 +63,7 @@ def greeting(frame: Frame) -> Greeting:
         numerics=_numerics_from(body.numerics) if body.HasField("numerics") else None,
         transport=body.transport,
         migrates=body.migrates,
+        fetches=body.fetches,
     )
     return Greeting(member, body.transport_metadata, body.scratch_pages)
 
@@ -108,6 +110,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
         transport=member.transport,
         ready=member.ready,
         migrates=member.migrates,
+        fetches=member.fetches,
         lanes=[registry_lane(lane) for lane in member.lanes],
         costs=registry_costs(member.costs),
     )
@@ -132,6 +135,7 @@ def member_from(body: registry_pb2.Member) -> Member:
         transport=body.transport,
         ready=body.ready,
         migrates=body.migrates,
+        fetches=body.fetches,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
         costs=costs_from(body.costs) if body.HasField("costs") else None,
     )
@@ -188,14 +192,17 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(accept=worker_pb2.Accept(ticket=ticket, cached_tokens=cached_tokens, wait_s=wait_s))]
         case m.Reject(_, reason, wait_s):
             return [Frame(reject=worker_pb2.Reject(ticket=ticket, reason=reason, wait_s=wait_s))]
-        case m.Prompt(_, request, second):
+        case m.Prompt(_, request, second, holdings):
             cuts = range(0, len(request.prompt), PIECE_TOKENS)
             pieces = [worker_pb2.PromptPiece(ticket=ticket, tokens=request.prompt[c : c + PIECE_TOKENS]) for c in cuts]
             pieces[-1].request.CopyFrom(_meta(request))
             pieces[-1].second = str(second) if second else ""
+            for each in holdings:
+                pieces[-1].holdings.add(worker=str(each.worker), tokens=each.tokens)
             return [Frame(prompt=piece) for piece in pieces]
-        case m.Cancel(_, reason, report, branch):
-            return [Frame(cancel=worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch))]
+        case m.Cancel(_, reason, report, branch, prefix):
+            cancel = worker_pb2.Cancel(ticket=ticket, reason=reason, report=report, branch=branch, prefix=prefix)
+            return [Frame(cancel=cancel)]
         case m.Tokens(_, index, tokens, hashes, branch, logprobs, prompt_logprobs):
             body = worker_pb2.Tokens(
                 ticket=ticket,
@@ -207,12 +214,15 @@ def frames(message: m.Message) -> list[Frame]:
                 prompt_logprobs=[_logprobs(each) for each in prompt_logprobs],
             )
             return [Frame(tokens=body)]
-        case m.Handed(_, stages, cancelled):
+        case m.Handed(_, stages, cancelled, cached_tokens):
             handed = worker_pb2.Handed(
-                ticket=ticket, stages=[stage_proto(stage) for stage in stages], cancelled=cancelled
+                ticket=ticket,
+                stages=[stage_proto(stage) for stage in stages],
+                cancelled=cancelled,
+                cached_tokens=cached_tokens,
             )
             return [Frame(handed=handed)]
-        case m.Finished(_, reason, completion_tokens, stop_token_id, stages, branch, decoded):
+        case m.Finished(_, reason, completion_tokens, stop_token_id, stages, branch, decoded, cached_tokens):
             finished = worker_pb2.Finished(
                 ticket=ticket,
                 reason=reason,
@@ -221,6 +231,7 @@ def frames(message: m.Message) -> list[Frame]:
                 stages=[stage_proto(stage) for stage in stages],
                 branch=branch,
                 decoded=decoded,
+                cached_tokens=cached_tokens,
             )
             return [Frame(finished=finished)]
         case m.Failed(_, code, why, stages):
@@ -308,7 +319,8 @@ class Reader:
                 ticket = _ticket_from(frame.cancel.ticket)
                 self._pieces.pop(ticket.key, None)
                 branch = frame.cancel.branch if frame.cancel.HasField("branch") else None
-                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report, branch)
+                prefix = tuple(frame.cancel.prefix)
+                return m.Cancel(ticket, frame.cancel.reason, frame.cancel.report, branch, prefix)
             case "tokens":
                 tokens = frame.tokens
                 return m.Tokens(
@@ -322,7 +334,8 @@ class Reader:
                 )
             case "handed":
                 handed = frame.handed
-                return m.Handed(_ticket_from(handed.ticket), _stages_from(handed.stages), handed.cancelled)
+                stages = _stages_from(handed.stages)
+                return m.Handed(_ticket_from(handed.ticket), stages, handed.cancelled, handed.cached_tokens)
             case "finished":
                 finished = frame.finished
                 return m.Finished(
@@ -333,6 +346,7 @@ class Reader:
                     _stages_from(finished.stages),
                     finished.branch,
                     finished.decoded,
+                    finished.cached_tokens,
                 )
             case "failed":
                 failed = frame.failed
@@ -393,7 +407,8 @@ class Reader:
             return None
         del self._pieces[ticket.key]
         second = identity(piece.second) if piece.second else None
-        return m.Prompt(ticket, _request(piece.request, tuple(tokens)), second)
+        holdings = tuple([m.Holding(identity(each.worker), each.tokens) for each in piece.holdings])
+        return m.Prompt(ticket, _request(piece.request, tuple(tokens)), second, holdings)
 
 
 def _first(first: m.First) -> worker_pb2.First:

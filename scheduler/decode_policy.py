@@ -297,12 +297,14 @@ class DecodePolicy:
                     self._ledger.unpin(PIN + session)
             case Withdrawn():
                 commands += self._withdrawn(event)
-            case Cancel(ticket, reason, report, branch):
+            case Cancel(ticket, reason, report, branch, prefix):
                 guest = self._guests.get(ticket.key)
                 if guest is None:
                     self.ignored += 1
                 elif branch is None:
                     guest.report = report and not guest.cancelled and guest.state is State.JOINING
+                    if prefix and not guest.cancelled:
+                        guest.ended = self._shape.names(prefix, guest.request.prefix_page_tokens)
                     commands += self._cancel(guest, reason, now)
                 elif branch in guest.rows:
                     guest.rows[branch].cancelled = True
@@ -891,6 +893,8 @@ class DecodePolicy:
             stages, branch = self._stages(row, now), row.first.branch
             commands.append(Tell(Finished(guest.ticket, "cancelled", generated, None, stages, branch, True)))
         commands += self._stays(row, "ended")
+        if guest.ended and row.place is Place.RUNNING:
+            self._keep(row, guest.ended, now)
         del guest.rows[row.first.branch]
         if row.known or row.place is Place.AWAY:
             commands.append(Leave(row.key))

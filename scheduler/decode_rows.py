@@ -139,6 +139,8 @@ class Guest:
     cancelled: bool = False
     report: bool = False
     """Its gateway waits for the stages."""
+    ended: tuple[int, ...] = ()
+    """It is cancelled because its gateway saw an end: names of the pages of prompt and answer."""
     arrived_at: float = 0.0
     stages: tuple[Stage, ...] = ()
     shares: bool = False

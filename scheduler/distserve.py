@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from core.worker import Identity
 from scheduler.placement import Need, Post, Workers
 
 
@@ -64,6 +65,12 @@ class DistServe:
 
     def accepted(self, source: Post, need: Need) -> None:
         pass
+
+    def kept(self, post: Post, prefix: tuple[int, ...]) -> None:
+        pass
+
+    def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        return ()
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
         pass

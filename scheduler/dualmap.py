@@ -61,6 +61,8 @@ from scheduler.ring import Ring
 PROBE_TOKENS = 2048
 """A cost model's speed is that of a step of so many new tokens."""
 FIRST_FIT_LOOKS = 64
+HOLDERS = 2
+"""Workers that are named as having pages which another one is to compute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +151,24 @@ class DualMap:
 
     def accepted(self, source: Post, need: Need) -> None:
         if need.prefix:
-            known = self._known.get(source.identity)
-            if known is None:
-                known = self._known[source.identity] = Known(self._config.known_pages or source.member.pages)
-            known.add(need.prefix)
+            self.kept(source, need.prefix)
+
+    def kept(self, post: Post, prefix: tuple[int, ...]) -> None:
+        known = self._known.get(post.identity)
+        if known is None:
+            known = self._known[post.identity] = Known(self._config.known_pages or post.member.pages)
+        known.add(prefix)
+
+    def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        found = []
+        for who, known in self._known.items():
+            post = workers.get(who)
+            if post is None or post is source or post.member.kv != source.member.kv:
+                continue
+            there = known.pages(need.prefix)
+            if there > pages:
+                found.append((-there, who))
+        return tuple([(who, -less) for less, who in sorted(found)[:HOLDERS]])
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
         had, took = self._measured(source.identity)

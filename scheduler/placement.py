@@ -157,6 +157,16 @@ class Placement(Protocol):
         """`source` will compute it."""
         ...
 
+    def kept(self, post: Post, prefix: tuple[int, ...]) -> None:
+        """`post` has these pages from now on, because it decodes, or has decoded, what they begin. Only said where
+        prefill workers fetch."""
+        ...
+
+    def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        """Others that may have more than so many of its first pages, as `source` could have them from there, and how
+        many; the most first, a few at most."""
+        ...
+
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
         """`source` took so long, from offer to first token, for what was queued there and the request's new tokens."""
         ...
@@ -201,6 +211,7 @@ class Workers:
         """The most tokens that a worker may be handed by another one."""
         self._apart = False
         """Somebody only decodes."""
+        self._fetches = False
 
     def __contains__(self, identity: Identity) -> bool:
         return identity in self._posts
@@ -249,6 +260,13 @@ class Workers:
         if self._stale:
             self._refresh()
         return self._decodes
+
+    @property
+    def fetches(self) -> bool:
+        """Some that take prompts pull pages of them from others."""
+        if self._stale:
+            self._refresh()
+        return self._fetches
 
     def free(self, tokens: int) -> Iterator[Post]:
         """Those that said they may accept an offer of so many new tokens and have refused none since, the largest
@@ -449,6 +467,7 @@ class Workers:
         self._decodes = Ranking(self._loads[1], sinks)
         self._free = Ranking(_least_free, sources)
         self._apart = any(not post.prefills for post in sinks)
+        self._fetches = any(post.member.fetches for post in sources)
         shapes = {post.member.kv for post in self._posts.values() if post.member.kv is not None}
         self._shapes = tuple(sorted(shapes, key=_page_tokens))
         lacking = [name for name, there in (("prefill", sources), ("decode", sinks)) if not there]

@@ -30,6 +30,7 @@ from scheduler.mixed_events import PREFILL_FIRST, SARATHI, MixedConfig
 from scheduler.mixed_policy import MixedPolicy
 from scheduler.order import Order
 from scheduler.placement import Placement
+from scheduler.prefill_fetches import Fetches
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.round_robin import RoundRobin
 from scheduler.router import Router, RouterConfig
@@ -90,9 +91,13 @@ class Policy:
         """A gateway's. `cost`: of a worker that does not tell its own; `mixed_alone` as in `RouterConfig`."""
         return Router(me, replace(self.router_config, mixed_alone=mixed_alone), self.placement(cost))
 
-    def prefill(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> PrefillPolicy:
-        """A prefill worker's."""
-        return PrefillPolicy(me, shape, ledger, self.prefill_config, self.order(self.prefill_config, cost))
+    def prefill(
+        self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel, *, fetch: bool = False
+    ) -> PrefillPolicy:
+        """A prefill worker's; `fetch`: it may pull pages of prompts from workers that have them."""
+        order = self.order(self.prefill_config, cost)
+        fetches = Fetches(me, shape, ledger, cost) if fetch else None
+        return PrefillPolicy(me, shape, ledger, self.prefill_config, order, fetches)
 
     def decode(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> DecodePolicy:
         """A decode worker's."""

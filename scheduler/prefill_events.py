@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject, SlotFree
 from core.quick import quick_init
 from core.request import Request, Ticket
-from core.worker import Identity
+from core.worker import Identity, Lane
 from scheduler.cost import Repriced
 
 
-# Events (beside the messages Offer, Prompt and Cancel).
+# Events, beside the messages Offer, Prompt and Cancel, and Lane: of a worker whose pages can be read, or not any more.
 @quick_init
 @dataclass(frozen=True, slots=True)
 class ChunkDone:
@@ -67,6 +67,19 @@ class HandOffOver:
     reason: str = ""
     taken_s: float = 0.0
     """From the last announcement to the sink's word that it has everything."""
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
+class FetchOver:
+    """A `FetchPages` has ended; what came is kept under its names, what did not is computed."""
+
+    key: str
+    """Of its ticket."""
+    nbytes: int
+    """So many came, of the pages that were not here."""
+    detail: dict[str, str] = field(default_factory=dict)
+    """What it took, or why nothing came, for the waterfall."""
 
 
 @quick_init
@@ -178,11 +191,54 @@ class EndSequence:
     key: str
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class FetchPages:
+    """Pull what is not here of these pages from the ticket's source, by the deadline; ends in `FetchOver`."""
+
+    ticket: Ticket
+    prefix: tuple[int, ...]
+    """Names of a prompt's first pages."""
+    deadline: float
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
+class DropFetch:
+    """Nobody wants these pages any more; `FetchOver` comes all the same."""
+
+    key: str
+    """Of its ticket."""
+    reason: str
+
+
 PrefillEvent = (
-    Offer | Prompt | Cancel | ChunkDone | ChunkFailed | Suspended | Granted | HandOffOver | GatewayGone | Repriced
+    Offer
+    | Prompt
+    | Cancel
+    | ChunkDone
+    | ChunkFailed
+    | Suspended
+    | Granted
+    | HandOffOver
+    | FetchOver
+    | Lane
+    | GatewayGone
+    | Repriced
 )
 PrefillCommand = (
-    Answer | Invite | Begin | RunChunk | Suspend | Resume | AskForSink | SealPages | WithdrawHandOff | EndSequence
+    Answer
+    | Invite
+    | Begin
+    | RunChunk
+    | Suspend
+    | Resume
+    | AskForSink
+    | SealPages
+    | WithdrawHandOff
+    | EndSequence
+    | FetchPages
+    | DropFetch
 )
 
 
@@ -190,6 +246,8 @@ class State(StrEnum):
     """Where a request is on a prefill worker."""
 
     OFFERED = "offered"
+    FETCHING = "fetching"
+    """Pages of its prompt come from another worker; then it is queued."""
     QUEUED = "queued"
     RUNNING = "running"
     HANDING_OFF = "handing_off"

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 from core.errors import LocalError
 from core.kv import KvShape
-from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject, SlotFree
+from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Holding, Offer, Prompt, Reject, SlotFree
 from core.pages import Owner, Pages
 from core.ranked import Ranked
 from core.request import Request, Stage, Ticket
 from core.standing import Standing
-from core.worker import Identity
+from core.worker import Identity, Lane
 from scheduler.cost import Repriced
 from scheduler.fcfs import Fcfs
 from scheduler.order import Job, Order, Take
@@ -30,7 +30,10 @@ from scheduler.prefill_events import (
     Begin,
     ChunkDone,
     ChunkFailed,
+    DropFetch,
     EndSequence,
+    FetchOver,
+    FetchPages,
     GatewayGone,
     Grant,
     Granted,
@@ -47,6 +50,7 @@ from scheduler.prefill_events import (
     Suspended,
     WithdrawHandOff,
 )
+from scheduler.prefill_fetches import Fetches
 from scheduler.refusals import Refusals
 
 __all__ = [
@@ -56,7 +60,10 @@ __all__ = [
     "Begin",
     "ChunkDone",
     "ChunkFailed",
+    "DropFetch",
     "EndSequence",
+    "FetchOver",
+    "FetchPages",
     "GatewayGone",
     "Grant",
     "Granted",
@@ -76,6 +83,10 @@ __all__ = [
     "WithdrawHandOff",
     "holder",
 ]
+
+
+_COMES = Prompt, FetchOver
+"""Somebody may be in line after these who was not before."""
 
 
 @dataclass(slots=True)
@@ -106,7 +117,12 @@ class _Held:
     cancelled: str | None = None
     accepted_at: float = 0.0
     wanted_by: float = math.inf
+    first_at: float = 0.0
+    """When it was to have its first token, as predicted when it was accepted."""
     priority: int = 0
+    fetched: dict[str, str] | None = None
+    """What it took to fetch pages for it, if that was tried."""
+    fetched_at: float = 0.0
     started_at: float = 0.0
     computed_at: float = 0.0
     chunks: int = 0
@@ -152,9 +168,17 @@ class PrefillPolicy:
     """The queue of one prefill worker; at most one step runs at a time, and one more is suspended."""
 
     def __init__(
-        self, me: Identity, shape: KvShape, ledger: Pages, config: PrefillConfig, order: Order | None = None
+        self,
+        me: Identity,
+        shape: KvShape,
+        ledger: Pages,
+        config: PrefillConfig,
+        order: Order | None = None,
+        fetches: Fetches | None = None,
     ) -> None:
         self._me = me
+        self.fetches = fetches
+        """None: whatever is not here is computed."""
         self._shape = shape
         self._ledger = ledger
         self._config = config
@@ -203,9 +227,12 @@ class PrefillPolicy:
             case Offer():
                 commands.append(self._offered(event, now))
             case Prompt():
-                if not self._prompted(event, now):
+                held = self._prompted(event, now)
+                if held is None:
                     self.ignored += 1
                     return [Answer(Failed(event.ticket, "ABORTED", "the offer has lapsed"))]
+                if not event.holdings or not self._fetch(held, event.holdings, now, commands):
+                    self._line_up(held, now)
             case ChunkDone():
                 commands += self._chunk_done(event, now)
             case Granted():
@@ -224,7 +251,8 @@ class PrefillPolicy:
                 held = self._known(ticket.key)
                 if held is not None:
                     if report and held.state is State.HANDING_OFF and held.cancelled is None:
-                        commands.append(Answer(Handed(held.ticket, self._stages(held, now), cancelled=True)))
+                        stages, cached = self._stages(held, now), self._cached(held)
+                        commands.append(Answer(Handed(held.ticket, stages, cancelled=True, cached_tokens=cached)))
                     commands += self._cancel(held, reason)
             case GatewayGone(identity):
                 self._refusals.drop(identity)
@@ -238,9 +266,16 @@ class PrefillPolicy:
                 self._step_suspended(run_id, now)
             case Repriced(cost):
                 self._order.reprice(cost)
+                if self.fetches is not None:
+                    self.fetches.reprice(cost)
                 self._eased = True
+            case FetchOver():
+                self._fetched(event, now)
+            case Lane():
+                if self.fetches is not None:
+                    self.fetches.reach(event)
         commands += self._plan(now)
-        if isinstance(event, Prompt):
+        if isinstance(event, _COMES):
             commands += self._preempt(now)
         if self._eased and self._refusals:
             commands += self._invite(now)
@@ -286,6 +321,11 @@ class PrefillPolicy:
         for state in State:
             assert self._counts[state] == sum(held.state is state for held in self._requests.values())
         assert self._suspended is None or self._config.preempt
+        fetching = {key for key, held in self._requests.items() if held.state is State.FETCHING}
+        if self.fetches is not None:
+            self.fetches.check(fetching)
+        else:
+            assert not fetching
 
     # Offers, prompts, ends of time.
     def _known(self, key: str) -> _Held | None:
@@ -320,7 +360,7 @@ class PrefillPolicy:
         wanted_by, priority = now + offer.wait_s, offer.hints.priority
         prefix = prefix[: prompt // self._shape.page_tokens]
         held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
-        held.accepted_at, held.wanted_by, held.priority = now, wanted_by, priority
+        held.accepted_at, held.wanted_by, held.first_at, held.priority = now, wanted_by, now + wait_s, priority
         self._requests[key] = held
         self._counts[State.OFFERED] += 1
         self._pages += pages
@@ -328,22 +368,51 @@ class PrefillPolicy:
         self._order.expect(Job(key, prompt - cached, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
-    def _prompted(self, event: Prompt, now: float) -> bool:
-        """The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent later,
-        would wait for memory there that is promised to those behind it here."""
+    def _prompted(self, event: Prompt, now: float) -> _Held | None:
+        """The prompt of an accepted offer is here; None: of one that has lapsed, or another prompt."""
         request = event.request
         held = self._requests.get(event.ticket.key)
         if held is None or held.state is not State.OFFERED or len(request.prompt) != held.prompt_tokens:
-            return False
-        self._enter(held, State.QUEUED)
+            return None
         held.request, held.second, held.since = request, event.second, now
         held.until = now + request.timeout_s
         self._until.put(held.key, held.until)
+        return held
+
+    def _line_up(self, held: _Held, now: float) -> None:
+        """The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent later,
+        would wait for memory there that is promised to those behind it here."""
+        self._enter(held, State.QUEUED)
         self._order.ready(held.key, now)
-        if request.sampling.max_tokens == 1:
+        if self._asks_nobody(held):
             self._order.granted(held.key)
         self._moved = True
+
+    def _fetch(self, held: _Held, holdings: tuple[Holding, ...], now: float, commands: list[PrefillCommand]) -> bool:
+        """Whether it waits for pages of its prompt, because to pull them is quicker than to compute them."""
+        if self.fetches is None or not held.prefix:
+            return False
+        first_s = max(0.0, held.first_at - now)
+        asked = self.fetches.ask(held.key, held.prompt_tokens, self._shareable(held), holdings, first_s, now)
+        if asked is None:
+            return False
+        commands += asked
+        self._enter(held, State.FETCHING)
         return True
+
+    def _fetched(self, event: FetchOver, now: float) -> None:
+        """Who waited for pages has them, or never will; what is left of each prompt is a job like others."""
+        if self.fetches is None:
+            raise LocalError(f"fetch over: got {event.key}, want none without fetches")
+        for key in self.fetches.over(event):
+            held = self._requests[key]
+            held.fetched, held.fetched_at = event.detail, now
+            cached = self._ledger.cached(self._shareable(held)) * self._shape.page_tokens
+            new, accepted_at = held.prompt_tokens - cached, held.accepted_at
+            self._order.drop(key)
+            self._order.expect(Job(key, new, cached, accepted_at, held.wanted_by, 0, held.priority), now)
+            self._line_up(held, now)
+            self._eased = True
 
     def _late(self, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
@@ -520,8 +589,9 @@ class PrefillPolicy:
             if each.finish is not None:
                 token, branch = each.first.token, each.first.branch
                 count, stop = (0, token) if each.finish == "stop" else (1, None)
-                stages = self._stages(held, now)
-                commands.append(Answer(Finished(held.ticket, each.finish, count, stop, stages, branch)))
+                stages, cached = self._stages(held, now), self._cached(held)
+                done = Finished(held.ticket, each.finish, count, stop, stages, branch, cached_tokens=cached)
+                commands.append(Answer(done))
         if not held.firsts:
             return commands + self._cancel(held, "finished with its first token")
         return [*commands, self._seal(held)] if held.grant is not Grant.NOT_ASKED else commands
@@ -584,7 +654,8 @@ class PrefillPolicy:
             return self._end_if_free(held)
         if event.taken:
             stages = self._stages(held, now, event.taken_s)
-            return [Answer(Handed(held.ticket, stages)), *self._cancel(held, "taken")]
+            handed = Handed(held.ticket, stages, cached_tokens=self._cached(held))
+            return [Answer(handed), *self._cancel(held, "taken")]
         if held.second is not None and not self._stands_in_the_way(held):
             held.ticket, held.second = replace(held.ticket, sink=held.second), None
             commands = self._ask(held)
@@ -603,6 +674,10 @@ class PrefillPolicy:
         self._until.drop(held.key)
         self._order.drop(held.key)
         self._eased = self._moved = True
+        if held.state is State.FETCHING:
+            assert self.fetches is not None
+            dropped = self.fetches.drop(held.key, reason)
+            return [*dropped, *self._end_if_free(held)]
         if held.grant is not Grant.NOT_ASKED:
             return [WithdrawHandOff(held.key, reason)]
         return self._end_if_free(held)
@@ -618,13 +693,21 @@ class PrefillPolicy:
         self._eased = True
         return [EndSequence(held.key)] if held.begun else []
 
+    def _cached(self, held: _Held) -> int:
+        """Tokens that were not computed, if they may be others than were said when it was accepted."""
+        return held.cached if held.fetched is not None else 0
+
     def _stages(self, held: _Held, now: float, taken_s: float | None = None) -> tuple[Stage, ...]:
         me = self._me.name
         detail = {"tokens": str(held.prompt_tokens), "chunks": str(held.chunks)}
         if held.cached:
             detail["cached"] = str(held.cached)
-        stages = [
-            Stage("batch_wait", me, held.started_at - held.accepted_at),
+        stages, since = [], held.accepted_at
+        if held.fetched is not None:
+            stages.append(Stage("fetch", me, held.fetched_at - since, held.fetched))
+            since = held.fetched_at
+        stages += [
+            Stage("batch_wait", me, held.started_at - since),
             Stage("prefill", me, held.computed_at - held.started_at, detail),
         ]
         if taken_s is not None:
@@ -650,6 +733,9 @@ class PrefillPolicy:
         match held.state:
             case State.OFFERED:
                 return f"its prompt from {held.ticket.minter.name}"
+            case State.FETCHING:
+                assert self.fetches is not None
+                return f"pages of its prompt from {self.fetches.source(held.key)}"
             case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
                 return f"memory: {held.pages} pages, {self._ledger.available} are free"
             case State.QUEUED if held in self._blocked:

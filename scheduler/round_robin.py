@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from core.worker import Identity
 from scheduler.placement import Need, Post, Workers
 
 
@@ -48,6 +49,12 @@ class RoundRobin:
 
     def accepted(self, source: Post, need: Need) -> None:
         pass
+
+    def kept(self, post: Post, prefix: tuple[int, ...]) -> None:
+        pass
+
+    def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        return ()
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
         pass

@@ -23,6 +23,7 @@ from core.messages import (
     Failed,
     Finished,
     Handed,
+    Holding,
     Moved,
     Offer,
     Prompt,
@@ -30,6 +31,7 @@ from core.messages import (
     SlotFree,
     Tokens,
 )
+from core.prefix import page_hashes
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
@@ -256,7 +258,10 @@ class Router:
         size, sizes = len(request.prompt) + request.sampling.max_tokens, None
         if len(branches) > 1:
             size, sizes = self._workers.size(request), self._workers.sizes(request)
-        need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s, sizes=sizes)
+        prefix = request.prefix
+        if done and self._workers.fetches:
+            prefix = self._names(call, branches[0], len(request.prompt) + done)
+        need = Need(len(request.prompt) + done, size, prefix, gap_s=request.slo.gap_s, sizes=sizes)
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
         call.flights.append(flight)
         return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
@@ -331,7 +336,7 @@ class Router:
             request.slo,
             request.hints,
             request.generated + len(done),
-            request.prefix,
+            flight.need.prefix,
             request.prefix_page_tokens,
         )
 
@@ -470,6 +475,8 @@ class Router:
             case Handed():
                 flight.reports[Role.PREFILL] = message.stages
                 flight.handed = True
+                if message.cached_tokens:
+                    flight.call.cached_tokens = message.cached_tokens
                 return self._moved(flight, message.ticket, now)
             case Finished():
                 flight.reports[Role.DECODE if message.decoded else Role.PREFILL] = message.stages
@@ -495,7 +502,42 @@ class Router:
         queued = Stage("queued", self._me.name, flight.offered_at - flight.queued_at)
         offered = Stage("offered", self._me.name, now - flight.offered_at)
         call.stages += _of_attempt((queued, offered), flight.placements)
-        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second))]
+        fetches = load.source.member.fetches and flight.need.prefix
+        holdings = self._holdings(flight, load.source, cached_tokens) if fetches else ()
+        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second, holdings))]
+
+    # Who has which pages, where prefill workers fetch.
+    def _link(self, call: Call) -> int:
+        """Tokens that one name of the call's prefix stands for."""
+        return call.request.prefix_page_tokens or self._workers.page_tokens
+
+    def _holdings(self, flight: Flight, source: Post, cached_tokens: int) -> tuple[Holding, ...]:
+        """Who may have more of the prompt than its prefill worker has."""
+        link = self._link(flight.call)
+        found = self._placement.holders(source, flight.need, cached_tokens // link, self._workers)
+        return tuple([Holding(who, pages * link) for who, pages in found])
+
+    def _names(self, call: Call, index: int, upto: int) -> tuple[int, ...]:
+        """Of the full pages that hold the first `upto` tokens of a prompt and its continuation."""
+        request, prompt = call.request, call.request.prompt
+        link = self._link(call)
+        start = len(prompt) // link * link
+        if not request.prefix or len(request.prefix) * link != start:
+            return request.prefix
+        rest = prompt[start:] + tuple(call.branches[index].tokens[: upto - len(prompt)])
+        return request.prefix + page_hashes(rest, link, after=request.prefix[-1])
+
+    def _answered(self, flight: Flight, index: int, newest: int) -> tuple[int, ...]:
+        """Names of the pages of an answer that has ended, which its decode worker keeps beside those of the prompt; of
+        several continuations of one prompt it does not. The `newest` tokens, 1 or 0, have no KV."""
+        call, load, names = flight.call, self._load(flight), flight.need.prefix
+        if not names or len(flight.branches) > 1:
+            return ()
+        upto = len(call.request.prompt) + len(call.branches[index].tokens)
+        names = self._names(call, index, upto)
+        if load.source.member.fetches:
+            self._placement.kept(load.sink, names if not newest else names[: (upto - newest) // self._link(call)])
+        return names
 
     def _tokens(self, flight: Flight, message: Tokens, now: float) -> list[RouterCommand]:
         """Deliver what is new; a token that was sent is never sent again nor changed."""
@@ -542,6 +584,10 @@ class Router:
         commands = self._moved(flight, message.ticket, now) if message.decoded else []
         if message.ticket.key not in self._flights:
             return commands
+        if message.cached_tokens:
+            flight.call.cached_tokens = message.cached_tokens
+        if message.decoded and self._load(flight).source.member.fetches:
+            self._answered(flight, index, newest=0 if message.reason == "stop" else 1)
         if flight.live() != [index]:
             return [*commands, *self._complete(flight.call, index, message.reason, message.stop_token_id)]
         commands += self._recall(flight, "done", report=True) if flight.untold else []
@@ -565,6 +611,8 @@ class Router:
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
         if sink is not load.sink:
             self._workers.moved(load, sink)
+        if load.source.member.fetches and flight.need.prefix:
+            self._placement.kept(sink, flight.need.prefix)
         untold, flight.untold = flight.untold, []
         return [ToOne(ticket.sink, Cancel(ticket, "stop string", branch=local)) for local in untold]
 
@@ -605,7 +653,9 @@ class Router:
                 return [*self._recall(flight, "stop string", branch=local), *self._complete(call, index, "stop")]
             flight.untold.append(local)
             return self._complete(call, index, "stop")
-        recall, tokens = self._recall(flight, "stop string", report=True), len(call.branches[index].tokens)
+        ended = self._answered(flight, index, newest=1) if flight.phase is Phase.DECODING else ()
+        recall = self._recall(flight, "stop string", report=True, ended=ended)
+        tokens = len(call.branches[index].tokens)
         owing: dict[Role, Identity] = {}
         if flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and not flight.handed:
             owing[Role.PREFILL] = flight.ticket.source
@@ -643,6 +693,8 @@ class Router:
         if flight.owing.pop(part, None) is None:
             return self._ignore()
         flight.reports[part] = message.stages
+        if isinstance(message, Handed | Finished) and message.cached_tokens:
+            flight.call.cached_tokens = message.cached_tokens
         return [] if flight.owing else self._finish(flight)
 
     def _finish(self, flight: Flight) -> list[RouterCommand]:
@@ -755,16 +807,28 @@ class Router:
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(
-        self, flight: Flight, reason: str, *, report: bool = False, branch: int | None = None
+        self,
+        flight: Flight,
+        reason: str,
+        *,
+        report: bool = False,
+        branch: int | None = None,
+        ended: tuple[int, ...] = (),
     ) -> list[RouterCommand]:
-        """Cancel at every worker that may hold something for this attempt."""
+        """Cancel at every worker that may hold something for this attempt; its decode worker may keep pages of what
+        has `ended`."""
         ticket = flight.placed
         if ticket is None or flight.phase is Phase.QUEUED:
             return []
         where = [ticket.source]
         if flight.phase is not Phase.OFFERED:
             where += [who for who in (ticket.sink, flight.second) if who is not None and who not in where]
-        return [ToOne(who, Cancel(ticket, reason, report, branch)) for who in where if who in self._workers]
+        kept = {ticket.sink: ended}
+        return [
+            ToOne(who, Cancel(ticket, reason, report, branch, kept.get(who, ())))
+            for who in where
+            if who in self._workers
+        ]
 
     def _end(
         self,

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from core.worker import Identity
 from scheduler.placement import Need, Post, Workers
 
 
@@ -59,6 +60,12 @@ class Splitwise:
 
     def accepted(self, source: Post, need: Need) -> None:
         pass
+
+    def kept(self, post: Post, prefix: tuple[int, ...]) -> None:
+        pass
+
+    def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        return ()
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
         pass

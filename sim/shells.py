@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, assert_never
 
 import transfer.sink as taking
 import transfer.source as giving
+from core.errors import LocalError
 from core.kv import KvShape
 from core.messages import Carried, First, Refuse, Reserve, Tokens
 from core.request import Request, Ticket
@@ -92,6 +93,8 @@ class PrefillShell:
                 self._start(_Step(self._held.pop(run_id), self._left_s.pop(run_id), worker.loop.now))
             case filling.WithdrawHandOff(key, reason):
                 worker.post(worker.source_seat, giving.Withdraw(key, reason))
+            case filling.FetchPages() | filling.DropFetch():
+                raise LocalError(f"simulated workers fetch no pages: got {command}")
             case _:
                 assert_never(command)
 

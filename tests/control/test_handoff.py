@@ -23,6 +23,7 @@ from core.messages import (
 from core.worker import Lane
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone
+from scheduler.prefill_policy import FetchOver
 from tests.cast import D1, D2, P1, ask, ticket
 from tests.decode.test_shell import Scripted
 from transfer import sink as taking
@@ -54,12 +55,14 @@ class Giving(Scripted):
 class Stage:
     """The hand-off shell of D1, between scripted machines; `reached` are those to whom a stream stands."""
 
-    def __init__(self, *, source=(), sink=(), moves=True, reached=(D2, P1), away=()) -> None:
+    def __init__(self, *, source=(), sink=(), moves=True, fetches=False, reached=(D2, P1), away=()) -> None:
         self.bugs: list[BaseException] = []
         self.sent: list = []
         self.driver = Driver(self.bugs.append)
         self.source, self.sink, self.decode = Giving(*source), Scripted(*sink), Scripted()
         self.driver.seat("decode", self.decode, lambda command: None)
+        self.prefill = Scripted()
+        self.driver.seat("prefill", self.prefill, lambda command: None)
         self.transfer = Transfer()
         lane = Lane(D2, "ucx: tcp", 1.0, 9.0)
 
@@ -77,6 +80,7 @@ class Stage:
             lambda peer: lane,
             lambda: True,
             moves=moves,
+            fetches=fetches,
             away=lambda peer: peer in away,
         )
 
@@ -186,6 +190,33 @@ def test_a_fetch_goes_to_who_has_the_pages_or_is_refused_at_once(reached):
     stage = play(lambda stage: stage.driver.post("sink", None), sink=[[taking.SendToSource(fetch)]], reached=reached)
     assert stage.sent == [(D2, fetch)]
     assert stage.sink.events[1:] == ([] if reached else [Refuse(TAKEN, "no lane to decode-2")])
+
+
+CAME = taking.Pull(8192, 16, 2, 0.004, 0.01, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("fetched", "nbytes", "detail"),
+    [
+        (
+            taking.Fetched(TAKEN, 6, "", CAME),
+            8192,
+            {
+                "from": "decode-2",
+                "nbytes": "8192",
+                "runs": "2",
+                "gbytes_per_s": "0.00205",
+                "transport": "ucx: tcp",
+                "read_s": "0.004000",
+            },
+        ),
+        (taking.Fetched(TAKEN, 4, "deadline"), 0, {"from": "decode-2", "failed": "deadline"}),
+    ],
+)
+@pytest.mark.parametrize("fetches", [True, False])
+def test_what_became_of_a_fetch_is_told_where_somebody_wants_to_know(fetched, nbytes, detail, fetches):
+    stage = play(lambda stage: stage.driver.post("sink", None), sink=[[fetched]], fetches=fetches)
+    assert stage.prefill.events == ([FetchOver(TAKEN.key, nbytes, detail)] if fetches else [])
 
 
 @pytest.mark.parametrize(

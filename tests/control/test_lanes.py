@@ -277,3 +277,59 @@ def test_decode_workers_between_which_rows_move_have_lanes_but_serve_only_with_a
 
     asyncio.run(run())
     assert not bugs
+
+
+def test_prefill_workers_that_fetch_have_lanes_but_serve_only_with_a_decode_worker(monkeypatch):
+    """Lanes from all who may have pages, of which none is needed to be ready, and none is missed."""
+    bugs: list[BaseException] = []
+    monkeypatch.setattr(working, "make_transport", lambda kind, me: InProcess(str(me)))
+
+    async def run() -> None:
+        coordinator = Coordinator(CoordinatorConfig())
+        await coordinator.start()
+        where = coordinator.address
+
+        def worker(name: str, role: Role, number: int, fetch: bool) -> Worker:
+            config = WorkerConfig(
+                name, role, where, "", "m", transport="inprocess", engine="paced", check=True, fetch=fetch
+            )
+            return Worker(config, Identity(name, number), "b", load, bugs.append)
+
+        def known() -> dict[str, set[str]]:
+            return {
+                m.identity.partition("#")[0]: {lane.source.partition("#")[0] for lane in m.lanes}
+                for m in members(where)
+            }
+
+        asked = [("a", Role.PREFILL, True), ("b", Role.PREFILL, True), ("c", Role.PREFILL, False)]
+        workers = [worker(name, role, at, fetch) for at, (name, role, fetch) in enumerate(asked, 1)]
+        workers.append(worker("d", Role.DECODE, 9, True))
+
+        def reached(number: int) -> set[str]:
+            """Those that a prefill worker's policy may fetch from."""
+            policy = workers[number]._prefill.policy
+            return {who.name for who in policy.fetches._busy_until} if policy.fetches is not None else set()
+
+        async def seen(lanes: dict[str, set[str]]) -> None:
+            await asyncio.to_thread(until, lambda: known() == lanes, "lanes", 20.0, known)
+
+        try:
+            for each in workers[:3]:
+                await each.start()
+            await seen({"a": {"b"}, "b": {"a"}, "c": set()})
+            assert not await asyncio.to_thread(ready, where)
+            await workers[3].start()
+            await seen({"a": {"b", "d"}, "b": {"a", "d"}, "c": set(), "d": {"a", "b", "c"}})
+            await asyncio.to_thread(until, lambda: ready(where) == {Role.PREFILL, Role.DECODE}, "they serve")
+            assert [reached(number) for number in range(3)] == [{"b", "d"}, {"a", "d"}, set()]
+            await workers[1].stop("the test is over")
+            await asyncio.to_thread(until, lambda: reached(0) == {"d"}, "a knows that b is gone")
+            await seen({"a": {"d"}, "c": set(), "d": {"a", "c"}})
+            assert await asyncio.to_thread(ready, where) == {Role.PREFILL, Role.DECODE}
+        finally:
+            for each in (workers[0], *workers[2:]):
+                await each.stop("the test is over")
+            await coordinator.stop("the test is over")
+
+    asyncio.run(run())
+    assert not bugs

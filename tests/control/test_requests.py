@@ -86,6 +86,19 @@ def test_a_waterfall_names_attempts_from_the_second_on():
     assert two.endswith("3 steps, attempt 2")
 
 
+def test_a_waterfall_says_who_gave_pages_and_who_did_not():
+    came = {"from": "decode-0", "nbytes": "8192", "gbytes_per_s": "2.5", "transport": "ucx: cma"}
+    stages = [
+        inference_pb2.End().stages.add(name="fetch", worker="p", seconds=1, detail=came),
+        inference_pb2.End().stages.add(
+            name="fetch", worker="p", seconds=1, detail={"from": "d", "failed": "d was lost"}
+        ),
+    ]
+    one, two = waterfall(inference_pb2.End(stages=stages))
+    assert one.endswith("8 kB from decode-0, 2.5 GB/s, ucx: cma")
+    assert two.endswith("from d: d was lost")
+
+
 def test_the_last_ends_are_kept_and_no_more():
     machine = router()
     traces = Traces(machine, lambda: 9.0, kept=2)

@@ -80,6 +80,25 @@ def test_the_decode_worker_has_what_it_said(exact):
     check(exact, case((*first.prompt, *said.tokens, *prompt(30, 21))), 96, 3, 128)
 
 
+def test_an_answer_that_a_stop_string_ended_is_there_as_well(exact, tokenizer):
+    """The worker hears of the end from the gateway, with the names of the pages that it has written."""
+    live, reference = exact
+    first = case(prompt(100, 22), 200)
+    tokens = reference.tokens(first.prompt, first.sampling)
+    text = [tokenizer.decode(tokens[:upto]) for upto in range(len(tokens) + 1)]
+    stop, upto = next(
+        (text[-1][at], next(n for n, each in enumerate(text) if text[-1][at] in each))
+        for at in range(20, len(text[-1]))
+        if text[-1][at].isascii() and text[-1].index(text[-1][at]) == at and len(text[-1][:at].encode()) > 60
+    )
+    said = one(live, replace(first, request=ask(first.prompt, 200, ignore_eos=True, stop=[stop])))
+    assert (said.last.finish_reason, said.tokens) == ("stop", tokens[: len(said.tokens)])
+    assert upto <= len(said.tokens) < 200
+    there = (100 + len(said.tokens) - 1) // PAGE * PAGE
+    whole = (*first.prompt, *said.tokens, *prompt(30, 23))
+    check(exact, case(whole), 96, -(-len(whole) // PAGE) - there // PAGE, there)
+
+
 def test_a_prompt_that_is_all_there_moves_no_byte(exact):
     """The prefill worker computes its last page for the first token's sake; the decode worker has that one as well."""
     asked = case(prompt(96, 2))

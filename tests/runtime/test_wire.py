@@ -92,6 +92,7 @@ members = st.builds(
     transport=text,
     ready=st.booleans(),
     migrates=st.booleans(),
+    fetches=st.booleans(),
     lanes=st.lists(lanes, max_size=2).map(tuple),
     costs=st.none() | costs,
 )
@@ -105,8 +106,16 @@ MESSAGES: dict[type, st.SearchStrategy] = {
         m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple), counts
     ),
     m.SlotFree: st.builds(m.SlotFree, identities, counts),
-    m.Prompt: st.builds(m.Prompt, tickets, requests, st.none() | identities),
-    m.Cancel: st.builds(m.Cancel, tickets, text, st.booleans(), st.none() | counts),
+    m.Prompt: st.builds(
+        m.Prompt,
+        tickets,
+        requests,
+        st.none() | identities,
+        st.lists(st.builds(m.Holding, identities, counts), max_size=2).map(tuple),
+    ),
+    m.Cancel: st.builds(
+        m.Cancel, tickets, text, st.booleans(), st.none() | counts, st.lists(words, max_size=3).map(tuple)
+    ),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
     m.Reject: st.builds(m.Reject, tickets, text, seconds),
     m.Tokens: st.builds(
@@ -119,8 +128,8 @@ MESSAGES: dict[type, st.SearchStrategy] = {
         st.lists(known, max_size=3).map(tuple),
         st.lists(st.none() | known, max_size=3).map(tuple),
     ),
-    m.Handed: st.builds(m.Handed, tickets, stages, st.booleans()),
-    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts, st.booleans()),
+    m.Handed: st.builds(m.Handed, tickets, stages, st.booleans(), counts),
+    m.Finished: st.builds(m.Finished, tickets, text, counts, st.none() | counts, stages, counts, st.booleans(), counts),
     m.Failed: st.builds(m.Failed, tickets, text, text, stages),
     m.Reserve: st.builds(m.Reserve, tickets, requests, counts),
     m.Grant: st.builds(m.Grant, tickets, counts, counts),

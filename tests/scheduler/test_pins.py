@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from core.messages import First
+from core.messages import Cancel, First
 from core.pages import Owner, Pages
 from core.request import Hints
-from scheduler.decode_policy import Answer, Asked, Cut, DecodeConfig, DecodePolicy, Ended, KvArrived, Ran, Run
+from scheduler.decode_policy import Answer, Asked, Cut, DecodeConfig, DecodePolicy, Ended, KvArrived, Leave, Ran, Run
 from scheduler.pins import PinConfig, Pins
 from tests.cast import D1, SHAPE, ask, ticket
 
@@ -153,6 +153,27 @@ def test_full_pages_of_an_answer_are_kept_with_those_of_its_prompt(session, name
     assert ledger.pinned == (kept if session else 0)
     assert ledger.available == 12 - ledger.pinned
     machine.check()
+
+
+@pytest.mark.parametrize("session", ["s", ""])
+@pytest.mark.parametrize(
+    ("steps", "names", "kept"),
+    [(3, (11, 12, 13), 3), (2, (11, 12, 13), 3), (1, (11, 12, 13), 2), (3, (11, 99, 13), 2), (3, (), 0)],
+)
+def test_an_end_that_only_the_gateway_saw_is_one_too(session, steps, names, kept):
+    """Prompt of ten tokens, so that two steps fill the third page; what is not written yet has no name."""
+    machine, ledger = made()
+    request = replace(ask(10, 9), hints=Hints(session=session), prefix=(11, 12))
+    machine.on(Asked(ticket(), request), 0.0)
+    ledger.bind(ticket().key, 3, Owner.PULLING)
+    ledger.move(ticket().key, Owner.DECODING)
+    *_, run = machine.on(KvArrived(ticket(), request, (First(5),)), 0.0)
+    assert machine.on(Cancel(ticket(), "stop string", prefix=names), 0.5) == [Cut(run.run_id)]
+    assert machine.on(Ran(run.run_id, steps), 1.0) == [Leave(ticket().key)]
+    machine.check()
+    assert ledger.cached((11, 12, 13)) == kept
+    assert ledger.pinned == (kept if session else 0)
+    assert ledger.holders() == ()
 
 
 def test_without_names_for_the_prompt_an_answer_has_none():

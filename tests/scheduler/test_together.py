@@ -21,6 +21,7 @@ import pytest
 from core.kv import pages_of
 from core.messages import (
     Cancel,
+    Fetch,
     First,
     Grant,
     Message,
@@ -37,10 +38,13 @@ from core.pages import Owner, Pages
 from core.prefix import page_hashes
 from core.request import Phase, Request, Ticket
 from core.sampling import Logprobs, Sampling
-from core.worker import Identity, Role
+from core.worker import Identity, Lane, Role
 from scheduler import decode_policy as decode
 from scheduler import prefill_policy as prefill
 from scheduler import router_events as front
+from scheduler.cost import CostModel
+from scheduler.dualmap import DualMap
+from scheduler.prefill_fetches import Fetches
 from scheduler.router import Router, RouterConfig
 from tests.cast import SHAPE, worker
 from transfer import sink as taking
@@ -48,6 +52,8 @@ from transfer import source as giving
 
 VOCABULARY = 50
 PAGE = SHAPE.page_tokens
+DEAR = CostModel("dear", ((0.0, 1.0, 0.0, 0.0),), ((0.1, 0.0, 0.0),))
+"""To compute a token takes so long that nobody who may fetch would."""
 
 
 def row(before: int, token: int) -> int:
@@ -170,7 +176,8 @@ class Gateway(Process):
 
     def __init__(self, world: World, identity: Identity):
         super().__init__(world, identity)
-        self.router = Router(identity, RouterConfig(max_queue_s=1000.0))
+        placement = DualMap() if world.fetches else None
+        self.router = Router(identity, RouterConfig(max_queue_s=1000.0), placement)
         self.seat("router", self.router, self.perform)
         self.requests: dict[int, Request] = {}
         self.got: dict[int, list[list[int]]] = {}
@@ -240,6 +247,7 @@ class Gateway(Process):
         process = self.world.processes[peer]
         if isinstance(process, Worker):
             member = worker(peer, process.role, pages=process.room)
+            member = replace(member, fetches=self.world.fetches and process.role.prefills)
             self.post("router", front.WorkerUp(replace(member, kv=process.shape, ready=not process.leaving)))
 
     def down(self, peer: Identity) -> None:
@@ -264,7 +272,8 @@ class Worker(Process):
         self.seat("sink", self.sink, self.take)
         if role.prefills:
             config = prefill.PrefillConfig(chunk_tokens=8, max_rows=4)
-            self.prefill = prefill.PrefillPolicy(identity, self.shape, self.ledger, config)
+            fetches = Fetches(identity, self.shape, self.ledger, DEAR) if world.fetches else None
+            self.prefill = prefill.PrefillPolicy(identity, self.shape, self.ledger, config, fetches=fetches)
             self.seat("prefill", self.prefill, self.prefills)
         if role.decodes:
             self.decode = self.policy()
@@ -344,6 +353,10 @@ class Worker(Process):
                 self.post("source", giving.Sealed(key, pages, tokens, firsts))
             case prefill.WithdrawHandOff(key, reason):
                 self.post("source", giving.Withdraw(key, reason))
+            case prefill.FetchPages(ticket, prefix, deadline):
+                self.post("sink", taking.AskSource(ticket, prefix, deadline))
+            case prefill.DropFetch(key, reason):
+                self.post("sink", taking.Drop(key, reason))
 
     def chunk(self, command: prefill.RunChunk) -> None:
         firsts = []
@@ -448,10 +461,11 @@ class Worker(Process):
     def take(self, command: taking.SinkCommand) -> None:
         match command:
             case taking.SendToSource(message):
-                if message.ticket.source == self.me:
+                ticket = message.ticket
+                if ticket.source == self.me:
                     self.post("source", message)
-                else:
-                    self.world.send(self.me, message.ticket.source, message)
+                elif not self.world.send(self.me, ticket.source, message) and isinstance(message, Fetch):
+                    self.post("sink", Refuse(ticket, "no lane"))
             case taking.AskPolicy(ticket, request):
                 self.post("decode", decode.Asked(ticket, request))
             case taking.Read():
@@ -462,6 +476,8 @@ class Worker(Process):
                 self.post("decode", decode.KvArrived(ticket, request, firsts))
             case taking.Gone(ticket, reason, recompute):
                 self.post("decode", decode.Withdrawn(ticket, reason, recompute))
+            case taking.Fetched(ticket, _, reason, pull):
+                self.post("prefill", prefill.FetchOver(ticket.key, pull.nbytes if pull else 0, {"failed": reason}))
 
     def digest(self, first_page: int, pages: tuple[int, ...], tokens: int, tell: Callable) -> None:
         def job() -> None:
@@ -535,7 +551,9 @@ class Worker(Process):
                     self.post("decode", message)
             case Reserve() | Ready():
                 self.post("sink", message)
-            case Grant() | Refuse() | Taken():
+            case Refuse(ticket) if ticket.sink == self.me != ticket.source:
+                self.post("sink", message)
+            case Grant() | Refuse() | Taken() | Fetch():
                 self.post("source", message)
             case Release(ticket):
                 self.post("source" if ticket.source == self.me else "sink", message)
@@ -544,9 +562,13 @@ class Worker(Process):
         """What a gateway said meanwhile was missed: both sides start anew."""
         if isinstance(self.world.processes[peer], Gateway):
             self.gateway_gone(peer)
+        elif self.world.fetches and self.role.prefills:
+            self.post("prefill", Lane(peer, "wire", 1.0, 10.0))
 
     def down(self, peer: Identity) -> None:
         if isinstance(self.world.processes[peer], Worker):
+            if self.world.fetches and self.role.prefills:
+                self.post("prefill", Lane(peer, ""))
             self.post("source", giving.SinkLost(peer))
             self.post("sink", taking.SourceLost(peer))
             for read_id, reading in self.reads.items():
@@ -580,6 +602,8 @@ class World:
 
     moves = False
     """Rows move from one decode worker to another."""
+    fetches = False
+    """Prefill workers pull pages of prompts from who has them."""
 
     def __init__(
         self, seed: int, faults: float, make: Callable[..., Worker] = Worker, sizes: Mapping[str, int] | None = None

@@ -1,20 +1,17 @@
 """Sessions whose next turn finds what the one before left, wherever that is: pull-back, prefix fetch, kept answers.
 
 The engines, streams and routers are those of test_together.py: a page that was fetched and is not what its name says
-gives a wrong token. Who asks for a fetch here is the test: before a turn comes, a prefill worker fetches what somebody
-else has of its prompt.
+gives a wrong token. The router tells a prefill worker who may have more of a prompt, and that one decides.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pytest
 
-from core.messages import Fetch, Refuse
 from core.prefix import page_hashes
-from core.request import Phase, Request, Ticket
+from core.request import Phase, Request
 from core.sampling import Sampling
 from core.worker import Identity, Role
 from scheduler import prefill_policy as prefill
@@ -27,38 +24,19 @@ TURNS = 4
 
 
 class Worker(together.Worker):
-    """Fetches as well, and counts what it computes of each prompt."""
+    """Counts what it fetches, and what it computes of each prompt."""
 
     world: World
 
-    def want(self, names: tuple[int, ...]) -> None:
-        """Fetch from whoever has most of them."""
-        others = [each for each in self.world.processes.values() if isinstance(each, Worker) and each is not self]
-        able = [each for each in others if each.alive]
-        if able:
-            holder = max(able, key=lambda each: each.ledger.cached(names))
-            self.world.fetches += 1
-            ticket = Ticket(self.me, self.world.fetches, 1, holder.me, self.me)
-            self.post("sink", taking.AskSource(ticket, names, self.world.now + 1.0))
-
     def take(self, command: taking.SinkCommand) -> None:
-        match command:
-            case taking.SendToSource(Fetch() as fetch) if fetch.ticket.source != self.me:
-                if not self.world.send(self.me, fetch.ticket.source, fetch):
-                    self.post("sink", Refuse(fetch.ticket, "no lane"))
-            case taking.Fetched(ticket, _, reason, pull):
-                self.world.fetched[ticket.key] = reason
-                self.world.fetched_pages += pull.nbytes // SHAPE.page_nbytes if pull else 0
-            case _:
-                super().take(command)
+        if isinstance(command, taking.Fetched):
+            self.world.fetched[command.ticket.key] = command.reason
+            self.world.fetched_pages += command.pull.nbytes // SHAPE.page_nbytes if command.pull else 0
+        super().take(command)
 
-    def heard(self, peer: Identity, message: Any) -> None:
-        if isinstance(message, Fetch):
-            self.post("source", message)
-        elif isinstance(message, Refuse) and message.ticket.sink == self.me != message.ticket.source:
-            self.post("sink", message)
-        else:
-            super().heard(peer, message)
+    def prefills(self, command: prefill.PrefillCommand) -> None:
+        self.world.asked += isinstance(command, prefill.FetchPages)
+        super().prefills(command)
 
     def chunk(self, command: prefill.RunChunk) -> None:
         for span in command.spans:
@@ -68,9 +46,11 @@ class Worker(together.Worker):
 
 
 class World(together.World):
+    fetches = True
+
     def __init__(self, seed: int, faults: float) -> None:
         super().__init__(seed, faults, Worker)
-        self.fetches = 0
+        self.asked = 0
         self.fetched: dict[str, str] = {}
         self.fetched_pages = 0
         self.computed: dict[str, int] = {}
@@ -103,10 +83,7 @@ def sessions(world: World, prefills: int, decodes: int, faults: float, many: int
             return
         said = (*request.prompt, *gateway.got[counter][0])
         prompt = said + tuple(dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 5)))
-        for each in list(world.processes.values()):
-            if isinstance(each, Worker) and each.alive and each.role.prefills:
-                each.want(page_hashes(prompt, PAGE))
-        gateway.later(0.5, lambda: ask(prompt, turn + 1, len(said) - 1))
+        gateway.later(0.1, lambda: ask(prompt, turn + 1, len(said) - 1))
 
     def trouble() -> None:
         living = [each for each in world.processes.values() if isinstance(each, Worker) and each.alive]
@@ -125,7 +102,7 @@ def sessions(world: World, prefills: int, decodes: int, faults: float, many: int
         world.at(dice.uniform(0.0, 4.0), trouble)
     world.run(4.0)
     settle(world)
-    assert len(world.fetched) == world.fetches or faults, "a fetch hangs"
+    assert len(world.fetched) == world.asked or faults, "a fetch hangs"
     return told
 
 

@@ -100,7 +100,7 @@ class Ticket(_message.Message):
     def __init__(self, minter: _Optional[str] = ..., counter: _Optional[int] = ..., attempt: _Optional[int] = ..., source: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages", "migrates")
+    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages", "migrates", "fetches")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class Hello(_message.Message):
     TRANSPORT_METADATA_FIELD_NUMBER: _ClassVar[int]
     SCRATCH_PAGES_FIELD_NUMBER: _ClassVar[int]
     MIGRATES_FIELD_NUMBER: _ClassVar[int]
+    FETCHES_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     protocol: int
@@ -129,7 +130,8 @@ class Hello(_message.Message):
     transport_metadata: bytes
     scratch_pages: int
     migrates: bool
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ..., migrates: _Optional[bool] = ...) -> None: ...
+    fetches: bool
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ..., migrates: _Optional[bool] = ..., fetches: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
@@ -200,16 +202,26 @@ class SlotFree(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class PromptPiece(_message.Message):
-    __slots__ = ("ticket", "tokens", "request", "second")
+    __slots__ = ("ticket", "tokens", "request", "second", "holdings")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     SECOND_FIELD_NUMBER: _ClassVar[int]
+    HOLDINGS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     tokens: _containers.RepeatedScalarFieldContainer[int]
     request: RequestMeta
     second: str
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
+    holdings: _containers.RepeatedCompositeFieldContainer[Holding]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ..., holdings: _Optional[_Iterable[_Union[Holding, _Mapping]]] = ...) -> None: ...
+
+class Holding(_message.Message):
+    __slots__ = ("worker", "tokens")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    tokens: int
+    def __init__(self, worker: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
     __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens")
@@ -232,16 +244,18 @@ class RequestMeta(_message.Message):
     def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
-    __slots__ = ("ticket", "reason", "report", "branch")
+    __slots__ = ("ticket", "reason", "report", "branch", "prefix")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     report: bool
     branch: int
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ...) -> None: ...
+    prefix: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., report: _Optional[bool] = ..., branch: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Tokens(_message.Message):
     __slots__ = ("ticket", "index", "tokens", "logits_hashes", "branch", "logprobs", "prompt_logprobs")
@@ -274,7 +288,7 @@ class Logprobs(_message.Message):
     def __init__(self, token: _Optional[int] = ..., logprob: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages", "branch", "decoded")
+    __slots__ = ("ticket", "reason", "completion_tokens", "stop_token_id", "stages", "branch", "decoded", "cached_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +296,7 @@ class Finished(_message.Message):
     STAGES_FIELD_NUMBER: _ClassVar[int]
     BRANCH_FIELD_NUMBER: _ClassVar[int]
     DECODED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     completion_tokens: int
@@ -289,7 +304,8 @@ class Finished(_message.Message):
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
     branch: int
     decoded: bool
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., branch: _Optional[int] = ..., decoded: _Optional[bool] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., completion_tokens: _Optional[int] = ..., stop_token_id: _Optional[int] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., branch: _Optional[int] = ..., decoded: _Optional[bool] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("ticket", "code", "message", "stages")
@@ -304,14 +320,16 @@ class Failed(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ...) -> None: ...
 
 class Handed(_message.Message):
-    __slots__ = ("ticket", "stages", "cancelled")
+    __slots__ = ("ticket", "stages", "cancelled", "cached_tokens")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
     CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     stages: _containers.RepeatedCompositeFieldContainer[_common_pb2.Stage]
     cancelled: bool
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., cancelled: _Optional[bool] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[_common_pb2.Stage, _Mapping]]] = ..., cancelled: _Optional[bool] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("ticket", "request", "prompt", "page_tokens")
