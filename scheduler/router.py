@@ -4,7 +4,8 @@ Offers a request to prefill workers, in the order of a `Placement`, until one ac
 forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
 it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
 order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
-finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline.
+finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline. Who was present at
+crashes of workers is placed alone and in the end refused, by the rules of `scheduler/poison.py`.
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -33,10 +34,11 @@ from core.messages import (
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
-from core.worker import Identity, Member, Role
-from scheduler.calls import Branch, Call, Flight
+from core.worker import Identity, Member, ProcessEnded, Role
+from scheduler.calls import Branch, Call, Flight, Left
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
+from scheduler.poison import Loss, Poison, Presence, Suspicion, crashes, raised, suspicion
 from scheduler.router_events import (
     Arrived,
     ClientGone,
@@ -52,6 +54,8 @@ from scheduler.router_events import (
 )
 from scheduler.waiting import Waiting
 
+LEFT_S = 1.0
+"""News of a sink comes no later than this after a prefill worker said that its KV was not taken there."""
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
 
@@ -77,6 +81,8 @@ class RouterConfig:
     """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
     by_goal: bool = True
     """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
+    word_s: float = 0.5
+    """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
     mixed_alone: bool = False
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
 
@@ -110,6 +116,7 @@ class Router:
         self._parked = Waiting()
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
+        self._poison = Poison(config.word_s)
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -163,8 +170,10 @@ class Router:
                 commands = self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
                 commands = self._worker_up(member, now)
-            case WorkerDown(identity):
-                commands = self._worker_down(identity, now)
+            case WorkerDown():
+                commands = self._worker_down(event, now)
+            case ProcessEnded(identity, crashed):
+                commands = self._settled(self._poison.told(identity, crashed), now)
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
@@ -199,6 +208,7 @@ class Router:
 
     def check(self) -> None:
         assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
+        self._poison.check()
         self._workers.check(flight.load for flight in self._flights.values() if flight.load is not None)
         for key, flight in self._flights.items():
             assert key == flight.key
@@ -333,6 +343,7 @@ class Router:
             request.generated + len(done),
             request.prefix,
             request.prefix_page_tokens,
+            flight.alone,
         )
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
@@ -366,12 +377,11 @@ class Router:
     def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
         """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
         post = self._workers.up(member)
-        commands: list[RouterCommand] = []
+        commands = self._settled(self._poison.back(member.identity), now)
         if self._stranded and member.ready and self._workers.missing() is None:
             for key, flight in list(self._stranded.items()):
                 if self._stranded.get(key) is flight and flight.resumes == math.inf:
-                    self._leave(flight)
-                    commands += self._offer(flight, now)
+                    commands += self._resume(flight, now)
         if len(self._parked) and member.ready:
             if post is not None:
                 # Whoever waits was refused by others: a worker that has just come may take all that it holds.
@@ -379,6 +389,16 @@ class Router:
             if member.role.decodes:
                 self._roomy += [each.identity for each in self._workers.free(1)]
         return commands
+
+    def _resume(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """It has waited long enough, or what it waited for has come."""
+        self._leave(flight)
+        fate, certain = suspicion(flight.call.presences, now)
+        if now < certain < flight.call.deadline:
+            return self._strand(flight, certain)
+        if fate is Suspicion.POISONOUS:
+            return self._poisonous(flight.call)
+        return self._offer(flight, now)
 
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
@@ -476,7 +496,11 @@ class Router:
                 return self._finished(flight, message, now)
             case Failed(_, code, why, stages):
                 flight.reports[Role.DECODE if flight.phase is Phase.DECODING else Role.PREFILL] = stages
-                if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
+                if code == "INTERNAL":
+                    ticket = message.ticket
+                    where = ticket.source if flight.phase is Phase.PREFILLING else ticket.sink
+                    flight.call.presences += (Presence(raised(where), flight.alone),)
+                if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS", "INTERNAL"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
                     return self._lost_attempt(flight, why, now, blamed)
@@ -484,6 +508,13 @@ class Router:
 
     def _accepted(self, flight: Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
         call, ticket = flight.call, flight.ticket
+        if call.presences:
+            fate, _ = suspicion(call.presences, now)
+            if fate is Suspicion.POISONOUS:
+                return self._poisonous(call)
+            flight.alone = fate is Suspicion.ALONE and len(flight.branches) == 1
+            if flight.alone:
+                flight.second = None  # that one would be next if the first crashed
         self._enter(flight, Phase.PREFILLING)
         self._alarms.put(flight.key, call.deadline)
         load = self._load(flight)
@@ -655,7 +686,10 @@ class Router:
         self._drop(flight, Phase.DONE)
         return self._complete(call, end.branch, end.reason, end.stop_token_id)
 
-    def _worker_down(self, identity: Identity, now: float) -> list[RouterCommand]:
+    # Losses.
+    def _worker_down(self, event: WorkerDown, now: float) -> list[RouterCommand]:
+        identity = event.identity
+        loss = self._poison.lost(identity, event.crashed, now)
         self._workers.down(identity)
         commands: list[RouterCommand] = []
         for key, flight in list(self._flights.items()):
@@ -665,6 +699,7 @@ class Router:
                 flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
                 continue
+            self._suspect(flight, loss, now)
             if flight.parked:
                 continue
             flight.broken.add(identity)
@@ -675,12 +710,53 @@ class Router:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
         return commands
 
+    def _suspect(self, flight: Flight, loss: Loss, now: float) -> None:
+        """Note it if a request was at the worker that is lost: its prompt, its KV on the way there, or its rows."""
+        call, worker, alone = flight.call, loss.worker, flight.alone
+        if call.presences and call.presences[-1].loss is loss:
+            return  # another of its continuations was there
+        match flight.phase:
+            case Phase.PREFILLING:
+                there = flight.ticket.source == worker
+            case Phase.HANDING_OFF:
+                there = worker in (flight.ticket.source, flight.ticket.sink, flight.second)
+            case Phase.DECODING:
+                there = flight.ticket.sink == worker
+            case _:
+                there = False
+        left = call.left
+        if not there and left is not None and worker in left.sinks and now <= left.at + LEFT_S:
+            there, alone, call.left = True, left.alone, None
+        if there:
+            call.presences += (Presence(loss, alone),)
+
+    def _settled(self, loss: Loss | None, now: float) -> list[RouterCommand]:
+        """How a life ended is certain: whoever waited for that to be known is placed, or refused."""
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._stranded.items()) if loss is not None else ():
+            known = any(each.loss is loss for each in flight.call.presences)
+            if known and flight.resumes < math.inf and self._stranded.get(key) is flight:
+                commands += self._resume(flight, now)
+        return commands
+
+    def _poisonous(self, call: Call, recalled: Flight | None = None) -> list[RouterCommand]:
+        """Refuse what workers crash with."""
+        where = crashes(call.presences)
+        names = ", ".join([worker.name for worker in where])
+        why = f"poisonous: present at {len(where)} crashes, the last alone ({names})"
+        *commands, end = self._end(call, Phase.FAILED, why, "INTERNAL", recalled=recalled)
+        assert isinstance(end, End)
+        return [*commands, replace(end, poisonous=True)]
+
     def _lost_attempt(
         self, flight: Flight, why: str, now: float, blamed: Identity | None = None
     ) -> list[RouterCommand]:
         """Place what is left again, elsewhere than at the `blamed` prefill worker if there is another."""
         call = flight.call
         whole = call.request.sampling.max_tokens
+        if flight.phase is Phase.HANDING_OFF:
+            sinks = [who for who in (flight.ticket.sink, flight.second) if who is not None]
+            call.left = Left(tuple([who for who in sinks if who not in flight.broken]), now, flight.alone)
         commands = self._recall(flight, why)
         live = flight.live()
         full = [index for index in live if len(call.branches[index].tokens) == whole]
@@ -689,6 +765,9 @@ class Router:
                 commands += self._complete(call, index, "length")
             flight.finished = Finished(flight.ticket, "length", 0, branch=full[-1])
             return [*commands, *self._finish(flight)]
+        fate, certain = suspicion(call.presences, now)
+        if fate is Suspicion.POISONOUS and certain <= now:
+            return [*commands, *self._poisonous(call, recalled=flight)]
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
@@ -698,9 +777,10 @@ class Router:
         if blamed is not None and (flight.placements > 1 or not others):
             wait_s = self._config.again_s * 2 ** max(0, flight.placements - 1)
             resumes = now + min(wait_s, self._config.again_most_s)
+        resumes = max(resumes, certain)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)
-        if not begun:
+        if not begun and (fate is Suspicion.NONE or len(flight.branches) == 1):
             return [*commands, *self._place(call, flight.branches, flight.placements, tried, now, resumes)]
         for index in full:
             commands += self._complete(call, index, "length")
@@ -726,8 +806,7 @@ class Router:
             elif flight.parked and not flight.placements:
                 commands += self._shed(flight)
             elif flight.parked and flight.resumes <= now < call.deadline:
-                self._leave(flight)
-                commands += self._offer(flight, now)
+                commands += self._resume(flight, now)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"

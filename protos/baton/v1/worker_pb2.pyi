@@ -136,10 +136,12 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class Goodbye(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "fault")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    fault: bool
+    def __init__(self, reason: _Optional[str] = ..., fault: _Optional[bool] = ...) -> None: ...
 
 class LaneMeasured(_message.Message):
     __slots__ = ("source", "transport", "gbytes_per_s", "latency_us")
@@ -212,7 +214,7 @@ class PromptPiece(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., tokens: _Optional[_Iterable[int]] = ..., request: _Optional[_Union[RequestMeta, _Mapping]] = ..., second: _Optional[str] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
-    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens")
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens", "alone")
     ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +223,7 @@ class RequestMeta(_message.Message):
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     id: str
     sampling: _common_pb2.Sampling
     timeout_s: float
@@ -229,7 +232,8 @@ class RequestMeta(_message.Message):
     generated: int
     prefix: _containers.RepeatedScalarFieldContainer[int]
     prefix_page_tokens: int
-    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
+    alone: bool
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket", "reason", "report", "branch")
