@@ -621,8 +621,9 @@ class DecodePolicy:
         """The next order: for `max_steps`, or until the horizon."""
         batch = self._batch
         steps = min(self._config.max_steps, self._memory.horizon - batch.step)
+        self._after_alone = False
         if self._alone:
-            steps, self._after_alone = min(steps, TURN_STEPS), False
+            steps = min(steps, TURN_STEPS)
         growing = self._memory.grow(batch.step + steps, {row.key for row in self._fresh} if self._fresh else ())
         joining = tuple([self._join(row) for row in self._fresh])
         self._fresh.clear()

@@ -27,7 +27,7 @@ from core.messages import (
 )
 from core.request import Phase, Request, Stage, Ticket
 from core.sampling import Sampling
-from core.worker import Identity, Role
+from core.worker import Identity, ProcessEnded, Role
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import (
     Arrived,
@@ -492,7 +492,7 @@ def test_tokens_of_the_sink_that_did_not_get_the_request_are_ignored():
     assert machine.on(Tokens(key, 2, (102,)), 0.0) == [Deliver(1, (102,), ())]
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "ABORTED", "DATA_LOSS"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "ABORTED", "DATA_LOSS", "INTERNAL"])
 def test_a_failed_attempt_is_tried_again(code):
     machine = router()
     key = prefilling(machine)
@@ -595,6 +595,7 @@ class Client:
     request: Request
     got: list[int] = field(default_factory=list)
     end: End | None = None
+    alone: bool = False
     due: float = 0.0
 
 
@@ -610,7 +611,7 @@ class Deployment(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.router = Router(GATEWAY, RouterConfig(offer_s=1.0, max_queue_s=5.0, max_attempts=3))
+        self.router = Router(GATEWAY, RouterConfig(offer_s=1.0, max_queue_s=5.0, max_attempts=5))
         self.now = 0.0
         self.up: set[Identity] = set()
         self.streams: dict[Identity, deque] = {who: deque() for who in self.people}
@@ -619,6 +620,7 @@ class Deployment(RuleBasedStateMachine):
         self.clients: dict[int, Client] = {}
         self.lost: set[Identity] = set()
         self.doubled: set[str] = set()
+        self.crashes = 0
         for who in self.people:
             self.come(who)
 
@@ -644,6 +646,7 @@ class Deployment(RuleBasedStateMachine):
                     if command.phase is Phase.REJECTED:
                         assert not client.got, "a request whose tokens were sent was not rejected but failed"
                     assert command.reason != "cancelled"
+                    assert client.alone or not command.poisonous, "refused without a try of its own"
                     if client.got and command.code == "UNAVAILABLE":
                         assert self.now >= client.due or "attempts, the last" in command.reason, "it was to wait"
                     if command.phase is Phase.DONE and command.reason == "length":
@@ -659,6 +662,10 @@ class Deployment(RuleBasedStateMachine):
                 assert ticket.source == who
                 assert second != ticket.sink
                 client = self.clients[ticket.counter]
+                if request.alone:
+                    client.alone = True
+                    assert self.crashes >= 2
+                    assert second is None
                 assert request.prompt == (*client.request.prompt, *client.got)
                 assert request.sampling.max_tokens == client.request.sampling.max_tokens - len(client.got)
                 self.placements.append(Placement(ticket, request, second, who))
@@ -771,13 +778,14 @@ class Deployment(RuleBasedStateMachine):
     def fail(self, data):
         place = data.draw(st.sampled_from(self.placements))
         self.placements.remove(place)
-        code = data.draw(st.sampled_from(["UNAVAILABLE", "DATA_LOSS", "ABORTED"]))
+        code = data.draw(st.sampled_from(["UNAVAILABLE", "DATA_LOSS", "ABORTED", "INTERNAL"]))
+        self.crashes += code == "INTERNAL"
         self.tell(place.at, Failed(place.ticket, code, "oh"))
 
     @precondition(lambda self: self.up)
     @rule(data=st.data(), dies=st.booleans())
     def lose(self, data, dies):
-        """A worker dies, or only its stream to the gateway does: then it goes on, unheard."""
+        """A worker dies, or only its stream to the gateway does: then it goes on, unheard. It may have crashed."""
         who = data.draw(st.sampled_from(sorted(self.up)))
         if data.draw(st.booleans()):
             self.streams[who].clear()
@@ -788,7 +796,16 @@ class Deployment(RuleBasedStateMachine):
         if dies:
             self.offers = [offer for offer in self.offers if offer.ticket.source != who]
             self.placements = [place for place in self.placements if place.at != who]
-        self.give(WorkerDown(who))
+        crashed = data.draw(st.booleans())
+        self.crashes += crashed
+        self.give(WorkerDown(who, crashed))
+
+    @precondition(lambda self: self.lost)
+    @rule(data=st.data(), crashed=st.booleans())
+    def word(self, data, crashed):
+        """Somebody says how a worker ended, whether it did or not."""
+        self.crashes += crashed
+        self.give(ProcessEnded(data.draw(st.sampled_from(sorted(self.lost))), crashed))
 
     @precondition(lambda self: len(self.up) < 4)
     @rule(data=st.data())
