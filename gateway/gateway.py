@@ -274,6 +274,8 @@ class Gateway:
                     client.replies.end(command)
                     self._requests.labels(command.phase, command.code).inc()
                     asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
+                    if command.poisonous:
+                        log.warning("%s", command.reason, extra={"request": client.request.id})
                     log.info(
                         "%s: %s after %d tokens",
                         command.phase,

@@ -91,7 +91,7 @@ class Flight:
     base: int = 0
     """Tokens delivered before this attempt began; its own count starts there."""
     alone: bool = False
-    """In this attempt no step has it and another request."""
+    """In this attempt no step has it and another request, and its workers have no other such request."""
     broken: set[Identity] = field(default_factory=set)
     """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
     moves: int = 0

@@ -117,6 +117,11 @@ class Router:
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
         self._poison = Poison(config.word_s)
+        self._suspects: dict[Identity, Flight] = {}
+        """Workers, and the one that each has, or will have, that is alone in its steps: if two were there when it
+        crashes, nobody would know which of them was the cause."""
+        self._freed = False
+        """There may be a worker for another such one."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -179,6 +184,8 @@ class Router:
                 commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
             case Moved():
                 commands = self._row_moved(event, now)
+        while self._freed:
+            commands += self._next_suspects(now)
         if self._roomy:
             roomy, self._roomy = self._roomy, []
             for identity in roomy:
@@ -225,6 +232,11 @@ class Router:
             assert flight.placements
             assert not flight.refusals
         assert not self._roomy
+        assert not self._freed
+        for identity, flight in self._suspects.items():
+            assert flight.alone
+            assert identity in (flight.ticket.source, flight.ticket.sink)
+            assert flight.call.flights.count(flight) == 1
         for identity, flight in self._called.items():
             assert flight.called
             assert flight.phase is Phase.OFFERED
@@ -276,12 +288,16 @@ class Router:
         no use."""
         need = flight.need
         need.wait_s = max(0.0, self._patience(flight) - now)
+        if flight.call.presences:
+            self._judge(flight, now)
         if flight.tries < self._config.max_tries:
             for source in self._placement.sources(need, self._workers):
                 if source.identity in flight.tried or source.room < need.tokens:
                     continue
-                if sinks := self._placement.sinks(source, need, self._workers):
+                if sinks := self._sinks(flight, source):
                     return [self._offer_to(flight, source, sinks, now)]
+        if flight.alone and self._suspects and not flight.refusals and need.wait_s:
+            return self._strand(flight)
         # Busy, not lost: they are asked again as long as that is soon enough; so is one to blame if no other will do.
         spared = flight.silent if flight.refusals else flight.tried
         if spared and need.wait_s:
@@ -294,6 +310,15 @@ class Router:
             return self._shed(flight)
         return self._park(flight)
 
+    def _sinks(self, flight: Flight, source: Post) -> Sequence[Post]:
+        """Whom `source` may hand it over to, the best first; nobody if `source` itself cannot have it."""
+        sinks = self._placement.sinks(source, flight.need, self._workers)
+        if not flight.alone:
+            return sinks
+        if source.identity in self._suspects:
+            return ()
+        return [sink for sink in sinks if sink.identity not in self._suspects][:1]  # no second to crash after it
+
     def _offer_to(self, flight: Flight, source: Post, sinks: Sequence[Post], now: float) -> ToOne:
         call, need = flight.call, flight.need
         call.offers += 1
@@ -304,6 +329,8 @@ class Router:
         flight.load = load = Load(source, sinks[0], need.tokens, need.size)
         self._workers.put(load)
         self._flights[ticket.key] = flight
+        if flight.alone:
+            self._suspects[ticket.source] = self._suspects[ticket.sink] = flight
         self._enter(flight, Phase.OFFERED)
         self._alarms.put(ticket.key, min(now + self._config.offer_s, call.deadline))
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
@@ -400,6 +427,28 @@ class Router:
             return self._poisonous(flight.call)
         return self._offer(flight, now)
 
+    def _judge(self, flight: Flight, now: float) -> None:
+        """Whether it is alone in the attempt that is about to begin."""
+        fate, _ = suspicion(flight.call.presences, now)
+        flight.alone = fate is not Suspicion.NONE and len(flight.branches) == 1
+
+    def _next_suspects(self, now: float) -> list[RouterCommand]:
+        """Workers had one that is alone in its steps, and may have another now."""
+        self._freed = False
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._stranded.items()):
+            if flight.alone and flight.resumes == math.inf and self._stranded.get(key) is flight:
+                commands += self._resume(flight, now)
+        self._roomy += [post.identity for post in self._workers.free(1)]
+        return commands
+
+    def _release(self, flight: Flight, *workers: Identity) -> None:
+        """These do not have it any more."""
+        for identity in workers:
+            if self._suspects.get(identity) is flight:
+                del self._suspects[identity]
+                self._freed = True
+
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
         """Wait; there may be workers that said they have room and have refused nobody since."""
@@ -428,7 +477,9 @@ class Router:
         while (key := self._parked.first(post.free)) is not None:
             flight = self._flights[key]
             need, tokens = flight.need, self._parked.remove(key)
-            sinks = self._placement.sinks(post, need, self._workers) if post.room >= need.tokens else ()
+            if flight.call.presences:
+                self._judge(flight, now)
+            sinks = self._sinks(flight, post) if post.room >= need.tokens else ()
             if sinks:
                 self._leave(flight)
                 need.wait_s = max(0.0, self._patience(flight) - now)
@@ -512,9 +563,6 @@ class Router:
             fate, _ = suspicion(call.presences, now)
             if fate is Suspicion.POISONOUS:
                 return self._poisonous(call)
-            flight.alone = fate is Suspicion.ALONE and len(flight.branches) == 1
-            if flight.alone:
-                flight.second = None  # that one would be next if the first crashed
         self._enter(flight, Phase.PREFILLING)
         self._alarms.put(flight.key, call.deadline)
         load = self._load(flight)
@@ -589,6 +637,8 @@ class Router:
         ticket = flight.moved or ticket
         if flight.ticket.sink != ticket.sink:
             flight.second = flight.ticket.sink
+        if flight.alone:
+            self._release(flight, *({flight.ticket.source, flight.ticket.sink} - {ticket.sink}))
         flight.placed = ticket
         self._enter(flight, Phase.DECODING)
         sink, load = self._workers.get(ticket.sink), self._load(flight)
@@ -617,6 +667,8 @@ class Router:
         if flight.phase is not Phase.DECODING:
             return self._moved(flight, ticket, now)  # it was faster than the tokens of the worker before
         sink, load = self._workers.get(ticket.sink), self._load(flight)
+        if flight.alone:
+            self._release(flight, flight.ticket.sink)
         flight.placed, flight.second = ticket, None
         if sink is None or ticket.sink in flight.broken:
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
@@ -891,6 +943,8 @@ class Router:
     def _drop(self, flight: Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
+        if flight.alone and flight.placed is not None:
+            self._release(flight, flight.placed.source, flight.placed.sink)
         for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
             flight.call.stages += _of_attempt(flight.reports.pop(part, ()), flight.placements)
         flight.call.flights.remove(flight)
@@ -907,7 +961,8 @@ class Router:
             waits_for = f"stages from {', '.join(who.name for who in flight.owing.values())}"
         elif flight.key in self._stranded:
             after = "to be placed again: its last attempt failed" if flight.resumes < math.inf else None
-            waits_for = after or self.missing() or "a worker with room for it"
+            turn = "a worker that is not trying another one alone" if flight.alone and self._suspects else None
+            waits_for = after or self.missing() or turn or "a worker with room for it"
         elif flight.parked:
             best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
             waits_for = f"room: {len(flight.refusals)} refused, {best.ticket.source.name}: {best.reason}"

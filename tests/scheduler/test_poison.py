@@ -320,10 +320,36 @@ def test_continuations_are_each_alone():
         assert len(scene.prompts[-1].request.prompt) == 6
         scene.crash(scene.ticket.source)
     apart = scene.prompts[2:]
-    assert [(prompt.request.alone, prompt.request.sampling.n) for prompt in apart] == [(True, 1)] * 3
-    assert len({prompt.ticket.key for prompt in apart}) == 3
-    scene.crash(apart[0].ticket.source)
+    assert [(prompt.request.alone, prompt.request.sampling.n) for prompt in apart] == [(True, 1)] * 2
+    assert len({prompt.ticket.source for prompt in apart}) == 2, "two workers of each phase, one for each"
+    scene.give(Tokens(apart[0].ticket, 0, (100, 101)))
+    assert scene.prompts[4:] == [], "there is a prefill worker for the third, but no decode worker"
+    scene.give(Finished(apart[0].ticket, "stop", 2, decoded=True))
+    scene.give(Handed(apart[0].ticket, ()))
+    (last,) = scene.prompts[4:]
+    assert last.request.alone
+    scene.crash(last.ticket.source)
     assert [end.poisonous for end in scene.ends] == [True], "one that is poisonous ends the request"
+
+
+def test_two_that_are_suspected_are_never_tried_at_one_worker():
+    scene = Scene()
+    scene.give(WorkerDown(P2))
+    scene.give(WorkerDown(D2))
+    scene.give(Arrived(2, ask(max_tokens=20)))
+    for _ in range(2):
+        (there,) = [post.identity for post in scene.machine._workers.prefills]
+        scene.crash(there)
+    assert [(prompt.ticket.counter, prompt.request.alone) for prompt in scene.prompts[4:]] == [(1, True)]
+    waits = [each.waits_for for each in scene.machine.standing() if each.state == "queued"]
+    assert waits == ["a worker that is not trying another one alone"]
+    scene.decode()
+    assert scene.prompts[-1].ticket.counter == 1, "its decode worker is the only one"
+    scene.give(WorkerDown(D1, True))
+    scene.give(ProcessEnded(D1, True))
+    scene.up(D2)
+    assert [(end.counter, end.poisonous) for end in scene.ends] == [(1, True)]
+    assert (scene.prompts[-1].ticket.counter, scene.prompts[-1].request.alone) == (2, True)
 
 
 def test_whoever_waits_for_a_worker_is_refused_when_the_word_comes():
@@ -359,9 +385,7 @@ def runs(commands) -> list[list[int]]:
 
 
 def finish(machine: PrefillPolicy, run: RunChunk) -> list:
-    begun = [
-        Began(span.key, First(7)) for span in run.spans if span.stop == machine._requests[span.key].prompt_tokens
-    ]
+    begun = [Began(span.key, First(7)) for span in run.spans if span.stop == machine._requests[span.key].prompt_tokens]
     commands = machine.on(ChunkDone(run.run_id, tuple(begun)), 0.0)
     machine.check()
     return commands

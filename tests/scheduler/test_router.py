@@ -664,6 +664,8 @@ class Deployment(RuleBasedStateMachine):
                 client = self.clients[ticket.counter]
                 if request.alone:
                     client.alone = True
+                    there = [p for p in self.placements if p.request.alone and not p.decodes and p.at in self.up]
+                    assert all(p.ticket.source != who for p in there), "two are tried at one worker"
                     assert self.crashes >= 2
                     assert second is None
                 assert request.prompt == (*client.request.prompt, *client.got)
@@ -819,6 +821,7 @@ class Deployment(RuleBasedStateMachine):
         assert len(self.router) == len(live) == sum(self.router.phases().values())
         if {P1, P2} & self.up and {D1, D2} & self.up:
             waits = [flight for flight in self.router._stranded.values() if flight.resumes == math.inf]
+            waits = [flight for flight in waits if not (flight.alone and self.router._suspects)]
             assert not waits, "it waits beside workers that could take it"
 
     def teardown(self):
