@@ -69,6 +69,8 @@ class Flight:
     """Everyone refused, or nobody is there: it waits for a worker that says it has room, or for one that comes."""
     resumes: float = math.inf
     """When it is placed again, if it waits for no more than its time."""
+    gives_up: float = math.inf
+    """When it is refused, if it was not begun and waits for workers to come."""
     called: bool = False
     """Its offer is the answer to such a word."""
     load: Load | None = None

@@ -4,8 +4,9 @@ Offers a request to prefill workers, in the order of a `Placement`, until one ac
 forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
 it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
 order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
-finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline. Who was present at
-crashes of workers is placed alone and in the end refused, by the rules of `scheduler/poison.py`.
+finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline. So does for a
+moment who comes while there is no pair of workers, if there was one lately: most often one is being started again. Who
+was present at crashes of workers is placed alone and in the end refused, by the rules of `scheduler/poison.py`.
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -81,6 +82,11 @@ class RouterConfig:
     """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
     by_goal: bool = True
     """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
+    pair_s: float = 3.0
+    """Who comes while no pair of workers is ready, or loses the last before one accepts it, waits so long for one; 0: it
+    is refused at once."""
+    lately_s: float = 30.0
+    """But only if there was a pair so lately, else nobody knows of any that may come."""
     word_s: float = 0.5
     """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
     mixed_alone: bool = False
@@ -120,6 +126,8 @@ class Router:
         self._suspects: dict[Identity, Flight] = {}
         """Workers, and the one that each has, or will have, that is alone in its steps: if two were there when it
         crashes, nobody would know which of them was the cause."""
+        self._paired_at = -math.inf
+        """When a pair of workers was ready last, as of the last change."""
         self._freed = False
         """There may be a worker for another such one."""
         self._called: dict[Identity, Flight] = {}
@@ -154,7 +162,7 @@ class Router:
         return self._workers.page_tokens if len(self._workers.prefills) else 0
 
     def most_tokens(self) -> MostTokens:
-        """What workers have room for, as of now."""
+        """What workers have room for, or had as long as they were there."""
         return self._workers.most_tokens()
 
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
@@ -174,8 +182,10 @@ class Router:
                 call = self._calls.get(counter)
                 commands = self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
+                self._note_pair(now)
                 commands = self._worker_up(member, now)
             case WorkerDown():
+                self._note_pair(now)
                 commands = self._worker_down(event, now)
             case ProcessEnded(identity, crashed):
                 commands = self._settled(self._poison.told(identity, crashed), now)
@@ -229,7 +239,7 @@ class Router:
         assert len(parked) == len(self._parked) + len(self._stranded)
         for key, flight in self._stranded.items():
             assert flight is self._flights[key]
-            assert flight.placements
+            assert flight.placements or flight.gives_up < math.inf
             assert not flight.refusals
         assert not self._roomy
         assert not self._freed
@@ -256,10 +266,32 @@ class Router:
         due = request.sampling.prompt_logprobs is not None
         call = self._calls[counter] = Call(counter, request, now, now + request.timeout_s, branches, due)
         if missing := self._workers.missing():
-            return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
-        if why := self._workers.too_large(request):
+            if not self._lately(now):
+                return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
+            need = Need(len(request.prompt), 0)  # what it may come to depends on the workers
+            flight = Flight(call, tuple(range(len(branches))), need, queued_at=now)
+            call.flights.append(flight)
+            return self._hope(flight, now)
+        return self._enters(call, now)
+
+    def _enters(self, call: Call, now: float) -> list[RouterCommand]:
+        """There are workers: place it, unless none of them could ever hold it."""
+        if why := self._workers.too_large(call.request):
             return self._end(call, Phase.REJECTED, why, "INVALID_ARGUMENT")
-        return self._place(call, tuple(range(len(branches))), 0, set(), now)
+        return self._place(call, tuple(range(len(call.branches))), 0, set(), now)
+
+    def _note_pair(self, now: float) -> None:
+        if self._workers.missing() is None:
+            self._paired_at = now
+
+    def _lately(self, now: float) -> bool:
+        """Whether no pair of workers is ready, but one was a while ago."""
+        return self._config.pair_s > 0 and now - self._paired_at <= self._config.lately_s
+
+    def _hope(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """Wait a moment for workers."""
+        flight.gives_up = min(flight.gives_up, now + self._config.pair_s)
+        return self._strand(flight)
 
     def _place(
         self,
@@ -279,7 +311,8 @@ class Router:
         if len(branches) > 1:
             size, sizes = self._workers.size(request), self._workers.sizes(request)
         need = Need(len(request.prompt) + done, size, request.prefix, gap_s=request.slo.gap_s, sizes=sizes)
-        flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
+        since = now if placements else call.arrived_at
+        flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=since, base=done)
         call.flights.append(flight)
         return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
 
@@ -306,6 +339,8 @@ class Router:
             return self._offer(flight, now)
         if flight.placements and not flight.refusals and need.wait_s and self._awaits(flight.call):
             return self._strand(flight)
+        if not flight.placements and self.missing() and not flight.refusals and need.wait_s and self._lately(now):
+            return self._hope(flight, now)
         if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
             return self._shed(flight)
         return self._park(flight)
@@ -420,6 +455,9 @@ class Router:
     def _resume(self, flight: Flight, now: float) -> list[RouterCommand]:
         """It has waited long enough, or what it waited for has come."""
         self._leave(flight)
+        if not flight.placements:
+            flight.call.flights.remove(flight)
+            return self._enters(flight.call, now)
         fate, certain = suspicion(flight.call.presences, now)
         if now < certain < flight.call.deadline:
             return self._strand(flight, certain)
@@ -882,7 +920,7 @@ class Router:
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
         if flight.parked:
-            return min(self._patience(flight), deadline, flight.resumes)
+            return min(self._patience(flight), deadline, flight.resumes, flight.gives_up)
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(

@@ -105,14 +105,6 @@ class Guest:
     granted_at: float | None = None
 
 
-class Watched(DecodePolicy):
-    """One that says what it could have done."""
-
-    def may_run(self) -> bool:
-        """Whether the batch has pages for a step."""
-        return self._batch.step < self._memory.horizon
-
-
 class World:
     """What surrounds the policy. Times are the caller's."""
 
@@ -122,7 +114,7 @@ class World:
         self.ledger = Pages(pages)
         self.arena: list[list] = [[None] * PAGE for _ in range(pages)]
         forecast = Forecast(ForecastConfig(window=8, quantile=0.5, least=least, least_longer=1))
-        self.machine = Watched(D1, SHAPE, self.ledger, config, cost, forecast)
+        self.machine = DecodePolicy(D1, SHAPE, self.ledger, config, cost, forecast)
         self.config = config
         self.now = 0.0
         self.guests: dict[str, Guest] = {}
@@ -294,7 +286,8 @@ class World:
         solo = run.rows[0] in apart
         if solo:
             assert run.rows == (apart[0],), "not alone, or not its turn"
-            assert not (self.last_solo and others) or not self.machine.may_run(), "it does not take turns"
+            stalled = self.machine._batch.step == self.machine._memory.horizon
+            assert not (self.last_solo and others) or stalled, "it does not take turns"
         else:
             assert others == set(run.rows)
             assert self.last_solo or not apart, "who is to be alone waits for more than one order"
@@ -420,7 +413,9 @@ class World:
         new = ticket(len(self.guests) + 1, minter=minter)
         sampling = Sampling(max_tokens, seed=1, n=n)
         hints, named = Hints(session=session), names(len(self.guests), prompt // PAGE)
-        request = Request("r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named, alone=alone)
+        request = Request(
+            "r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named, alone=alone
+        )
         guest = Guest(new, request, stops_at, len(self.guests), self.now + timeout_s)
         self.guests[new.key] = guest
         self.give(Asked(new, request))

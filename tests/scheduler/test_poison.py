@@ -16,7 +16,16 @@ from core.worker import Identity, ProcessEnded, Role
 from scheduler.decode_events import Asked, KvArrived, Leave, Ran, Run, RunFailed
 from scheduler.decode_policy import TURN_STEPS, DecodeConfig, DecodePolicy
 from scheduler.poison import KEPT, Loss, Poison, Presence, Suspicion, crashes, suspicion
-from scheduler.prefill_policy import Began, ChunkDone, Granted, HandOffOver, PrefillConfig, PrefillPolicy, RunChunk
+from scheduler.prefill_policy import (
+    Began,
+    ChunkDone,
+    Granted,
+    HandOffOver,
+    PrefillConfig,
+    PrefillPolicy,
+    RunChunk,
+    State,
+)
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, Deliver, End, ToOne, WorkerDown, WorkerUp
 from tests.cast import D1, D2, GATEWAY, P1, P2, SHAPE, ask, ticket, worker
@@ -99,8 +108,8 @@ class Scene:
         commands = self.machine.on(event, self.now)
         for command in commands:
             match command:
-                case ToOne(_, Prompt()):
-                    self.prompts.append(command.message)
+                case ToOne(_, Prompt() as prompt):
+                    self.prompts.append(prompt)
                 case ToOne(_, Cancel()) | Deliver():
                     pass
                 case ToOne():
@@ -415,7 +424,7 @@ def test_what_it_lacks_of_memory_nobody_else_takes_before_it():
         commands = finish(machine, run)
         run = next((each for each in commands if isinstance(each, RunChunk)), None)
         assert runs(commands) in ([[1]], [])
-    assert machine.queue()["queued"] == 4, "those that were small enough did not pass it"
+    assert machine.queue()[State.QUEUED] == 4, "those that were small enough did not pass it"
     commands = machine.on(HandOffOver(ticket(1).key, True), 0.0)
     assert runs(commands) == [[2]]
 
