@@ -406,7 +406,8 @@ class Deployment:
             code = running.process.wait(STOP_S)
             until = time.monotonic() + TELL_S
             while not self._stopping.is_set() and time.monotonic() < until:
-                if report_end(self.coordinator, running.identity, crashed(code)):
+                there = self.coordinator  # empty while it is being started again
+                if there and report_end(there, running.identity, crashed(code)):
                     return
                 self._stopping.wait(0.2)
 

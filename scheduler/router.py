@@ -83,8 +83,8 @@ class RouterConfig:
     by_goal: bool = True
     """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
     pair_s: float = 3.0
-    """Who comes while no pair of workers is ready, or loses the last before one accepts it, waits so long for one; 0: it
-    is refused at once."""
+    """Requests that come while no pair of workers is ready, or lose the last before one accepts them, wait so long for
+    one; 0: they are refused at once."""
     lately_s: float = 30.0
     """But only if there was a pair so lately, else nobody knows of any that may come."""
     word_s: float = 0.5
