@@ -1,6 +1,8 @@
 """Chaos: what clients lose while processes are killed, stopped, restarted and drained, and reads of KV fail.
 
-    python -m bench.chaos [--minutes 10] [--engine paced|torch] [--seed N] [--quick] [--json FILE]
+    python -m bench.chaos [--minutes 10] [--engine both|paced|torch] [--seed N] [--quick] [--json FILE]
+
+With both engines the tiny Llama has a fifth of the minutes, and so has the part with gateways in each: see below.
 
 Two prefill and two decode workers. First the deployment is measured in peace: its capacity by clients that always have
 a request each, then latency at 60 % of that by Poisson arrivals. Then the same load comes again, with the deadline at
@@ -8,6 +10,10 @@ ten times the median latency, while three hands work beside each other, one for 
 every few seconds each kills a process, stops it for a while, or has it drain and end; it touches nobody else of its
 phase before that is whole again. Meanwhile workers' reads fail, stall, hang and bring flipped bits, and their messages
 are late or come twice. Some clients leave.
+
+At the end all of that goes on while a gateway is killed, too, again and again, through which half of the requests come.
+What becomes of these is counted apart: they die with it. Those that come through the other gateway are promised what
+all are.
 
 Each reply is compared with what its tokens imply (`tests/engine/chain.py`; for `torch` with one engine of this
 process), token by token and by the hash that each token was drawn from. Failed is who ended otherwise than well, by
@@ -54,6 +60,10 @@ STILL_S = (0.5, 5.0)
 BACK_S = 60.0
 """Nobody takes longer to drain, or to serve again."""
 SAMPLINGS: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 11}, {"temperature": 1.2, "seed": 5})
+SHORTER = 5
+"""The part with gateway kills, and the engine that computes, have this fraction of the time."""
+DOOMED = "gateway-1"
+"""The gateway that is killed."""
 RULES_S = 3.0
 """New faults of reads and messages come this often."""
 READS = ("flip", "fail", "delay", "stall", "doubt", "break")
@@ -71,14 +81,18 @@ class Asked:
     times: list[float] = field(default_factory=list)
     """When tokens came, the time of asking first."""
     left: bool = False
+    doomed: bool = False
+    """It came through a gateway that is killed."""
 
     @property
     def fate(self) -> str:
-        """good, left, rejected or failed."""
+        """good, left, rejected, failed, or lost with its gateway."""
         if self.left:
             return "left"
         if self.reply.code == "OK":
             return "good"
+        if self.doomed and self.reply.code == "UNAVAILABLE" and "attempts" not in self.reply.details:
+            return "lost"
         nobody = self.reply.code == "UNAVAILABLE" and "attempts" not in self.reply.details
         refused = self.reply.code == "RESOURCE_EXHAUSTED" or nobody
         return "rejected" if refused and not self.reply.tokens else "failed"
@@ -130,18 +144,22 @@ async def capacity(live: Live, seconds: float, draw: random.Random) -> float:
     return done / seconds
 
 
-async def load(live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random) -> list[Asked]:
-    """Poisson arrivals for so long; returns when all have ended."""
+async def load(
+    live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random, doomed: bool = False
+) -> list[Asked]:
+    """Poisson arrivals for so long, half of them through the `doomed` gateway if one is; returns when all have ended."""
     asked: list[Asked] = []
     tasks: list[asyncio.Task[None]] = []
-    async with Client(live.gateway) as client:
+    address = live.deployment.running[DOOMED].address
+    async with Client(live.gateway) as kept, Client(address) as lost:
         due = time.monotonic()
         until = due + seconds
         while due < until:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             each = Asked(some(len(asked), draw), draw.randint(1, 30) if draw.random() < LEAVES else 0)
+            each.doomed = doomed and len(asked) % 2 == 1
             asked.append(each)
-            tasks.append(asyncio.create_task(go(client, each, timeout_s)))
+            tasks.append(asyncio.create_task(go(lost if each.doomed else kept, each, timeout_s)))
             due += draw.expovariate(rate)
         await asyncio.gather(*tasks)
     return asked
@@ -184,8 +202,10 @@ class Hand:
         await asyncio.to_thread(self._live.revive, name)
 
     def _whole(self) -> bool:
-        names = {*self._names} - {"coordinator"}
-        return names <= self._live.usable(self._live.gateway)
+        live, names = self._live, {*self._names} - {"coordinator", DOOMED}
+        if DOOMED in self._names and live.health(live.deployment.running[DOOMED].address) != "SERVING":
+            return False
+        return names <= live.usable(live.gateway)
 
 
 class Faults:
@@ -224,19 +244,25 @@ async def _until(true: Callable[[], bool]) -> None:
 
 
 async def disturbed(
-    live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random
+    live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random, doomed: bool = False
 ) -> tuple[list[Asked], Counter[str]]:
     """The load beside all hands; what was asked, and what was done to whom."""
-    kinds = {"prefill": ("kill", "stop", "drain"), "decode": ("kill", "stop", "drain"), "coordinator": ("kill", "stop")}
+    kinds: dict[str, tuple[str, ...]] = {
+        "prefill": ("kill", "stop", "drain"),
+        "decode": ("kill", "stop", "drain"),
+        "coordinator": ("kill", "stop"),
+    }
     hands = {
         kind: Hand(live, [name for name in live.deployment.running if name.startswith(kind)], deeds, draw)
         for kind, deeds in kinds.items()
     }
+    if doomed:
+        hands["gateway"] = Hand(live, [DOOMED], ("kill",), draw)
     faults = Faults(live, draw)
     stop = asyncio.Event()
     all_hands: list[Hand | Faults] = [*hands.values(), faults]
     hurting = asyncio.gather(*(each.work(stop) for each in all_hands))
-    asked = await load(live, rate, seconds, timeout_s, draw)
+    asked = await load(live, rate, seconds, timeout_s, draw, doomed)
     stop.set()
     await hurting
     did = Counter({f"{deed} {kind}": count for kind, hand in hands.items() for deed, count in hand.did.items()})
@@ -264,12 +290,15 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @dataclass(slots=True)
 class Report:
-    """A run in peace and one in chaos."""
+    """A run in peace, one in chaos, and one in which a gateway is killed as well."""
 
     rate: float
     timeout_s: float
     calm: list[Asked]
     chaos: list[Asked]
+    """Of both, without those whose gateway was killed."""
+    doomed: list[Asked]
+    """These."""
     did: Counter[str]
     wrong: int
     held: list[str]
@@ -282,6 +311,14 @@ class Report:
     def count(self, fate: str) -> int:
         """Of those asked in chaos."""
         return sum(each.fate == fate for each in self.chaos)
+
+    def strange(self) -> int:
+        """Requests whose gateway was killed, and that failed for another reason."""
+        return sum(each.fate == "failed" for each in self.doomed)
+
+    def kept(self) -> bool:
+        """Whether the promises hold."""
+        return not (self.count("failed") or self.strange() or self.wrong or self.held)
 
     def rows(self, name: str) -> list[Row]:
         """What is promised, and what is reported."""
@@ -308,20 +345,24 @@ class Report:
             told("longest pause of a stream, p99", quantile([e.pause_s for e in good], 0.99) * 1e3, "ms"),
             told("the same undisturbed, p99", quantile(calm, 0.99) * 1e3, "ms"),
             told("longest pause of one placed again, p99", quantile([e.pause_s for e in hit], 0.99) * 1e3, "ms"),
+            told("kills of a gateway", self.did["kill gateway"], ""),
+            told("requests through it", len(self.doomed), ""),
+            told("ended with it", sum(each.fate == "lost" for each in self.doomed), ""),
+            told("ended otherwise than well, by it or by leaving", self.strange(), "", 0, "but for refusals"),
             told("arrivals", self.rate, "requests/s"),
             told("deadline", self.timeout_s, "s"),
         ]
 
 
 def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 20.0) -> Report:
-    """Peace twice for so long, then chaos."""
+    """Peace twice for so long, then chaos, and for a part of that time a gateway is killed as well."""
     model = make_llama(
         scratch / "tiny", vocab=VOCAB, context=CONTEXT, dtype="bfloat16", tokenizer=True, eos=[1, *ENDS[1:]]
     )
     how = {"engine": "paced", "pace": 2.0, "stop_rate": 0.002} if engine == "paced" else {"exact": True}
     config = DeploymentConfig(
-        model=str(model), port=0, prefill=2, decode=2, page_tokens=16, chunk_tokens=64, max_rows=24, threads=1,
-        kv_memory="2M", hash_logits=True, **how,
+        model=str(model), port=0, prefill=2, decode=2, gateways=2, page_tokens=16, chunk_tokens=64, max_rows=24,
+        threads=1, kv_memory="2M", hash_logits=True, **how,
     )  # fmt: skip
     live = Live(config, model, scratch / "log", faults=scratch / "rules")
     live.torn, live.expected = True, [".*"]
@@ -335,6 +376,10 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
         timeout_s = PATIENCE * quantile([each.latency_s for each in calm if each.fate == "good"], 0.5)
         progress(f"  {most:.1f} requests/s at most; {rate:.1f} for {seconds:.0f} s, each within {timeout_s:.1f} s")
         chaos, did = asyncio.run(disturbed(live, rate, seconds, timeout_s, random.Random(seed + 2)))
+        more, also = asyncio.run(disturbed(live, rate, seconds / SHORTER, timeout_s, random.Random(seed + 3), True))
+        did += also
+        chaos += [each for each in more if not each.doomed]
+        doomed = [each for each in more if each.doomed]
         held = live.held()
         with contextlib.suppress(AssertionError):
             live.wait_empty()
@@ -346,29 +391,46 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
         reference: Chain | Reference = Chain.of(model, VOCAB, CONTEXT, (0, *ENDS), 0.002)
     else:
         reference = Reference(model, exact=True)
-    return Report(rate, timeout_s, calm, chaos, did, wrong([*calm, *chaos], reference), held, errors)
+    lies = wrong([*calm, *chaos, *doomed], reference)
+    return Report(rate, timeout_s, calm, chaos, doomed, did, lies, held, errors)
 
 
 def main() -> None:
     """Exit code 1 where a promise does not hold."""
     words = parser("chaos", "what clients lose while processes die, stand still and drain, and reads fail")
     words.add_argument("--minutes", type=float, default=10.0, help="of chaos")
-    words.add_argument("--engine", choices=("paced", "torch"), default="paced")
+    words.add_argument("--engine", choices=("both", "paced", "torch"), default="both")
     words.add_argument("--seed", type=int, default=0)
     args = words.parse_args()
-    seconds = 20.0 if args.quick else 60 * args.minutes
-    with tempfile.TemporaryDirectory() as scratch:
-        report = run(args.engine, seconds, args.seed, Path(scratch))
+    seconds, peace_s = (10.0, 3.0) if args.quick else (60 * args.minutes, 20.0)
+    parts = {"paced": seconds, "torch": seconds / SHORTER} if args.engine == "both" else {args.engine: seconds}
+    if args.quick and len(parts) > 1:
+        del parts["torch"]
+    rows: list[Row] = []
+    kept = True
+    for engine, part_s in parts.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            report = run(engine, part_s, args.seed, Path(scratch), peace_s)
+        say(report)
+        rows += report.rows(engine)
+        kept = kept and report.kept()
+    emit("chaos", rows, args.json)
+    if not kept:
+        raise SystemExit(1)
+
+
+def say(report: Report) -> None:
+    """What was done, who failed, and why others were refused."""
     for deed, count in sorted(report.did.items()):
         progress(f"  {count:5} x {deed}")
-    for each in report.chaos:
+    everybody = [*report.chaos, *report.doomed]
+    for each in everybody:
         if each.fate == "failed":
             progress(f"  failed after {each.latency_s:.1f} s: {each.reply.code}: {each.reply.details}")
+    for why, count in Counter(each.reply.details for each in report.chaos if each.fate == "rejected").most_common():
+        progress(f"  {count:5} x rejected: {why}")
     for error in report.errors[:20]:
         progress(f"  logged: {error}")
-    emit("chaos", report.rows(args.engine), args.json)
-    if report.count("failed") or report.wrong or report.held:
-        raise SystemExit(1)
 
 
 if __name__ == "__main__":

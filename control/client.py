@@ -63,6 +63,17 @@ def members(coordinator: str) -> list[registry_pb2.Member]:
     return []
 
 
+def report_end(coordinator: str, identity: str, crashed: bool) -> bool:
+    """Tell how a process that we started has ended; False if the coordinator cannot be told now."""
+    request = registry_pb2.ReportEndRequest(ended=registry_pb2.Ended(identity=identity, crashed=crashed))
+    with grpc.insecure_channel(coordinator) as channel:
+        try:
+            registry_pb2_grpc.RegistryServiceStub(channel).ReportEnd(request, timeout=1.0)
+        except grpc.RpcError:
+            return False
+    return True
+
+
 def waterfall(end: inference_pb2.End) -> Sequence[str]:
     """A request's stages as lines of text: where its time went, and over which lane its KV."""
     longest = max((stage.seconds for stage in end.stages), default=0.0) or 1.0

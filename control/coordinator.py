@@ -117,6 +117,15 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return registry_pb2.DeregisterResponse()
 
+    async def ReportEnd(
+        self, request: registry_pb2.ReportEndRequest, context: grpc.aio.ServicerContext
+    ) -> registry_pb2.ReportEndResponse:
+        try:
+            self._driver.post("membership", wire.ended_from(request.ended))
+        except RemoteError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return registry_pb2.ReportEndResponse()
+
     async def Watch(
         self, request: registry_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.WatchResponse]:
@@ -126,7 +135,8 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
             while not self._closing:
                 changed.clear()
                 members = [wire.registry_member(member) for member in self._membership.members]
-                yield registry_pb2.WatchResponse(members=members, epoch=self._membership.epoch)
+                ended = [wire.registry_ended(each) for each in self._membership.ended]
+                yield registry_pb2.WatchResponse(members=members, epoch=self._membership.epoch, ended=ended)
                 await changed.wait()
         finally:
             self._watchers.discard(changed)

@@ -21,11 +21,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NEXT = """
 Next, paste these one after the other:
   .venv/bin/baton doctor --model deploy/demo/model
-  .venv/bin/baton up --detach --model deploy/demo/model --prefill 2 --decode 1 --http 8000
+  .venv/bin/baton up --detach --model deploy/demo/model --prefill 2 --decode 2 --http 8000
   curl -s http://127.0.0.1:8000/v1/chat/completions -H 'content-type: application/json' -d '
     {"model": "model", "temperature": 0, "messages": [{"role": "user", "content": "What does textwrap.dedent do?"}]}'
   .venv/bin/baton status
   .venv/bin/baton generate --chat --waterfall "What does textwrap.dedent do?"
+Then kill -9 a decode worker in mid-stream: the text pauses, and goes on at the other one (see "attempt 2" below it).
+  (sleep 2; kill -9 $(pgrep -f '"decode-[0]"')) & \\
+  .venv/bin/baton generate --max-tokens 2000 --ignore-eos --waterfall "What does textwrap.dedent do?"
   .venv/bin/baton down
 """
 

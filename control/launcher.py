@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from control.client import report_end
 from core.config import (
     CoordinatorConfig,
     DeploymentConfig,
@@ -36,6 +37,12 @@ START_S = 120.0
 """A process that does not listen within this time has failed."""
 STOP_S = 8.0
 """A process that has not ended by then is killed; a worker needs some of it to give its rows away."""
+CRASHES = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
+)
+"""Signals by which a process ends itself; others come from an operator, its launcher, or the kernel for memory."""
+TELL_S = 10.0
+"""So long a coordinator that is away is waited for, to be told of an end."""
 LOOPBACK = "127.0.0.1"
 """Workers trust each other with their whole arenas, and nothing authenticates them yet: they stay on this machine."""
 
@@ -56,6 +63,7 @@ class Running:
 
     config: ProcessConfig
     process: subprocess.Popen[str]
+    identity: str = ""
     address: str = ""
     metrics: str = ""
     words: queue.SimpleQueue[dict[str, Any]] = field(default_factory=queue.SimpleQueue)
@@ -108,6 +116,11 @@ def pick_transport(wanted: str) -> tuple[str, str]:
             exit_code=7,
         )
     return "zeromq", reason
+
+
+def crashed(code: int) -> bool:
+    """Whether a process with this exit code ended by a fault of its own."""
+    return code > 0 or -code in CRASHES
 
 
 @contextlib.contextmanager
@@ -199,6 +212,7 @@ class Deployment:
         self.transport, self.transport_reason = pick_transport(config.transport)
         self._record = str(Path(config.record).resolve()) if config.record else ""  # children run in another directory
         self.running: dict[str, Running] = {}
+        self._stopping = threading.Event()
 
     def __enter__(self) -> Deployment:
         try:
@@ -262,6 +276,7 @@ class Deployment:
 
     def stop(self) -> None:
         """End everything: HTTP and gateways first, coordinator last; who does not end in time is killed."""
+        self._stopping.set()
         kinds = ("http", "gateway", "worker", "coordinator")
         order = sorted(self.running.values(), key=lambda each: kinds.index(each.config.process))
         for kind in kinds:
@@ -379,9 +394,23 @@ class Deployment:
                 start_new_session=True,
             )
             running = self.running[config.name] = Running(config, process)
-        threading.Thread(target=_listen, args=(running,), daemon=True).start()
+        threading.Thread(target=self._attend, args=(running,), daemon=True).start()
         running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
         running.relay.start()
+
+    def _attend(self, running: Running) -> None:
+        """Hear a child to its end, and tell the coordinator how it ended: nobody else can."""
+        _listen(running)
+        if not running.identity or running.config.process == "coordinator":
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = running.process.wait(STOP_S)
+            until = time.monotonic() + TELL_S
+            while not self._stopping.is_set() and time.monotonic() < until:
+                there = self.coordinator  # empty while it is being started again
+                if there and report_end(there, running.identity, crashed(code)):
+                    return
+                self._stopping.wait(0.2)
 
     def _reach(self) -> dict[str, str]:
         """UCX listens where the workers do: it would name every interface of this machine to its peers, and reads over
@@ -423,6 +452,7 @@ def _listen(running: Running) -> None:
         except ValueError:
             continue
         if isinstance(word, dict) and word.get("name") == running.name:
+            running.identity = word.get("identity", running.identity)
             running.words.put(word)
     running.words.put({"error": "ended without a word; see the log", "exit_code": 8})
 

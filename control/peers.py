@@ -55,10 +55,10 @@ class Gateways:
         """Serve one stream that a gateway opened."""
         await streams.accepted(requests, context, worker_pb2.SessionResponse, greeting, self)
 
-    def close(self, reason: str) -> None:
-        """Say goodbye to all."""
+    def close(self, reason: str, *, fault: bool = False) -> None:
+        """Say goodbye to all; with a `fault` of our own they take it as a loss."""
         for stream in self._streams.values():
-            stream.close(reason)
+            stream.close(reason, fault=fault)
 
     def opened(self, stream: Stream) -> None:
         assert stream.peer is not None

@@ -1,8 +1,8 @@
 """The entry of every process but HTTP's: reads its settings, serves, says where it listens, ends cleanly.
 
 Run as ``python -m control.process SETTINGS`` with the JSON of `core.config.to_json`. Writes one JSON line to stdout
-once it listens: {"name", "address", "metrics", "pid"}. Ends at SIGTERM or SIGINT, and when its standard input ends,
-which is how it learns that its launcher is gone.
+once it listens: {"name", "identity", "address", "metrics", "pid"}. Ends at SIGTERM or SIGINT, and when its standard
+input ends, which is how it learns that its launcher is gone.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ async def serve(config: ProcessConfig, me: Identity, make: Make) -> None:
             gc.freeze()
             where = {
                 "name": me.name,
+                "identity": str(me),
                 "address": service.address,
                 "metrics": service.metrics_address,
                 "pid": os.getpid(),

@@ -310,7 +310,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if hasattr(self, "_registry"):
             await self._registry.leave()
             # Gateways first: they place our requests elsewhere before a peer's loss makes them fail here.
-            self._gateways.close(reason)
+            self._gateways.close(reason, fault=not self._sound)
             await asyncio.sleep(0.05)
             await self._peers.close(reason)
             self._driver.close()

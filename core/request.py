@@ -87,6 +87,8 @@ class Request:
     """Chained 64-bit hashes of the prompt's full pages, first page first; empty where nobody has computed them."""
     prefix_page_tokens: int = 0
     """Tokens of each of these pages; 0: as many as the reader's pages have (`KvShape.names`)."""
+    alone: bool = False
+    """No step of an engine may have it and another request: it is suspected to crash them (`scheduler/poison.py`)."""
 
 
 class Phase(StrEnum):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from core.errors import LocalError
 from core.kv import KvShape
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised when a message between our own processes changes its meaning; unequal versions are refused at join."""
 
 
@@ -55,6 +55,14 @@ class Identity(NamedTuple):
             return cls(name, int(number, 16))
         except ValueError:
             raise LocalError(f"identity: got {text!r}, want NAME#HEX") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """Who started a process says how it ended: `crashed` if by a fault of its own, and nobody stopped it."""
+
+    identity: Identity
+    crashed: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
 from core.standing import Standing
-from core.worker import Greeting, Identity, Member, Role
+from core.worker import Greeting, Identity, Member, ProcessEnded, Role
 from gateway.intake import Intake, ModelFacts
 from gateway.replies import Batch, Outcome, Replies, Reply
 from gateway.service import SERVICE, InferenceService
@@ -149,7 +149,7 @@ class Gateway:
         self.inspection = Inspection(str(me), self._driver, more=self._unread, trace=self._traced, here_only=True)
         inspect_pb2_grpc.add_InspectServiceServicer_to_server(self.inspection, self._server.grpc)
         self._sessions = Sessions(Greeting(self._me), self._driver, self._changed)
-        self._registry = Registry(config.coordinator, self._member, self._sessions.members_changed)
+        self._registry = Registry(config.coordinator, self._member, self._sessions.members_changed, self._process_ended)
 
     async def start(self) -> None:
         """Serve; healthy once a prefill and a decode worker can be used."""
@@ -274,6 +274,8 @@ class Gateway:
                     client.replies.end(command)
                     self._requests.labels(command.phase, command.code).inc()
                     asyncio.get_running_loop().call_later(UNREAD_S, self._give_up, command.counter)
+                    if command.poisonous:
+                        log.warning("%s", command.reason, extra={"request": client.request.id})
                     log.info(
                         "%s: %s after %d tokens",
                         command.phase,
@@ -350,6 +352,9 @@ class Gateway:
             await self._registry.run()
         except SetupError as error:
             self._bug(error)
+
+    def _process_ended(self, ended: ProcessEnded) -> None:
+        self._driver.post("router", ended)
 
     def _member(self) -> Member:
         return Member(

@@ -98,12 +98,12 @@ class Sessions:
         finally:
             await channel.close()
 
-    def _settle(self, identity: Identity) -> None:
+    def _settle(self, identity: Identity, *, crashed: bool = False) -> None:
         """Tell the router what changed: a worker is up while its stream stands, ready or not."""
         member = self._members.get(identity) or self._up.get(identity)
         if identity not in self._streams:
             if self._up.pop(identity, None) is not None:
-                self._driver.post("router", WorkerDown(identity))
+                self._driver.post("router", WorkerDown(identity, crashed))
                 self._changed()
         elif member is not None and self._up.get(identity) != member:
             self._up[identity] = member
@@ -115,4 +115,4 @@ class Sessions:
         stream = self._streams.pop(command.identity, None)
         if stream is not None:
             stream.close(f"you are lost to us: {command.reason}")
-        self._settle(command.identity)
+        self._settle(command.identity, crashed=command.crashed)

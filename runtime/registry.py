@@ -10,7 +10,7 @@ from collections.abc import Callable
 import grpc
 
 from core.errors import RemoteError, SetupError
-from core.worker import Member
+from core.worker import Member, ProcessEnded
 from protos.baton.v1 import registry_pb2, registry_pb2_grpc
 from runtime import rpc, wire
 
@@ -18,17 +18,23 @@ log = logging.getLogger("baton.registry")
 
 
 class Registry:
-    """Keeps `member()` registered and calls `changed` with every new membership.
+    """Keeps `member()` registered, calls `changed` with every new membership, and `ended` once with each process's end.
 
     `member` is asked at each heartbeat, so readiness and lanes travel within `heartbeat_s`, or at once after `renew`.
     """
 
     def __init__(
-        self, address: str, member: Callable[[], Member], changed: Callable[[tuple[Member, ...]], None]
+        self,
+        address: str,
+        member: Callable[[], Member],
+        changed: Callable[[tuple[Member, ...]], None],
+        ended: Callable[[ProcessEnded], None] = lambda ended: None,
     ) -> None:
         self._address = address
         self._member = member
         self._changed = changed
+        self._ended = ended
+        self._told: set[ProcessEnded] = set()
         self._soon = asyncio.Event()
         self._channel = rpc.channel(address)
         self._stub = registry_pb2_grpc.RegistryServiceStub(self._channel)
@@ -97,6 +103,11 @@ class Registry:
                 async for response in self._stub.Watch(registry_pb2.WatchRequest()):
                     said = ""
                     self._changed(tuple(wire.member_from(member) for member in response.members))
+                    ends = [wire.ended_from(each) for each in response.ended]
+                    for end in ends:
+                        if end not in self._told:
+                            self._ended(end)
+                    self._told = set(ends)
             except (grpc.aio.AioRpcError, RemoteError) as error:
                 why = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 if why != said:  # five times a second while a coordinator is away

@@ -75,10 +75,10 @@ class Stream:
             self.broken = True
         self._wake()
 
-    def close(self, reason: str) -> None:
-        """Send what waits, then Goodbye, then end."""
+    def close(self, reason: str, *, fault: bool = False) -> None:
+        """Send what waits, then Goodbye, then end; with a `fault` of our own the peer takes it as a loss."""
         if self._closing is None:
-            self._queue.append(Frame(goodbye=worker_pb2.Goodbye(reason=reason)))
+            self._queue.append(Frame(goodbye=worker_pb2.Goodbye(reason=reason, fault=fault)))
             self._closing = reason
             self._wake()
 
@@ -145,14 +145,14 @@ class Stream:
         return batch
 
     async def _reading(self, incoming: AsyncIterator[Iterable[Frame]], ears: Ears) -> bool:
-        """True if the peer said goodbye."""
+        """True if the peer said goodbye, and not because of a fault of its own."""
         try:
             async for batch in incoming:
                 for frame in batch:
                     kind = frame.WhichOneof("body")
                     if kind == "goodbye":
                         log.info("%s says goodbye: %s", self._name(), frame.goodbye.reason)
-                        return True
+                        return not frame.goodbye.fault
                     if self.peer is None:
                         self.peer = wire.greeting(frame)
                         try:

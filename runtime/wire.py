@@ -11,7 +11,7 @@ from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, ProcessEnded, Role
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 
@@ -139,6 +139,16 @@ def member_from(body: registry_pb2.Member) -> Member:
         lanes=tuple(lane_from(lane) for lane in body.lanes),
         costs=costs_from(body.costs) if body.HasField("costs") else None,
     )
+
+
+def registry_ended(ended: ProcessEnded) -> registry_pb2.Ended:
+    """An end as the registry carries it."""
+    return registry_pb2.Ended(identity=str(ended.identity), crashed=ended.crashed)
+
+
+def ended_from(body: registry_pb2.Ended) -> ProcessEnded:
+    """The inverse of `registry_ended`; raises RemoteError on what names nobody."""
+    return ProcessEnded(identity(body.identity), body.crashed)
 
 
 def registry_costs(costs: Costs | None) -> registry_pb2.StepCosts | None:
@@ -570,6 +580,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
         generated=request.generated,
         prefix=request.prefix,
         prefix_page_tokens=request.prefix_page_tokens,
+        alone=request.alone,
     )
 
 
@@ -596,4 +607,4 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
     hints = _hints_from(meta.hints)
     prefix, named = tuple(meta.prefix), meta.prefix_page_tokens
-    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, prefix, named)
+    return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, prefix, named, meta.alone)

@@ -9,6 +9,7 @@ from core.messages import Answer, Finished, Reject
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
 from scheduler.placement import Load, Need
+from scheduler.poison import Presence
 
 
 @dataclass(slots=True)
@@ -17,6 +18,15 @@ class Branch:
 
     tokens: list[int] = field(default_factory=list)
     done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """An attempt that failed while its KV was on the way: whoever was to have it may be heard later to have crashed."""
+
+    sinks: tuple[Identity, ...]
+    at: float
+    alone: bool
 
 
 @dataclass(slots=True)
@@ -37,6 +47,10 @@ class Call:
     stages: list[Stage] = field(default_factory=list)
     placements: int = 0
     """Of its most often placed flight."""
+    presences: tuple[Presence, ...] = ()
+    """At ends of workers and failed steps."""
+    left: Left | None = None
+    """The last attempt that failed while its KV was on the way."""
 
 
 @dataclass(slots=True)
@@ -55,6 +69,8 @@ class Flight:
     """Everyone refused, or nobody is there: it waits for a worker that says it has room, or for one that comes."""
     resumes: float = math.inf
     """When it is placed again, if it waits for no more than its time."""
+    gives_up: float = math.inf
+    """When it is refused, if it was not begun and waits for workers to come."""
     called: bool = False
     """Its offer is the answer to such a word."""
     load: Load | None = None
@@ -76,6 +92,8 @@ class Flight:
     """New tokens that were queued there when it was offered."""
     base: int = 0
     """Tokens delivered before this attempt began; its own count starts there."""
+    alone: bool = False
+    """In this attempt no step has it and another request, and its workers have no other such request."""
     broken: set[Identity] = field(default_factory=set)
     """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
     moves: int = 0

@@ -16,6 +16,10 @@ first, into host memory or to be computed again, whichever the cost model says i
 recompute). Nothing is promised to anybody while a retired row waits. The oldest request that has memory is never
 retired, and the oldest that runs only for an older one that is to join: so there always is one that takes part in every
 order until its end, and no livelock.
+
+Who is to be alone in its steps (`Request.alone`) is in no batch. It is promised all the memory that it may need, so
+that nothing is ever taken from it, and its orders and the batch's take turns of `TURN_STEPS` steps, the oldest such
+request first: neither waits longer for the other.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from typing import Literal
 from core.errors import LocalError
 from core.kv import KvShape
 from core.messages import Cancel, Failed, Finished, Freeness
-from core.pages import Pages
+from core.pages import Owner, Pages
 from core.request import Request, Stage
 from core.standing import Standing
 from core.worker import Identity
@@ -117,6 +121,8 @@ __all__ = [
     "Withdrawn",
 ]
 
+TURN_STEPS = 4
+"""In one order, as long as somebody is to be alone in its steps and others run."""
 PIN = "decode/"
 """Before a session in the names of our pins: others in this arena may pin it, too."""
 
@@ -200,6 +206,12 @@ class DecodePolicy:
         self._ties = 0
         self._unwanted: list[Row] = []
         """Running rows that leave at the end of the order."""
+        self._alone: deque[Row] = deque()
+        """Those that share no order, in order of arrival."""
+        self._solo: Row | None = None
+        """Of these, the one whose order is out."""
+        self._after_alone = False
+        """The last order was such a one's: it is the batch's turn."""
         self._decided = 0
         """The step of the last decision point."""
         self._next_pages = 0
@@ -276,9 +288,12 @@ class DecodePolicy:
         match event:
             case Ran():
                 self._check_run(event.run_id)
-                self._batch.advance(event.steps)
-                if not (event.ended or self._cut) and self._batch.step < self._memory.horizon:
-                    return [self._order()]
+                if self._solo is not None:
+                    self._solo.generated_then += event.steps
+                else:
+                    self._batch.advance(event.steps)
+                    if not (event.ended or self._cut or self._alone) and self._batch.step < self._memory.horizon:
+                        return [self._order()]
                 commands += self._ran(event.ended, now)
             case Asked():
                 commands += self._ask(event, now)
@@ -377,6 +392,9 @@ class DecodePolicy:
         self._asked += 1
         guest = Guest(ticket, request, key, self._asked, now + request.timeout_s, now, pages)
         guest.shares = request.sampling.n > 1
+        if request.alone and not guest.shares:
+            guest.alone = True
+            guest.pages = self._shape.pages_for(prompt + request.sampling.max_tokens)
         self._guests[key] = guest
         self._waiting.append(guest)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
@@ -396,17 +414,18 @@ class DecodePolicy:
             guest = waiting[0]
             if not guest.cancelled:
                 claim = self._claim_of(guest)
-                gap_s, tokens = guest.request.slo.gap_s, claim.rows * (len(guest.request.prompt) + claim.left // 2)
+                gap_s, rows = guest.request.slo.gap_s, guest.request.sampling.n
+                tokens = rows * (len(guest.request.prompt) + claim.left // 2)
                 fits = guest.pages <= memory.free and memory.fits(claim, self._decided)
                 if not fits and self._yield_pins(1):
                     continue
-                if not fits or not self._crowd.allows(gap_s, tokens, claim.rows):
+                if not fits or not self._crowd.allows(gap_s, tokens, rows):
                     self._short = memory.total, now
                     break
                 self._admission.add(claim)
                 memory.promise(guest.key, guest.pages)
                 guest.state, guest.tokens = State.PROMISED, tokens
-                self._crowd.add(gap_s, tokens, claim.rows)
+                self._crowd.add(gap_s, tokens, rows)
                 commands.append(Answer(guest.key, True))
             waiting.popleft()
         return commands
@@ -462,6 +481,8 @@ class DecodePolicy:
     def _claim_of(self, guest: Guest) -> Claim:
         """All of a request, as if it joined now."""
         request = guest.request
+        if guest.alone:
+            return Claim(guest.key, 0, self._decided, 1, 0, guest.pages)
         own, fixed = len(request.prompt), 0
         if guest.shares:
             own, fixed = own % self._shape.page_tokens, guest.pages
@@ -506,7 +527,9 @@ class DecodePolicy:
         self._foresee()
         commands += self._offers(now)
         commands += self._admit(now)
-        if batch.step < memory.horizon:
+        if self._alone and not (self._after_alone and batch.step < memory.horizon):
+            commands.append(self._order_alone(now))
+        elif batch.step < memory.horizon:
             commands.append(self._order())
         return commands
 
@@ -600,12 +623,28 @@ class DecodePolicy:
         """The next order: for `max_steps`, or until the horizon."""
         batch = self._batch
         steps = min(self._config.max_steps, self._memory.horizon - batch.step)
+        self._after_alone = False
+        if self._alone:
+            steps = min(steps, TURN_STEPS)
         growing = self._memory.grow(batch.step + steps, {row.key for row in self._fresh} if self._fresh else ())
         joining = tuple([self._join(row) for row in self._fresh])
         self._fresh.clear()
         self._run_id += 1
         self._running = True
         return Run(self._run_id, batch.keys, joining, growing, steps)
+
+    def _order_alone(self, now: float) -> Run:
+        """The next order of the first that shares none."""
+        row = self._alone[0]
+        steps = min(self._config.max_steps, row.most - row.generated_then)
+        if self._batch.rows:
+            steps = min(steps, TURN_STEPS)
+        joining: tuple[Join, ...] = ()
+        if not row.known:
+            row.joined_at, joining = now, (self._join(row),)
+        self._run_id += 1
+        self._running, self._solo, self._after_alone = True, row, True
+        return Run(self._run_id, (row.key,), joining, (), steps)
 
     def _join(self, row: Row) -> Join:
         """A row with siblings writes behind the prompt into a copy of the page that the prompt does not fill."""
@@ -803,6 +842,11 @@ class DecodePolicy:
             row = Row(key, guest, request, first, len(request.prompt), 0)
             row.bound = guest.pages
             guest.rows[first.branch] = row
+            if guest.alone:
+                self._ledger.bind(key, guest.pages - self._ledger.count(key), Owner.DECODING)
+                row.place = Place.ALONE
+                self._alone.append(row)
+                return self._end_all(guest, now) if guest.cancelled else []
         self._joiners.extend(guest.rows.values())
         return self._end_all(guest, now) if guest.cancelled else []
 
@@ -819,11 +863,11 @@ class DecodePolicy:
 
     def _ran(self, ended: Sequence[Ended], now: float) -> list[DecodeCommand]:
         """An order is over, and with it some rows."""
-        self._running = self._cut = False
+        solo = self._over()
         commands: list[DecodeCommand] = []
         for end in ended:
-            row = self._batch.rows.get(end.key)
-            if row is None:
+            row = self._batch.rows.get(end.key) if solo is None else solo
+            if row is None or row.key != end.key:
                 continue
             guest, request = row.guest, row.request
             self.forecast.learn(request.generated + end.generated, self._history(request))
@@ -833,25 +877,36 @@ class DecodePolicy:
                 commands.append(Tell(finished))
                 self._keep(row, end.prefix, now)
             commands += self._end(row, now, end.generated)
+        return commands + self._end_unwanted(now)
+
+    def _over(self) -> Row | None:
+        """No order is out any more; whose alone it was."""
+        solo, self._solo = self._solo, None
+        self._running = self._cut = False
+        return solo
+
+    def _end_unwanted(self, now: float) -> list[DecodeCommand]:
+        commands: list[DecodeCommand] = []
         for row in self._unwanted:
-            if row.place is Place.RUNNING:
+            if row.place in _ORDERED:
                 commands += self._end(row, now)
         self._unwanted.clear()
         return commands
 
     def _run_failed(self, reason: str, now: float) -> list[DecodeCommand]:
-        """All rows are placed again by their gateways, which bound how often; the worker goes on."""
-        self._running = self._cut = False
-        self._unwanted.clear()
+        """All rows are placed again by their gateways, which count how often that happens to each; the worker goes
+        on."""
+        solo = self._over()
+        rows = self._batch.rows.values() if solo is None else (solo,)
         commands: list[DecodeCommand] = []
-        for guest in {row.guest.key: row.guest for row in self._batch.rows.values()}.values():
+        for guest in {row.guest.key: row.guest for row in rows}.values():
             if not guest.cancelled:
                 row = max(guest.rows.values(), key=lambda row: row.generated(self._batch.step))
                 why = f"the engine failed: {reason}"
-                commands.append(Tell(Failed(guest.ticket, "ABORTED", why, self._stages(row, now))))
+                commands.append(Tell(Failed(guest.ticket, "INTERNAL", why, self._stages(row, now))))
                 guest.cancelled = True
             commands += self._end_all(guest, now)
-        return commands
+        return commands + self._end_unwanted(now)
 
     def _cut_now(self) -> Cut:
         self._cut = True
@@ -872,7 +927,8 @@ class DecodePolicy:
         for row in list(guest.rows.values()):
             if not (row.cancelled or guest.cancelled) or row.place in (Place.LEAVING, Place.RETURNING):
                 continue
-            if row.place is not Place.RUNNING or not self._running:
+            runs = row is self._solo or row.place is Place.RUNNING
+            if not runs or not self._running:
                 commands += self._end(row, now)
                 continue
             self._unwanted.append(row)
@@ -900,6 +956,8 @@ class DecodePolicy:
             commands.append(Leave(row.key))
         if row.place is Place.RUNNING:
             self._leave_batch(row)
+        elif row.place is Place.ALONE:
+            self._alone.remove(row)
         if row.place in RETIRED:
             self._retired.remove(row)
             self._not_away(row)
@@ -968,7 +1026,8 @@ class DecodePolicy:
         self._ledger.check()
         self._memory.check()
         assert self._running or not self._cut
-        assert not self._running or batch.rows
+        assert not self._running or batch.rows or self._solo is not None
+        assert self._solo is None or (self._running and self._solo in self._alone)
         assert self._decided <= batch.step <= self._memory.horizon
         joiners = [row for row in self._joiners if row.place is Place.JOINING]
         assert len(joiners) == len(set(joiners))
@@ -976,6 +1035,8 @@ class DecodePolicy:
         at = {place: [row for row in rows if row.place is place] for place in Place}
         assert set(at[Place.RUNNING]) == set(batch.rows.values()), "a running row was freed"
         assert set(at[Place.JOINING]) == set(joiners)
+        assert set(at[Place.ALONE]) == set(self._alone)
+        assert all(row.guest.alone == (row.place is Place.ALONE) for row in rows), "one that is to be alone is not"
         assert set(self._retired) == {row for place in RETIRED for row in at[place]}
         assert [_age(row) for row in self._retired] == sorted(_age(row) for row in self._retired)
         assert self._returning == len(at[Place.RETURNING])
@@ -1003,6 +1064,9 @@ class DecodePolicy:
         assert self._pace.rows == len(batch)
 
 
+_ORDERED = (Place.RUNNING, Place.ALONE)
+
+
 _STATES = {
     Place.JOINING: State.JOINING,
     Place.RUNNING: State.RUNNING,
@@ -1011,6 +1075,7 @@ _STATES = {
     Place.AWAY: State.EVICTED,
     Place.RETURNING: State.EVICTED,
     Place.MOVING: State.RUNNING,
+    Place.ALONE: State.RUNNING,
 }
 
 
@@ -1022,6 +1087,7 @@ _ROW_WAITS = {
     Place.AWAY: "memory: its KV is in host memory",
     Place.RETURNING: "its KV to come back from host memory",
     Place.MOVING: "another worker to take it",
+    Place.ALONE: "",
     Place.ENDED: "",
 }
 

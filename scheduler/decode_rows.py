@@ -42,6 +42,8 @@ class Place(StrEnum):
     """On its way back into its pages."""
     MOVING = "moving"
     """In its pages, and stopped: another worker is to go on with it."""
+    ALONE = "alone"
+    """In pages for all that it may come to: it has orders of its own."""
     ENDED = "ended"
 
 
@@ -155,6 +157,8 @@ class Guest:
     """It comes, or came, from another decode worker: its key is that offer's, its ticket the gateway's."""
     moves: int = 0
     """Of this attempt so far."""
+    alone: bool = False
+    """No order has its row and another: its pages, promised at once, are those of its longest text."""
     rows: dict[int, Row] = field(default_factory=dict)
     """By branch."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from core.worker import Identity
 
@@ -29,12 +30,28 @@ class Disconnected:
     goodbye: bool = False
 
 
+class How(StrEnum):
+    """What was heard of the end of a life."""
+
+    GOODBYE = "said goodbye"
+    BROKE = "stream broke"
+    AWAY = "stream broke and did not come back"
+    SILENT = "silent"
+    RETURNED = "came back on a new stream"
+    REPLACED = "replaced by a new incarnation"
+
+
 @dataclass(frozen=True, slots=True)
 class Lost:
     """This life of the process is over for us; it may only come back as another incarnation or a new stream."""
 
     identity: Identity
-    reason: str
+    reason: How
+
+    @property
+    def crashed(self) -> bool:
+        """True if its process may have ended without a word; who started it knows better."""
+        return self.reason in (How.BROKE, How.AWAY, How.REPLACED)
 
 
 LivenessEvent = Connected | Heard | Disconnected
@@ -68,7 +85,7 @@ class Liveness:
             case Connected(identity):
                 # The same life on a new stream has missed what was said meanwhile: both sides start anew.
                 lost = [
-                    Lost(who, "came back on a new stream" if who == identity else "replaced by a new incarnation")
+                    Lost(who, How.RETURNED if who == identity else How.REPLACED)
                     for who in self._known
                     if who.name == identity.name
                 ]
@@ -80,7 +97,7 @@ class Liveness:
                 known = self._known.get(identity)
                 lost = []
                 if known is not None and (goodbye or self._grace_s == 0):
-                    lost = [Lost(identity, "said goodbye" if goodbye else "stream broke")]
+                    lost = [Lost(identity, How.GOODBYE if goodbye else How.BROKE)]
                 elif known is not None and known.gone_at is None:
                     known.gone_at = now
         for each in lost:
@@ -100,5 +117,5 @@ class Liveness:
         silent = known.heard_at + self._silence_s
         return silent if known.gone_at is None else min(silent, known.gone_at + self._grace_s)
 
-    def _why(self, known: _Known) -> str:
-        return "silent" if known.gone_at is None else "stream broke and did not come back"
+    def _why(self, known: _Known) -> How:
+        return How.SILENT if known.gone_at is None else How.AWAY

@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Member, Numerics, ProcessEnded, Role
 
 _NUMERICS = tuple(field.name for field in fields(Numerics))
+KEPT = 32
+"""Ends of processes that are told to whoever watches, the last ones."""
 _SAME = ("protocol", "model", "fingerprint")
 """What all processes of a deployment have in common."""
 _SAME_KV = (*(f"kv.{field.name}" for field in fields(KvShape) if field.name != "page_tokens"), "transport")
@@ -104,7 +106,7 @@ class Publish:
     epoch: int
 
 
-MembershipEvent = Joining | Renewed | Left
+MembershipEvent = Joining | Renewed | Left | ProcessEnded
 MembershipCommand = Admitted | Turned | Unknown | Publish
 
 
@@ -116,6 +118,12 @@ class Membership:
         self._members: dict[str, Member] = {}
         self._until: dict[str, float] = {}
         self._epoch = 0
+        self._ended: dict[Identity, ProcessEnded] = {}
+
+    @property
+    def ended(self) -> tuple[ProcessEnded, ...]:
+        """The last ends that were heard of, the oldest first."""
+        return tuple(self._ended.values())
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -133,6 +141,8 @@ class Membership:
                 expired = [name for name, until in self._until.items() if until <= now]
                 return self._drop(expired)
             case Joining(member):
+                if member.identity in self._ended:
+                    return [Turned(member.identity, "this life of it has ended")]
                 reason = self._objection(member)
                 if reason is not None:
                     return [Turned(member.identity, reason)]
@@ -152,12 +162,25 @@ class Membership:
             case Left(identity):
                 known = self._members.get(identity.name)
                 return self._drop([identity.name]) if known and known.identity == identity else []
+            case ProcessEnded(identity):
+                if identity in self._ended:
+                    return []
+                self._ended[identity] = event
+                for oldest in list(self._ended)[:-KEPT]:
+                    del self._ended[oldest]
+                known = self._members.get(identity.name)
+                if known is not None and known.identity == identity:
+                    return self._drop([identity.name])
+                return [self._publish()]
 
     def deadline(self) -> float | None:
         return min(self._until.values(), default=None)
 
     def check(self) -> None:
         assert self._members.keys() == self._until.keys()
+        assert len(self._ended) <= KEPT
+        assert all(identity == each.identity for identity, each in self._ended.items())
+        assert not self._ended.keys() & {member.identity for member in self._members.values()}
         assert all(name == member.identity.name for name, member in self._members.items())
 
     def _objection(self, member: Member) -> str | None:

@@ -207,6 +207,8 @@ class Workers:
         self._prompt_room = 0
         self._rooms: tuple[tuple[int, KvShape | None, bool], ...] = ()
         """(tokens, shape, hands over to itself) of every kind of pair that there is."""
+        self._last_rooms: tuple[tuple[int, KvShape | None, bool], ...] = ()
+        """The same when nothing was missing last."""
         self._elsewhere = 0
         """The most tokens that a worker may be handed by another one."""
         self._apart = False
@@ -302,9 +304,9 @@ class Workers:
         return f"prompt and max_tokens: got {size} tokens, no decode worker holds more than {room}"
 
     def most_tokens(self) -> MostTokens:
-        """As of now; what it returns may be called on any thread."""
+        """As of now, or as it was when nothing was missing; what it returns may be called on any thread."""
         self._refresh()
-        kinds = [(room, shape, own) for room, shape, own in self._rooms if shape is not None]
+        kinds = [(room, shape, own) for room, shape, own in self._last_rooms if shape is not None]
 
         def most(prompt: int, n: int) -> int | None:
             rooms = [(_room(room, shape, own, prompt), shape) for room, shape, own in kinds]
@@ -480,6 +482,8 @@ class Workers:
         else:
             kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
         self._rooms = tuple(dict.fromkeys(kinds))
+        if not self._missing:
+            self._last_rooms = self._rooms
         self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
 
 

@@ -4,6 +4,10 @@ The mechanics of a prefill worker; in which order it computes is an `Order`'s bu
 come, first served unless another is given. A request is offered before its prompt is sent, so that a worker that cannot
 meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections"); who was refused is told
 when it would be accepted. A long step can be suspended for an urgent request and goes on later (after FlowPrefill).
+
+Who is to be alone in its steps (`Request.alone`) is no order's business: once its prompt is here it leaves the order,
+and its chunks, a step each, and the order's steps take turns. So neither waits for more than one step of the other's,
+but for memory: what such a request lacks of this worker's when its turn comes, nobody else who starts takes before it.
 """
 
 from __future__ import annotations
@@ -135,6 +139,8 @@ class _Step:
     run_id: int
     spans: tuple[Span, ...]
     takes: list[Take]
+    alone: bool = False
+    """It is no step of the order's."""
     suspending: bool = False
     """It was asked to stop."""
     immune: bool = False
@@ -198,6 +204,10 @@ class PrefillPolicy:
         self._running: _Step | None = None
         self._suspended: _Step | None = None
         self._run_id = 0
+        self._alone: dict[str, _Held] = {}
+        """Those with prompts left to compute that share no step, in order of these."""
+        self._after_alone = False
+        """The last step was such a one's: it is the order's turn."""
         self._planned_at = -math.inf
         self._blocked: list[_Held] = []
         """Those that the order wanted to start when it was last asked, and that could not."""
@@ -239,7 +249,7 @@ class PrefillPolicy:
                 held = self._known(event.key)
                 if held is not None:
                     self._set_grant(held, Grant.GIVEN)
-                    if held.state is State.QUEUED:
+                    if held.state is State.QUEUED and held.key not in self._alone:
                         self._order.granted(held.key)
             case HandOffOver():
                 commands += self._hand_off_over(event, now)
@@ -326,6 +336,14 @@ class PrefillPolicy:
             self.fetches.check(fetching)
         else:
             assert not fetching
+        for key, held in self._alone.items():
+            assert held is self._requests[key], "one that was alone is gone"
+            assert held.state in (State.QUEUED, State.RUNNING)
+            assert held.cancelled is None
+        for step in steps:
+            requests = [self._requests[span.key].request for span in step.spans]
+            assert step.alone == any(each is not None and each.alone for each in requests)
+            assert len(step.spans) == 1 or not step.alone, "one that is to be alone is not"
 
     # Offers, prompts, ends of time.
     def _known(self, key: str) -> _Held | None:
@@ -383,9 +401,14 @@ class PrefillPolicy:
         """The line is in order of prompts, and so is the line at a sink: one that was offered earlier, but sent later,
         would wait for memory there that is promised to those behind it here."""
         self._enter(held, State.QUEUED)
-        self._order.ready(held.key, now)
-        if self._asks_nobody(held):
-            self._order.granted(held.key)
+        assert held.request is not None
+        if held.request.alone:
+            self._order.drop(held.key)
+            self._alone[held.key] = held
+        else:
+            self._order.ready(held.key, now)
+            if self._asks_nobody(held):
+                self._order.granted(held.key)
         self._moved = True
 
     def _fetch(self, held: _Held, holdings: tuple[Holding, ...], now: float, commands: list[PrefillCommand]) -> bool:
@@ -434,24 +457,36 @@ class PrefillPolicy:
             paused = self._suspended
             if paused is not None and self._order.resumes(now):
                 return self._resume(paused, now)
-            takes = self._order.next(now, lambda key: self._start(key, now, commands))
+            first: _Held | None = None
+            if self._alone and paused is None and not self._after_alone:
+                if (run := self._run_alone(now, commands)) is not None:
+                    return [*commands, run]
+                first = next(iter(self._alone.values()))
+            self._after_alone = False
+            takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
             if takes:
                 commands.append(self._run(takes))
                 return commands
             if paused is not None:
                 return commands + self._resume(paused, now)
+            if self._alone and (run := self._run_alone(now, commands)) is not None:
+                return [*commands, run]
         if self._moved:
             self._moved = False
-            for key in self._order.upcoming(now):
+            upcoming = self._order.upcoming(now)
+            for key in (next(iter(self._alone)), *upcoming) if self._alone else upcoming:
                 held = self._requests[key]
                 if held.grant is Grant.NOT_ASKED:
                     commands += self._ask(held)
         return commands
 
-    def _start(self, key: str, now: float, commands: list[PrefillCommand]) -> Job | None:
+    def _start(self, key: str, now: float, commands: list[PrefillCommand], before: _Held | None = None) -> Job | None:
+        """Bind a request's memory, unless that is missing here or at its sink, or `before` lacks it."""
         held = self._requests.get(key)
         if held is None or held.begun or held.request is None:
             raise LocalError(f"the order starts {key}, which is {held.state if held else 'unknown'}")
+        if before is not None and self._gives_way(held, before):
+            return None
         commands += self._ask(held)
         if not self._may_start(held):
             self._blocked.append(held)
@@ -468,7 +503,24 @@ class PrefillPolicy:
         new = held.prompt_tokens - held.cached
         return Job(key, new, held.cached, held.accepted_at, held.wanted_by, 0, held.priority)
 
-    def _run(self, takes: Sequence[Take]) -> RunChunk:
+    def _run_alone(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
+        """The next chunk of the first that is to be alone in its steps, if it may start."""
+        held = next(iter(self._alone.values()))
+        if not held.begun and self._start(held.key, now, commands) is None:
+            return None
+        self._after_alone = True
+        return self._run([(held.key, min(held.prompt_tokens - held.done, self._config.chunk_tokens))], alone=True)
+
+    def _gives_way(self, held: _Held, before: _Held) -> bool:
+        """Whether one does not start because another could not and lacks memory of this worker, to start or to ask.
+
+        Who has its sink's promise gives way only to one that waits for nothing there: that may be what was promised.
+        """
+        if before.grant is Grant.GIVEN or self._asks_nobody(before):
+            return True
+        return before.grant is Grant.NOT_ASKED and held.grant is not Grant.GIVEN
+
+    def _run(self, takes: Sequence[Take], *, alone: bool = False) -> RunChunk:
         spans, total = [], 0
         for key, tokens in takes:
             held = self._requests.get(key)
@@ -480,7 +532,7 @@ class PrefillPolicy:
         if total > self._config.chunk_tokens or len(spans) > self._config.max_rows:
             raise LocalError(f"the order takes {total} tokens in {len(spans)} rows, want no more than the step has")
         self._run_id += 1
-        self._running = _Step(self._run_id, tuple(spans), list(takes))
+        self._running = _Step(self._run_id, tuple(spans), list(takes), alone, immune=alone)
         self._moved = True
         return RunChunk(self._run_id, self._running.spans)
 
@@ -558,7 +610,8 @@ class PrefillPolicy:
     def _chunk_done(self, event: ChunkDone, now: float) -> list[PrefillCommand]:
         step = self._over("chunk done", event.run_id)
         self._eased = True
-        self._order.ran(step.takes, now)
+        if not step.alone:
+            self._order.ran(step.takes, now)
         begun: dict[str, list[Began]] = {}
         for each in event.begun:
             begun.setdefault(each.key, []).append(each)
@@ -581,6 +634,7 @@ class PrefillPolicy:
     def _began(self, held: _Held, begun: list[Began], now: float) -> list[PrefillCommand]:
         """The prompt is complete: some continuations may be over with their first token, the others go on."""
         self._enter(held, State.HANDING_OFF)
+        self._alone.pop(held.key, None)
         held.computed_at = now
         self._ledger.move(held.holder, Owner.HANDING_OFF)
         held.firsts = tuple([each.first for each in begun if each.finish is None])
@@ -597,18 +651,20 @@ class PrefillPolicy:
         return [*commands, self._seal(held)] if held.grant is not Grant.NOT_ASKED else commands
 
     def _chunk_failed(self, run_id: int, reason: str, now: float) -> list[PrefillCommand]:
-        """All of the step are placed again by their gateways, which bound how often; the worker goes on."""
+        """All of the step are placed again by their gateways, which count how often that happens to each; the worker
+        goes on."""
         step = self._over("chunk failed", run_id)
         commands: list[PrefillCommand] = []
         for span in step.spans:
             held = self._requests[span.key]
             held.in_step = False
             if held.cancelled is None:
-                commands.append(Answer(Failed(held.ticket, "ABORTED", f"the engine failed: {reason}")))
+                commands.append(Answer(Failed(held.ticket, "INTERNAL", f"the engine failed: {reason}")))
                 commands += self._cancel(held, reason)
             else:
                 commands += self._end_if_free(held)
-        self._order.ran(step.takes, now)
+        if not step.alone:
+            self._order.ran(step.takes, now)
         return commands
 
     # Suspension.
@@ -673,6 +729,7 @@ class PrefillPolicy:
         held.cancelled = reason
         self._until.drop(held.key)
         self._order.drop(held.key)
+        self._alone.pop(held.key, None)
         self._eased = self._moved = True
         if held.state is State.FETCHING:
             assert self.fetches is not None

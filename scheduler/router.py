@@ -4,7 +4,9 @@ Offers a request to prefill workers, in the order of a `Placement`, until one ac
 forwarding upon rejections"); with the offer goes the choice of its decode worker. When all that were asked have refused
 it waits for a worker that says it has room, as long as that can help, and is shed early where it cannot. Puts tokens in
 order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
-finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline.
+finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline. So does for a
+moment who comes while there is no pair of workers, if there was one lately: most often one is being started again. Who
+was present at crashes of workers is placed alone and in the end refused, by the rules of `scheduler/poison.py`.
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -35,10 +37,11 @@ from core.prefix import page_hashes
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
-from core.worker import Identity, Member, Role
-from scheduler.calls import Branch, Call, Flight
+from core.worker import Identity, Member, ProcessEnded, Role
+from scheduler.calls import Branch, Call, Flight, Left
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
+from scheduler.poison import Loss, Poison, Presence, Suspicion, crashes, raised, suspicion
 from scheduler.router_events import (
     Arrived,
     ClientGone,
@@ -54,6 +57,8 @@ from scheduler.router_events import (
 )
 from scheduler.waiting import Waiting
 
+LEFT_S = 1.0
+"""News of a sink comes no later than this after a prefill worker said that its KV was not taken there."""
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
 
@@ -79,6 +84,13 @@ class RouterConfig:
     """Most hashes of a prompt's pages that go with an offer, 8 bytes each."""
     by_goal: bool = True
     """Who cannot have the first token in time is refused; False: everybody queues for as long as the client waits."""
+    pair_s: float = 3.0
+    """Requests that come while no pair of workers is ready, or lose the last before one accepts them, wait so long for
+    one; 0: they are refused at once."""
+    lately_s: float = 30.0
+    """But only if there was a pair so lately, else nobody knows of any that may come."""
+    word_s: float = 0.5
+    """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
     mixed_alone: bool = False
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
 
@@ -112,6 +124,14 @@ class Router:
         self._parked = Waiting()
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
+        self._poison = Poison(config.word_s)
+        self._suspects: dict[Identity, Flight] = {}
+        """Workers, and the one that each has, or will have, that is alone in its steps: if two were there when it
+        crashes, nobody would know which of them was the cause."""
+        self._paired_at = -math.inf
+        """When a pair of workers was ready last, as of the last change."""
+        self._freed = False
+        """There may be a worker for another such one."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity] = []
@@ -144,7 +164,7 @@ class Router:
         return self._workers.page_tokens if len(self._workers.prefills) else 0
 
     def most_tokens(self) -> MostTokens:
-        """What workers have room for, as of now."""
+        """What workers have room for, or had as long as they were there."""
         return self._workers.most_tokens()
 
     def on(self, event: RouterEvent | None, now: float) -> list[RouterCommand]:
@@ -164,14 +184,20 @@ class Router:
                 call = self._calls.get(counter)
                 commands = self._satisfied(call, branch, now) if call else []
             case WorkerUp(member):
+                self._note_pair(now)
                 commands = self._worker_up(member, now)
-            case WorkerDown(identity):
-                commands = self._worker_down(identity, now)
+            case WorkerDown():
+                self._note_pair(now)
+                commands = self._worker_down(event, now)
+            case ProcessEnded(identity, crashed):
+                commands = self._settled(self._poison.told(identity, crashed), now)
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
             case Moved():
                 commands = self._row_moved(event, now)
+        while self._freed:
+            commands += self._next_suspects(now)
         if self._roomy:
             roomy, self._roomy = self._roomy, []
             for identity in roomy:
@@ -201,6 +227,7 @@ class Router:
 
     def check(self) -> None:
         assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
+        self._poison.check()
         self._workers.check(flight.load for flight in self._flights.values() if flight.load is not None)
         for key, flight in self._flights.items():
             assert key == flight.key
@@ -214,9 +241,14 @@ class Router:
         assert len(parked) == len(self._parked) + len(self._stranded)
         for key, flight in self._stranded.items():
             assert flight is self._flights[key]
-            assert flight.placements
+            assert flight.placements or flight.gives_up < math.inf
             assert not flight.refusals
         assert not self._roomy
+        assert not self._freed
+        for identity, flight in self._suspects.items():
+            assert flight.alone
+            assert identity in (flight.ticket.source, flight.ticket.sink)
+            assert flight.call.flights.count(flight) == 1
         for identity, flight in self._called.items():
             assert flight.called
             assert flight.phase is Phase.OFFERED
@@ -236,10 +268,32 @@ class Router:
         due = request.sampling.prompt_logprobs is not None
         call = self._calls[counter] = Call(counter, request, now, now + request.timeout_s, branches, due)
         if missing := self._workers.missing():
-            return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
-        if why := self._workers.too_large(request):
+            if not self._lately(now):
+                return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
+            need = Need(len(request.prompt), 0)  # what it may come to depends on the workers
+            flight = Flight(call, tuple(range(len(branches))), need, queued_at=now)
+            call.flights.append(flight)
+            return self._hope(flight, now)
+        return self._enters(call, now)
+
+    def _enters(self, call: Call, now: float) -> list[RouterCommand]:
+        """There are workers: place it, unless none of them could ever hold it."""
+        if why := self._workers.too_large(call.request):
             return self._end(call, Phase.REJECTED, why, "INVALID_ARGUMENT")
-        return self._place(call, tuple(range(len(branches))), 0, set(), now)
+        return self._place(call, tuple(range(len(call.branches))), 0, set(), now)
+
+    def _note_pair(self, now: float) -> None:
+        if self._workers.missing() is None:
+            self._paired_at = now
+
+    def _lately(self, now: float) -> bool:
+        """Whether no pair of workers is ready, but one was a while ago."""
+        return self._config.pair_s > 0 and now - self._paired_at <= self._config.lately_s
+
+    def _hope(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """Wait a moment for workers."""
+        flight.gives_up = min(flight.gives_up, now + self._config.pair_s)
+        return self._strand(flight)
 
     def _place(
         self,
@@ -262,7 +316,8 @@ class Router:
         if done and self._workers.fetches:
             prefix = self._names(call, branches[0], len(request.prompt) + done)
         need = Need(len(request.prompt) + done, size, prefix, gap_s=request.slo.gap_s, sizes=sizes)
-        flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=now, base=done)
+        since = now if placements else call.arrived_at
+        flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=since, base=done)
         call.flights.append(flight)
         return self._strand(flight, resumes) if now < resumes < call.deadline else self._offer(flight, now)
 
@@ -271,12 +326,16 @@ class Router:
         no use."""
         need = flight.need
         need.wait_s = max(0.0, self._patience(flight) - now)
+        if flight.call.presences:
+            self._judge(flight, now)
         if flight.tries < self._config.max_tries:
             for source in self._placement.sources(need, self._workers):
                 if source.identity in flight.tried or source.room < need.tokens:
                     continue
-                if sinks := self._placement.sinks(source, need, self._workers):
+                if sinks := self._sinks(flight, source):
                     return [self._offer_to(flight, source, sinks, now)]
+        if flight.alone and self._suspects and not flight.refusals and need.wait_s:
+            return self._strand(flight)
         # Busy, not lost: they are asked again as long as that is soon enough; so is one to blame if no other will do.
         spared = flight.silent if flight.refusals else flight.tried
         if spared and need.wait_s:
@@ -285,9 +344,20 @@ class Router:
             return self._offer(flight, now)
         if flight.placements and not flight.refusals and need.wait_s and self._awaits(flight.call):
             return self._strand(flight)
+        if not flight.placements and self.missing() and not flight.refusals and need.wait_s and self._lately(now):
+            return self._hope(flight, now)
         if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
             return self._shed(flight)
         return self._park(flight)
+
+    def _sinks(self, flight: Flight, source: Post) -> Sequence[Post]:
+        """Whom `source` may hand it over to, the best first; nobody if `source` itself cannot have it."""
+        sinks = self._placement.sinks(source, flight.need, self._workers)
+        if not flight.alone:
+            return sinks
+        if source.identity in self._suspects:
+            return ()
+        return [sink for sink in sinks if sink.identity not in self._suspects][:1]  # no second to crash after it
 
     def _offer_to(self, flight: Flight, source: Post, sinks: Sequence[Post], now: float) -> ToOne:
         call, need = flight.call, flight.need
@@ -299,6 +369,8 @@ class Router:
         flight.load = load = Load(source, sinks[0], need.tokens, need.size)
         self._workers.put(load)
         self._flights[ticket.key] = flight
+        if flight.alone:
+            self._suspects[ticket.source] = self._suspects[ticket.sink] = flight
         self._enter(flight, Phase.OFFERED)
         self._alarms.put(ticket.key, min(now + self._config.offer_s, call.deadline))
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
@@ -338,6 +410,7 @@ class Router:
             request.generated + len(done),
             flight.need.prefix,
             request.prefix_page_tokens,
+            flight.alone,
         )
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
@@ -371,12 +444,11 @@ class Router:
     def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
         """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
         post = self._workers.up(member)
-        commands: list[RouterCommand] = []
+        commands = self._settled(self._poison.back(member.identity), now)
         if self._stranded and member.ready and self._workers.missing() is None:
             for key, flight in list(self._stranded.items()):
                 if self._stranded.get(key) is flight and flight.resumes == math.inf:
-                    self._leave(flight)
-                    commands += self._offer(flight, now)
+                    commands += self._resume(flight, now)
         if len(self._parked) and member.ready:
             if post is not None:
                 # Whoever waits was refused by others: a worker that has just come may take all that it holds.
@@ -384,6 +456,41 @@ class Router:
             if member.role.decodes:
                 self._roomy += [each.identity for each in self._workers.free(1)]
         return commands
+
+    def _resume(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """It has waited long enough, or what it waited for has come."""
+        self._leave(flight)
+        if not flight.placements:
+            flight.call.flights.remove(flight)
+            return self._enters(flight.call, now)
+        fate, certain = suspicion(flight.call.presences, now)
+        if now < certain < flight.call.deadline:
+            return self._strand(flight, certain)
+        if fate is Suspicion.POISONOUS:
+            return self._poisonous(flight.call)
+        return self._offer(flight, now)
+
+    def _judge(self, flight: Flight, now: float) -> None:
+        """Whether it is alone in the attempt that is about to begin."""
+        fate, _ = suspicion(flight.call.presences, now)
+        flight.alone = fate is not Suspicion.NONE and len(flight.branches) == 1
+
+    def _next_suspects(self, now: float) -> list[RouterCommand]:
+        """Workers had one that is alone in its steps, and may have another now."""
+        self._freed = False
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._stranded.items()):
+            if flight.alone and flight.resumes == math.inf and self._stranded.get(key) is flight:
+                commands += self._resume(flight, now)
+        self._roomy += [post.identity for post in self._workers.free(1)]
+        return commands
+
+    def _release(self, flight: Flight, *workers: Identity) -> None:
+        """These do not have it any more."""
+        for identity in workers:
+            if self._suspects.get(identity) is flight:
+                del self._suspects[identity]
+                self._freed = True
 
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
@@ -413,7 +520,9 @@ class Router:
         while (key := self._parked.first(post.free)) is not None:
             flight = self._flights[key]
             need, tokens = flight.need, self._parked.remove(key)
-            sinks = self._placement.sinks(post, need, self._workers) if post.room >= need.tokens else ()
+            if flight.call.presences:
+                self._judge(flight, now)
+            sinks = self._sinks(flight, post) if post.room >= need.tokens else ()
             if sinks:
                 self._leave(flight)
                 need.wait_s = max(0.0, self._patience(flight) - now)
@@ -483,7 +592,11 @@ class Router:
                 return self._finished(flight, message, now)
             case Failed(_, code, why, stages):
                 flight.reports[Role.DECODE if flight.phase is Phase.DECODING else Role.PREFILL] = stages
-                if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS"):
+                if code == "INTERNAL":
+                    ticket = message.ticket
+                    where = ticket.source if flight.phase is Phase.PREFILLING else ticket.sink
+                    flight.call.presences += (Presence(raised(where), flight.alone),)
+                if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS", "INTERNAL"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
                     return self._lost_attempt(flight, why, now, blamed)
@@ -491,6 +604,10 @@ class Router:
 
     def _accepted(self, flight: Flight, cached_tokens: int, now: float) -> list[RouterCommand]:
         call, ticket = flight.call, flight.ticket
+        if call.presences:
+            fate, _ = suspicion(call.presences, now)
+            if fate is Suspicion.POISONOUS:
+                return self._poisonous(call)
         self._enter(flight, Phase.PREFILLING)
         self._alarms.put(flight.key, call.deadline)
         load = self._load(flight)
@@ -604,6 +721,8 @@ class Router:
         ticket = flight.moved or ticket
         if flight.ticket.sink != ticket.sink:
             flight.second = flight.ticket.sink
+        if flight.alone:
+            self._release(flight, *({flight.ticket.source, flight.ticket.sink} - {ticket.sink}))
         flight.placed = ticket
         self._enter(flight, Phase.DECODING)
         sink, load = self._workers.get(ticket.sink), self._load(flight)
@@ -634,6 +753,8 @@ class Router:
         if flight.phase is not Phase.DECODING:
             return self._moved(flight, ticket, now)  # it was faster than the tokens of the worker before
         sink, load = self._workers.get(ticket.sink), self._load(flight)
+        if flight.alone:
+            self._release(flight, flight.ticket.sink)
         flight.placed, flight.second = ticket, None
         if sink is None or ticket.sink in flight.broken:
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
@@ -707,7 +828,10 @@ class Router:
         self._drop(flight, Phase.DONE)
         return self._complete(call, end.branch, end.reason, end.stop_token_id)
 
-    def _worker_down(self, identity: Identity, now: float) -> list[RouterCommand]:
+    # Losses.
+    def _worker_down(self, event: WorkerDown, now: float) -> list[RouterCommand]:
+        identity = event.identity
+        loss = self._poison.lost(identity, event.crashed, now)
         self._workers.down(identity)
         commands: list[RouterCommand] = []
         for key, flight in list(self._flights.items()):
@@ -717,6 +841,7 @@ class Router:
                 flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
                 continue
+            self._suspect(flight, loss, now)
             if flight.parked:
                 continue
             flight.broken.add(identity)
@@ -727,12 +852,53 @@ class Router:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
         return commands
 
+    def _suspect(self, flight: Flight, loss: Loss, now: float) -> None:
+        """Note it if a request was at the worker that is lost: its prompt, its KV on the way there, or its rows."""
+        call, worker, alone = flight.call, loss.worker, flight.alone
+        if call.presences and call.presences[-1].loss is loss:
+            return  # another of its continuations was there
+        match flight.phase:
+            case Phase.PREFILLING:
+                there = flight.ticket.source == worker
+            case Phase.HANDING_OFF:
+                there = worker in (flight.ticket.source, flight.ticket.sink, flight.second)
+            case Phase.DECODING:
+                there = flight.ticket.sink == worker
+            case _:
+                there = False
+        left = call.left
+        if not there and left is not None and worker in left.sinks and now <= left.at + LEFT_S:
+            there, alone, call.left = True, left.alone, None
+        if there:
+            call.presences += (Presence(loss, alone),)
+
+    def _settled(self, loss: Loss | None, now: float) -> list[RouterCommand]:
+        """How a life ended is certain: whoever waited for that to be known is placed, or refused."""
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._stranded.items()) if loss is not None else ():
+            known = any(each.loss is loss for each in flight.call.presences)
+            if known and flight.resumes < math.inf and self._stranded.get(key) is flight:
+                commands += self._resume(flight, now)
+        return commands
+
+    def _poisonous(self, call: Call, recalled: Flight | None = None) -> list[RouterCommand]:
+        """Refuse what workers crash with."""
+        where = crashes(call.presences)
+        names = ", ".join([worker.name for worker in where])
+        why = f"poisonous: present at {len(where)} crashes, the last alone ({names})"
+        *commands, end = self._end(call, Phase.FAILED, why, "INTERNAL", recalled=recalled)
+        assert isinstance(end, End)
+        return [*commands, replace(end, poisonous=True)]
+
     def _lost_attempt(
         self, flight: Flight, why: str, now: float, blamed: Identity | None = None
     ) -> list[RouterCommand]:
         """Place what is left again, elsewhere than at the `blamed` prefill worker if there is another."""
         call = flight.call
         whole = call.request.sampling.max_tokens
+        if flight.phase is Phase.HANDING_OFF:
+            sinks = [who for who in (flight.ticket.sink, flight.second) if who is not None]
+            call.left = Left(tuple([who for who in sinks if who not in flight.broken]), now, flight.alone)
         commands = self._recall(flight, why)
         live = flight.live()
         full = [index for index in live if len(call.branches[index].tokens) == whole]
@@ -741,6 +907,9 @@ class Router:
                 commands += self._complete(call, index, "length")
             flight.finished = Finished(flight.ticket, "length", 0, branch=full[-1])
             return [*commands, *self._finish(flight)]
+        fate, certain = suspicion(call.presences, now)
+        if fate is Suspicion.POISONOUS and certain <= now:
+            return [*commands, *self._poisonous(call, recalled=flight)]
         if flight.placements >= self._config.max_attempts:
             why = f"{flight.placements} attempts, the last: {why}"
             return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
@@ -750,9 +919,10 @@ class Router:
         if blamed is not None and (flight.placements > 1 or not others):
             wait_s = self._config.again_s * 2 ** max(0, flight.placements - 1)
             resumes = now + min(wait_s, self._config.again_most_s)
+        resumes = max(resumes, certain)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)
-        if not begun:
+        if not begun and (fate is Suspicion.NONE or len(flight.branches) == 1):
             return [*commands, *self._place(call, flight.branches, flight.placements, tried, now, resumes)]
         for index in full:
             commands += self._complete(call, index, "length")
@@ -778,8 +948,7 @@ class Router:
             elif flight.parked and not flight.placements:
                 commands += self._shed(flight)
             elif flight.parked and flight.resumes <= now < call.deadline:
-                self._leave(flight)
-                commands += self._offer(flight, now)
+                commands += self._resume(flight, now)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
@@ -803,7 +972,7 @@ class Router:
         if flight.finished is not None:
             return min(flight.finished_at + REPORT_S, deadline)
         if flight.parked:
-            return min(self._patience(flight), deadline, flight.resumes)
+            return min(self._patience(flight), deadline, flight.resumes, flight.gives_up)
         return min(flight.offered_at + self._config.offer_s, deadline) if flight.phase is Phase.OFFERED else deadline
 
     def _recall(
@@ -876,6 +1045,8 @@ class Router:
     def _drop(self, flight: Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
+        if flight.alone and flight.placed is not None:
+            self._release(flight, flight.placed.source, flight.placed.sink)
         for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
             flight.call.stages += _of_attempt(flight.reports.pop(part, ()), flight.placements)
         flight.call.flights.remove(flight)
@@ -892,7 +1063,8 @@ class Router:
             waits_for = f"stages from {', '.join(who.name for who in flight.owing.values())}"
         elif flight.key in self._stranded:
             after = "to be placed again: its last attempt failed" if flight.resumes < math.inf else None
-            waits_for = after or self.missing() or "a worker with room for it"
+            turn = "a worker that is not trying another one alone" if flight.alone and self._suspects else None
+            waits_for = after or self.missing() or turn or "a worker with room for it"
         elif flight.parked:
             best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
             waits_for = f"room: {len(flight.refusals)} refused, {best.ticket.source.name}: {best.reason}"

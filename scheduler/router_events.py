@@ -1,4 +1,7 @@
-"""What the router hears beside the messages of workers, and what it commands."""
+"""What the router hears beside the messages of workers, and what it commands.
+
+Of the end of a worker it hears twice, in any order: `WorkerDown`, and `ProcessEnded` if somebody knows how it ended.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from core.messages import ToGateway, ToWorker
 from core.quick import quick_init
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
-from core.worker import Identity, Member
+from core.worker import Identity, Member, ProcessEnded
 
 
 # Events (beside the messages from workers).
@@ -53,6 +56,8 @@ class WorkerDown:
     """This life of a worker cannot be used any more."""
 
     identity: Identity
+    crashed: bool = False
+    """Its process may have ended by a fault of its own: nobody said why it is gone."""
 
 
 # Commands.
@@ -109,7 +114,9 @@ class End:
     attempts: int = 1
     branch: int = 0
     """The last continuation."""
+    poisonous: bool = False
+    """Refused because workers crash with it."""
 
 
-RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ToGateway
+RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ProcessEnded | ToGateway
 RouterCommand = ToOne | Deliver | Complete | End

@@ -110,15 +110,15 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
     from control.demo import NEXT
 
     printed = [line.split("baton ", 1)[1] for line in NEXT.splitlines() if "bin/baton" in line]
-    assert [line.split()[0] for line in printed] == ["doctor", "up", "status", "generate", "down"]
-    assert "--http 8000" in printed[1]
+    assert [line.split()[0] for line in printed] == ["doctor", "up", "status", "generate", "generate", "down"]
+    assert "--prefill 2 --decode 2 --http 8000" in printed[1]
     curl = shlex.split(NEXT[NEXT.index("curl") : NEXT.index("]}'") + 3])
     assert curl[0] == "curl"
     assert NEXT.index("--http") < NEXT.index("curl") < NEXT.index("down")
     try:
         up = baton(
-            "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "1", "--port", "0",
-            "--kv-memory", "32M", "--http", "0", "-o", "json", state=tmp_path,
+            "up", "--detach", "--model", str(DEMO), "--prefill", "2", "--decode", "2", "--port", "0",
+            "--kv-memory", "32M", "--http", "0", "--profile-s", "0.2", "-o", "json", state=tmp_path, timeout_s=90.0,
         )  # fmt: skip
         assert up.returncode == 0, up.stderr
         word = json.loads(up.stdout)
@@ -136,7 +136,7 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         assert json.loads(status.stdout)["http"] == {"url": word["http"], "ready": True}
         members = json.loads(status.stdout)["members"]
         assert status.returncode == 0
-        assert sorted(member["role"] for member in members) == ["decode", "gateway", "prefill", "prefill"]
+        assert sorted(member["role"] for member in members) == ["decode", "decode", "gateway", "prefill", "prefill"]
         assert all(member["ready"] for member in members)
         decode = next(member for member in members if member["role"] == "decode")
         assert len(decode["lanes"]) == 2
@@ -147,7 +147,7 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
 
         doctor = baton("doctor", "-o", "json", state=tmp_path)
         lanes = [f for f in json.loads(doctor.stdout)["findings"] if f["topic"] == "lane"]
-        assert len(lanes) == 2
+        assert len(lanes) == 4
         assert all("GB/s" in lane["value"] for lane in lanes)
 
         said = baton("generate", "--chat", "--waterfall", "What does textwrap.dedent do?", state=tmp_path)
@@ -159,6 +159,18 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         document = json.loads(answer.stdout)
         assert len(document["token_ids"]) == 5
         assert document["end"]["finish_reason"] == "length"
+
+        kill = NEXT[NEXT.index("(sleep") : NEXT.index("& \\")].replace("pgrep ", f"pgrep -P {word['pid']} ")
+        words = shlex.split(next(line for line in NEXT.splitlines() if "2000" in line).split("baton ", 1)[1])
+        killing = subprocess.Popen(["bash", "-c", kill])
+        said = baton(*words, state=tmp_path)
+        assert killing.wait(10) == 0
+        assert said.returncode == 0, said.stderr
+        assert "1999 steps" in said.stderr or "attempt 2" in said.stderr
+        until = time.monotonic() + 10
+        while "decode-0 ended with exit code -9" not in (tmp_path / "up.log").read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        assert "decode-0 ended with exit code -9" in (tmp_path / "up.log").read_text()
 
         lost = next(pid for pid in _children(word["pid"]) if '"prefill-1"' in Path(f"/proc/{pid}/cmdline").read_text())
         os.kill(lost, signal.SIGKILL)

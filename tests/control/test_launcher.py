@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from control import launcher
@@ -43,6 +45,27 @@ def test_zeromq_is_never_chosen_silently(monkeypatch):
         assert refused.value.exit_code == 7
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     assert launcher.pick_transport("auto") == ("zeromq", "no wheel")
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        (0, False),
+        (-signal.SIGKILL, False),
+        (-signal.SIGTERM, False),
+        (-signal.SIGINT, False),
+        (-signal.SIGHUP, False),
+        (-signal.SIGSEGV, True),
+        (-signal.SIGABRT, True),
+        (-signal.SIGBUS, True),
+        (-signal.SIGFPE, True),
+        (-signal.SIGILL, True),
+        (1, True),
+        (70, True),
+    ],
+)
+def test_who_ends_by_itself_has_crashed_and_who_is_ended_has_not(code, fault):
+    assert launcher.crashed(code) == fault
 
 
 @pytest.mark.parametrize(

@@ -261,11 +261,11 @@ class Live:
             self._killed.add(process.pid)
             process.wait(LATE_S)
 
-    def died(self, *names: str) -> None:
+    def died(self, *names: str, by: int = signal.SIGKILL) -> None:
         """Wait until processes have killed themselves."""
         for name in names:
             process = self.deployment.running[name].process
-            assert process.wait(LATE_S) == -signal.SIGKILL
+            assert process.wait(LATE_S) == -by
             self._killed.add(process.pid)
 
     def fault(self, rules: Mapping[str, Sequence[Rule]]) -> None:

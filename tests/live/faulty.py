@@ -7,33 +7,86 @@ Without the first it has no faults, without the second its lane is as fast as it
 Beside the events of `tests/transfer/faults.py`, each message between workers has four: "send Ready" before it goes out
 and "sent Ready" after that, "hear Ready" before the worker has it and "heard Ready" after that; that of the last
 announcement are, besides, those of a "last Ready". What a gateway says has two: "hear Cancel" and "heard Cancel".
+A step of the engine that has a sequence whose first token is 300 is a "step 300", before it begins.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from control.engines import load
+from control.engines import Loaded, load
 from control.process import Service, build_version, main, make
 from control.worker import Worker, make_transport
 from core.config import ProcessConfig, WorkerConfig
 from core.errors import LocalError
 from core.messages import Message, Ready, ToPeer
 from core.worker import Identity, Lane
-from tests.transfer.faults import FAULTS, LANE, MESSAGE_DEEDS, Faulty, FileRules, Rule, Rules, kill
+from engine.api import Engine, Sampled, Step
+from engine.api import Row as EngineRow
+from tests.transfer.faults import FAULTS, LANE, MESSAGE_DEEDS, STEP_DEEDS, Faulty, FileRules, Rule, Rules, kill
 from transfer.transport import Transport
 
 
+class FaultyEngine:
+    """`engine`, which crashes its process, or raises, in steps that rules name by a sequence's first token."""
+
+    def __init__(self, engine: Engine, rules: Rules) -> None:
+        self._engine = engine
+        self._rules = rules
+        self._firsts: dict[str, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def open(self, sequence: str, tokens: Sequence[int], *rest: Any) -> None:
+        self._firsts[sequence] = tokens[0]
+        self._engine.open(sequence, tokens, *rest)
+
+    def close(self, sequence: str) -> None:
+        self._firsts.pop(sequence, None)
+        self._engine.close(sequence)
+
+    def step(self, rows: Sequence[EngineRow]) -> list[Sampled]:
+        self._obey(rows)
+        return self._engine.step(rows)
+
+    def begin(self, rows: Sequence[EngineRow]) -> Step:
+        self._obey(rows)
+        return self._engine.begin(rows)
+
+    def _obey(self, rows: Sequence[EngineRow]) -> None:
+        for row in rows:
+            for rule in self._rules.on(f"step {self._firsts.get(row.sequence)}"):
+                match rule.do:
+                    case "abort":
+                        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                        os.abort()
+                    case "raise":
+                        raise ValueError(f"a step of {len(rows)} rows is cursed")
+                    case "kill":
+                        kill(rule.seconds)
+                    case _:
+                        raise LocalError(f"rule: got {rule.do!r} of a step, want one of {STEP_DEEDS}")
+
+
 class FaultyWorker(Worker):
-    """A worker whose transport and whose messages, but those to gateways, obey rules."""
+    """A worker whose transport, engine and messages, but those to gateways, obey rules."""
 
     def __init__(self, *args: Any, rules: Rules) -> None:
         super().__init__(*args)
         self._rules = rules
+        found = self._load
+
+        def load(config: WorkerConfig) -> Loaded:
+            engine, *rest = found(config)
+            return FaultyEngine(engine, rules), *rest  # type: ignore[return-value]
+
+        self._load = load
 
     def _send_peer(self, peer: Identity, message: ToPeer) -> bool:
         sends = super()._send_peer

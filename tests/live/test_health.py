@@ -197,7 +197,7 @@ def test_a_decode_worker_that_stood_still_does_not_leave_its_streams_hanging(pai
     pairs.restart()
 
 
-def test_without_a_decode_worker_a_gateway_says_so_at_once(pairs, reference):
+def test_without_a_decode_worker_a_gateway_says_so_soon(pairs, reference):
     each = STREAM
     for name in DECODES:
         pairs.kill(name, signal.SIGKILL)
@@ -208,7 +208,7 @@ def test_without_a_decode_worker_a_gateway_says_so_at_once(pairs, reference):
     reply = generate(pairs, each.request)
     assert reply.code == "UNAVAILABLE"
     assert "no decode worker is ready" in reply.details
-    assert time.monotonic() - started < 10, "at once, not at a deadline"
+    assert time.monotonic() - started < 10, "after a moment in which one might have come back, not at a deadline"
     pairs.restart(*DECODES)
     assert pairs.health(pairs.gateway) == "SERVING"
     exact(each, generate(pairs, each.request), reference)

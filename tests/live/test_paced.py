@@ -138,7 +138,7 @@ def test_streams_wait_for_a_decode_worker_when_for_a_while_there_is_none(paced, 
             waiting = {"queued": float(len(cases))}
             await asyncio.to_thread(until, lambda: paced.phases() == waiting, "all wait", more=paced.phases)
             refused = await client.generate(cases[0].request)
-            assert (refused.code, refused.tokens) == ("UNAVAILABLE", []), "what is new does not wait"
+            assert (refused.code, refused.tokens) == ("UNAVAILABLE", []), "what is new waits for a moment only"
             gone = [each.name for each in paced.workers if each.process.poll() is not None]
             back = asyncio.create_task(asyncio.to_thread(paced.restart, *gone))
             async for response in stream:

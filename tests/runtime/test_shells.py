@@ -103,7 +103,7 @@ def test_a_prefill_step_that_fails_hands_its_requests_back():
         assert [type(message) for message in heard] == [Accept, Failed, Accept, Tokens, Finished]
         failed = heard[1]
         assert isinstance(failed, Failed)
-        assert failed.code == "ABORTED"
+        assert failed.code == "INTERNAL"
         assert counts[Owner.FREE] == 20
         assert not engine.known
 
@@ -141,7 +141,7 @@ def test_a_decode_step_that_fails_hands_its_rows_back():
     assert not bugs
     failed, *rest = heard
     assert isinstance(failed, Failed)
-    assert (failed.code, failed.ticket) == ("ABORTED", ticket(1))
+    assert (failed.code, failed.ticket) == ("INTERNAL", ticket(1))
     assert [token for message in rest if isinstance(message, Tokens) for token in message.tokens] == [5, 7, 7, 7]
     assert isinstance(rest[-1], Finished)
     assert ledger.counts()[Owner.FREE] == 20

@@ -204,7 +204,7 @@ def test_a_step_that_fails_when_it_goes_on_hands_its_requests_back(engine):
 
     heard = {said.ticket.counter: said for said in play(scene).heard}
     assert isinstance(heard[1], Failed)
-    assert heard[1].code == "ABORTED"
+    assert heard[1].code == "INTERNAL"
     assert isinstance(heard[3], Finished)
 
 

@@ -14,7 +14,7 @@ from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, ProcessEnded, Role
 from protos.baton.v1 import registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import wire
@@ -64,6 +64,7 @@ requests = st.builds(
     counts,
     st.lists(words, max_size=3).map(tuple),
     counts,
+    st.booleans(),
 )
 stages = st.lists(st.builds(Stage, text, text, seconds, st.dictionaries(text, text, max_size=2)), max_size=3).map(tuple)
 runs = st.lists(st.builds(PageRun, counts, st.integers(1, 99)), max_size=3).map(tuple)
@@ -248,6 +249,12 @@ def test_a_member_comes_back_equal(member):
 def test_a_lane_comes_back_equal(lane):
     assert wire.lane_from(over(wire.lane_frame(lane)).lane) == lane
     assert wire.lane_from(wire.registry_lane(lane)) == lane
+
+
+@QUICK
+@given(st.builds(ProcessEnded, identities, st.booleans()))
+def test_an_end_comes_back_equal(ended):
+    assert wire.ended_from(wire.registry_ended(ended)) == ended
 
 
 GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink="d#1")

@@ -18,6 +18,7 @@ from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.cost import CostModel, Lane
 from scheduler.decode_policy import (
+    TURN_STEPS,
     Answer,
     Asked,
     Cut,
@@ -74,6 +75,10 @@ class Sequence:
     def key(self) -> str:
         return self.guest.ticket.key if self.guest.request.sampling.n == 1 else f"{self.guest.ticket.key}/{self.branch}"
 
+    @property
+    def alone(self) -> bool:
+        return self.guest.request.alone and self.guest.request.sampling.n == 1
+
     def mark(self, position: int) -> tuple:
         prompt = len(self.guest.request.prompt)
         return (self.guest.ticket.key if position < prompt else self.key, position)
@@ -118,6 +123,8 @@ class World:
         self.done = 0
         self.cut = False
         self.last_run = 0
+        self.last_solo = False
+        """The last order was of a row that is to be alone."""
         self.oldest: str | None = None
         """Of the last order's rows, while it goes on."""
         self.from_sink: deque = deque()
@@ -273,10 +280,22 @@ class World:
             last = len(sequence.guest.request.prompt) + sequence.generated + run.steps - 1
             assert last <= len(sequence.table) * PAGE, "a step without a page"
         running = {key for key, sequence in self.sequences.items() if sequence.place == "running"}
-        assert running == set(run.rows)
-        assert self.oldest is None or self.oldest in run.rows, "the oldest row does not go on"
-        order = {key: self.sequences[key].guest.order for key in run.rows}
-        self.oldest = min(run.rows, key=lambda key: (order[key], key))
+        apart = [s.key for s in self.sequences.values() if s.alone and s.guest.hand_off == "over" and not s.finish]
+        apart = [key for key in apart if not self.gone(self.sequences[key])]
+        others = {key for key in running if not self.sequences[key].alone}
+        solo = run.rows[0] in apart
+        if solo:
+            assert run.rows == (apart[0],), "not alone, or not its turn"
+            stalled = self.machine._batch.step == self.machine._memory.horizon
+            assert not (self.last_solo and others) or stalled, "it does not take turns"
+        else:
+            assert others == set(run.rows)
+            assert self.last_solo or not apart, "who is to be alone waits for more than one order"
+            assert self.oldest is None or self.oldest in run.rows, "the oldest row does not go on"
+            order = {key: self.sequences[key].guest.order for key in run.rows}
+            self.oldest = min(run.rows, key=lambda key: (order[key], key))
+        assert run.steps <= TURN_STEPS or not (apart and others)
+        self.last_solo = solo
         self.run, self.last_run, self.done, self.cut = run, run.run_id, 0, False
 
     def join(self, join: Join) -> None:
@@ -389,11 +408,14 @@ class World:
         self, prompt: int, max_tokens: int, stops_at: int, *, minter: Identity, timeout_s: float = 1e6, n: int = 1,
         gap_s: float = 0.0,
         session: str = "",
+        alone: bool = False,
     ) -> Guest:  # fmt: skip
         new = ticket(len(self.guests) + 1, minter=minter)
         sampling = Sampling(max_tokens, seed=1, n=n)
         hints, named = Hints(session=session), names(len(self.guests), prompt // PAGE)
-        request = Request("r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named)
+        request = Request(
+            "r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named, alone=alone
+        )
         guest = Guest(new, request, stops_at, len(self.guests), self.now + timeout_s)
         self.guests[new.key] = guest
         self.give(Asked(new, request))

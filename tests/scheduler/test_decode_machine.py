@@ -48,6 +48,7 @@ class DecodeWorker(RuleBasedStateMachine):
         timeout_s=st.sampled_from([1000.0, 1000.0, 1000.0, 3.0]),
         gap_s=st.sampled_from([0.0] * 7 + [0.25]),
         session=st.sampled_from(["", "", "a", "b", "c"]),
+        alone=st.sampled_from([False] * 5 + [True]),
         count=st.integers(1, 3),
     )
     def ask(self, prompt, max_tokens, stops_at, count, **others):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, ProcessEnded, Role
 from scheduler.membership import (
     Admitted,
     Joining,
@@ -70,6 +70,27 @@ def test_who_leaves_is_gone_at_once():
     machine.on(Joining(P), 0.0)
     machine.on(Joining(D), 0.0)
     assert machine.on(Left(P1), 1.0) == [Publish((D,), 3)]
+
+
+def test_whose_end_is_told_is_gone_at_once_and_does_not_come_back():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    machine.on(Joining(D), 0.0)
+    end = ProcessEnded(P1, True)
+    assert machine.on(end, 1.0) == [Publish((D,), 3)]
+    assert machine.on(end, 1.0) == [], "told once"
+    assert machine.on(Renewed(P1, True, ()), 1.0) == [Unknown(P1)]
+    assert machine.on(Joining(P), 1.0) == [Turned(P1, "this life of it has ended")]
+    again = replace(P, identity=Identity(P1.name, 0x99))
+    assert machine.on(Joining(again), 1.0) == [Admitted(again.identity), Publish((D, again), 4)]
+    late = ProcessEnded(Identity(D1.name, 0x77), False)
+    assert machine.on(late, 2.0) == [Publish((D, again), 5)], "watchers hear of it, and nobody is gone"
+    assert machine.ended == (end, late)
+    for number in range(40):
+        machine.on(ProcessEnded(Identity("decode-9", number), False), 3.0)
+        machine.check()
+    assert len(machine.ended) == 32
+    assert end not in machine.ended
 
 
 def test_strangers_must_register_again():

@@ -726,7 +726,8 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert pages == self.ledger.pages(holder(ticket.key))
                 assert len(pages) == SHAPE.pages_for(len(request.prompt))
                 waiting = [j for j in self.jobs.values() if j.prompted and not (j.begun or j.unwanted or j.ends)]
-                if self.order in ("fcfs", "measured"):
+                if self.order in ("fcfs", "measured") or request.alone:
+                    waiting = [j for j in waiting if j.request.alone == request.alone]
                     assert min(waiting, key=lambda j: j.place) is job, "overtaken"
                 job.begun = True
             case Suspend(run_id):
@@ -735,6 +736,7 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert not self.suspending
                 assert self.suspended is None, "two suspended steps"
                 assert run_id not in self.suspended_once, "suspended twice"
+                assert not self.jobs[self.run.spans[0].key].request.alone, "another step comes between"
                 self.suspended_once.add(run_id)
                 self.suspending = True
             case Resume(run_id):
@@ -751,6 +753,7 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert run_id == self.last_run + 1
                 assert 1 <= len(spans) <= 3
                 assert sum(span.stop - span.start for span in spans) <= 6
+                assert len(spans) == 1 or not any(self.jobs[span.key].request.alone for span in spans), "not alone"
                 for span in spans:
                     job = self.jobs[span.key]
                     assert job.begun
@@ -829,6 +832,7 @@ class PrefillWorker(RuleBasedStateMachine):
         new = ticket(len(self.jobs) + 1, minter=minter)
         timeout_s = data.draw(st.sampled_from([2.0, 50.0]))
         request = ask(prompt, max_tokens, timeout_s=timeout_s, start=data.draw(st.integers(0, 2)))
+        request = replace(request, alone=data.draw(st.sampled_from([False] * 4 + [True])))
         if request.prompt[0]:
             request = replace(request, prefix=hashes(request))
         self.jobs[new.key] = Job(new, request, data.draw(st.sampled_from([None, D2])))

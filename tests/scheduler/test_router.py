@@ -27,7 +27,7 @@ from core.messages import (
 )
 from core.request import Phase, Request, Stage, Ticket
 from core.sampling import Sampling
-from core.worker import Identity, Role
+from core.worker import Identity, ProcessEnded, Role
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import (
     Arrived,
@@ -361,11 +361,62 @@ def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
     assert (offer.worker, offer.message.wait_s) == (P1, 95.0)
 
 
-def test_a_request_that_was_offered_only_does_not_wait_for_a_worker():
-    machine = router(UP[0], UP[2])
-    machine.on(Arrived(1, ask()), 0.0)
-    end = only_end(machine.on(WorkerDown(P1), 1.0))
+@pytest.mark.parametrize("offered", [True, False], ids=["offered", "new"])
+@pytest.mark.parametrize(("goal_s", "within_s"), [(0.0, 3.0), (0.7, 0.7)])
+def test_a_request_waits_a_moment_for_a_pair_of_workers_if_there_was_one_lately(offered, goal_s, within_s):
+    def scene():
+        machine, request = router(UP[0], UP[2]), replace(ask(), slo=replace(ask().slo, ttft_s=goal_s))
+        if offered:
+            machine.on(Arrived(1, request), 1.0)
+        assert machine.on(WorkerDown(P1), 1.0) == []
+        if not offered:
+            assert machine.on(Arrived(1, request), 1.0) == []
+        (stands,) = machine.standing()
+        assert (stands.state, stands.waits_for) == (Phase.QUEUED, "no prefill worker is ready")
+        assert machine.deadline() == 1.0 + within_s
+        machine.check()
+        return machine
+
+    machine = scene()
+    assert machine.missing() == "no prefill worker is ready", "which its health says at once"
+    (sent,) = machine.on(WorkerUp(UP[1]), 1.5)
+    assert (sent.worker, sent.message.prompt_tokens, sent.message.max_tokens) == (P2, 6, 8)
+    (_,) = machine.on(Accept(sent.message.ticket), 1.5)
+    trace = machine.trace(1)
+    assert trace is not None
+    assert trace.stages[0] == Stage("queued", "gateway-1", 0.5)
+    machine = scene()
+    (end,) = machine.on(None, 1.0 + within_s)
     assert (end.phase, end.code, end.reason) == (Phase.REJECTED, "UNAVAILABLE", "no prefill worker is ready")
+    machine = scene()
+    assert only_end(machine.on(ClientGone(1, "left"), 1.1)).phase is Phase.CANCELLED
+    assert (len(machine), machine.deadline()) == (0, None)
+
+
+def test_whoever_waits_for_a_pair_is_refused_what_none_can_hold_when_it_is_there():
+    machine = router(UP[0], UP[2])
+    machine.on(WorkerDown(D1), 1.0)
+    machine.on(Arrived(1, ask(6, 300)), 1.0)
+    machine.on(Arrived(2, replace(ask(6, 30), sampling=Sampling(30, n=3))), 1.0)
+    end, sent = machine.on(WorkerUp(worker(D2, Role.DECODE, pages=50)), 1.5)
+    assert (end.phase, end.code) == (Phase.REJECTED, "INVALID_ARGUMENT")
+    assert (sent.message.ticket.counter, sent.message.ticket.sink) == (2, D2)
+    machine.check()
+
+
+def test_what_fits_is_as_it_was_while_a_pair_is_away_for_a_moment():
+    machine = router(UP[0], UP[2])
+    before = machine.most_tokens()(6, 1)
+    machine.on(WorkerDown(D1), 1.0)
+    assert machine.most_tokens()(6, 1) == before is not None
+
+
+@pytest.mark.parametrize("after_s", [31.0, 1.0])
+def test_nobody_waits_for_a_pair_that_is_long_gone_or_that_is_not_to_be_waited_for(after_s):
+    machine = router(UP[0], UP[2], pair_s=3.0 if after_s > 30 else 0.0)
+    machine.on(WorkerDown(D1), 1.0)
+    (end,) = machine.on(Arrived(1, ask()), 1.0 + after_s)
+    assert (end.phase, end.code, end.reason) == (Phase.REJECTED, "UNAVAILABLE", "no decode worker is ready")
 
 
 def test_a_rest_that_has_grown_too_large_for_all_workers_that_there_are_waits_for_none():
@@ -492,7 +543,7 @@ def test_tokens_of_the_sink_that_did_not_get_the_request_are_ignored():
     assert machine.on(Tokens(key, 2, (102,)), 0.0) == [Deliver(1, (102,), ())]
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "ABORTED", "DATA_LOSS"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "ABORTED", "DATA_LOSS", "INTERNAL"])
 def test_a_failed_attempt_is_tried_again(code):
     machine = router()
     key = prefilling(machine)
@@ -595,6 +646,7 @@ class Client:
     request: Request
     got: list[int] = field(default_factory=list)
     end: End | None = None
+    alone: bool = False
     due: float = 0.0
 
 
@@ -610,7 +662,7 @@ class Deployment(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.router = Router(GATEWAY, RouterConfig(offer_s=1.0, max_queue_s=5.0, max_attempts=3))
+        self.router = Router(GATEWAY, RouterConfig(offer_s=1.0, max_queue_s=5.0, max_attempts=5))
         self.now = 0.0
         self.up: set[Identity] = set()
         self.streams: dict[Identity, deque] = {who: deque() for who in self.people}
@@ -619,6 +671,7 @@ class Deployment(RuleBasedStateMachine):
         self.clients: dict[int, Client] = {}
         self.lost: set[Identity] = set()
         self.doubled: set[str] = set()
+        self.crashes = 0
         for who in self.people:
             self.come(who)
 
@@ -644,6 +697,7 @@ class Deployment(RuleBasedStateMachine):
                     if command.phase is Phase.REJECTED:
                         assert not client.got, "a request whose tokens were sent was not rejected but failed"
                     assert command.reason != "cancelled"
+                    assert client.alone or not command.poisonous, "refused without a try of its own"
                     if client.got and command.code == "UNAVAILABLE":
                         assert self.now >= client.due or "attempts, the last" in command.reason, "it was to wait"
                     if command.phase is Phase.DONE and command.reason == "length":
@@ -659,6 +713,12 @@ class Deployment(RuleBasedStateMachine):
                 assert ticket.source == who
                 assert second != ticket.sink
                 client = self.clients[ticket.counter]
+                if request.alone:
+                    client.alone = True
+                    there = [p for p in self.placements if p.request.alone and not p.decodes and p.at in self.up]
+                    assert all(p.ticket.source != who for p in there), "two are tried at one worker"
+                    assert self.crashes >= 2
+                    assert second is None
                 assert request.prompt == (*client.request.prompt, *client.got)
                 assert request.sampling.max_tokens == client.request.sampling.max_tokens - len(client.got)
                 self.placements.append(Placement(ticket, request, second, who))
@@ -771,13 +831,14 @@ class Deployment(RuleBasedStateMachine):
     def fail(self, data):
         place = data.draw(st.sampled_from(self.placements))
         self.placements.remove(place)
-        code = data.draw(st.sampled_from(["UNAVAILABLE", "DATA_LOSS", "ABORTED"]))
+        code = data.draw(st.sampled_from(["UNAVAILABLE", "DATA_LOSS", "ABORTED", "INTERNAL"]))
+        self.crashes += code == "INTERNAL"
         self.tell(place.at, Failed(place.ticket, code, "oh"))
 
     @precondition(lambda self: self.up)
     @rule(data=st.data(), dies=st.booleans())
     def lose(self, data, dies):
-        """A worker dies, or only its stream to the gateway does: then it goes on, unheard."""
+        """A worker dies, or only its stream to the gateway does: then it goes on, unheard. It may have crashed."""
         who = data.draw(st.sampled_from(sorted(self.up)))
         if data.draw(st.booleans()):
             self.streams[who].clear()
@@ -788,7 +849,16 @@ class Deployment(RuleBasedStateMachine):
         if dies:
             self.offers = [offer for offer in self.offers if offer.ticket.source != who]
             self.placements = [place for place in self.placements if place.at != who]
-        self.give(WorkerDown(who))
+        crashed = data.draw(st.booleans())
+        self.crashes += crashed
+        self.give(WorkerDown(who, crashed))
+
+    @precondition(lambda self: self.lost)
+    @rule(data=st.data(), crashed=st.booleans())
+    def word(self, data, crashed):
+        """Somebody says how a worker ended, whether it did or not."""
+        self.crashes += crashed
+        self.give(ProcessEnded(data.draw(st.sampled_from(sorted(self.lost))), crashed))
 
     @precondition(lambda self: len(self.up) < 4)
     @rule(data=st.data())
@@ -802,6 +872,8 @@ class Deployment(RuleBasedStateMachine):
         assert len(self.router) == len(live) == sum(self.router.phases().values())
         if {P1, P2} & self.up and {D1, D2} & self.up:
             waits = [flight for flight in self.router._stranded.values() if flight.resumes == math.inf]
+            assert all(flight.placements or flight.gives_up <= flight.call.arrived_at + 5.0 for flight in waits)
+            waits = [flight for flight in waits if not (flight.alone and self.router._suspects)]
             assert not waits, "it waits beside workers that could take it"
 
     def teardown(self):
@@ -840,7 +912,8 @@ def test_a_worker_that_is_not_ready_goes_on_with_what_it_has_and_gets_nothing_ne
         machine.on(WorkerUp(replace(up, ready=up.role is Role.PREFILL)), 0.0)
     assert machine.missing() == "no decode worker is ready"
     assert machine.on(Tokens(key, 2, (102,)), 1.0) == [Deliver(1, (102,), ())]
-    assert only_end(machine.on(Arrived(2, ask()), 1.0)).code == "UNAVAILABLE"
+    assert machine.on(Arrived(2, ask()), 1.0) == []
+    assert only_end(machine.on(None, 4.0)).code == "UNAVAILABLE"
     assert machine.on(Handed(key, ()), 1.0) == []
     assert machine.on(finished(key, "length", 3), 1.0)[0].phase is Phase.DONE
 

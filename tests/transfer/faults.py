@@ -40,6 +40,8 @@ later, at 0 never, unless the read is fenced before. delay: it is told `seconds`
 """
 MESSAGE_DEEDS = ("drop", "delay", "twice", "kill")
 """What a rule can do to a message: lose it, hold it for `seconds`, deliver it twice, kill the process."""
+STEP_DEEDS = ("abort", "raise", "kill")
+"""What a rule can do in a step of the engine: crash the process, raise, kill the process as somebody else would."""
 
 
 @dataclass(frozen=True, slots=True)

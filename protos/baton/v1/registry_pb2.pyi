@@ -105,14 +105,34 @@ class DeregisterResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class Ended(_message.Message):
+    __slots__ = ("identity", "crashed")
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    CRASHED_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    crashed: bool
+    def __init__(self, identity: _Optional[str] = ..., crashed: _Optional[bool] = ...) -> None: ...
+
+class ReportEndRequest(_message.Message):
+    __slots__ = ("ended",)
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    ended: Ended
+    def __init__(self, ended: _Optional[_Union[Ended, _Mapping]] = ...) -> None: ...
+
+class ReportEndResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("members", "epoch")
+    __slots__ = ("members", "epoch", "ended")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     epoch: int
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    ended: _containers.RepeatedCompositeFieldContainer[Ended]
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., epoch: _Optional[int] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ...) -> None: ...

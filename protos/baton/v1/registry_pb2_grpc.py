@@ -50,6 +50,11 @@ class RegistryServiceStub:
                 request_serializer=protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterRequest.SerializeToString,
                 response_deserializer=protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterResponse.FromString,
                 _registered_method=True)
+        self.ReportEnd = channel.unary_unary(
+                '/baton.v1.RegistryService/ReportEnd',
+                request_serializer=protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndRequest.SerializeToString,
+                response_deserializer=protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndResponse.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/baton.v1.RegistryService/Watch',
                 request_serializer=protos_dot_baton_dot_v1_dot_registry__pb2.WatchRequest.SerializeToString,
@@ -81,6 +86,13 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReportEnd(self, request, context):
+        """Who started a process says how it ended; it is no member any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """The whole membership, then again whenever it changed.
         """
@@ -105,6 +117,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.Deregister,
                     request_deserializer=protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterRequest.FromString,
                     response_serializer=protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterResponse.SerializeToString,
+            ),
+            'ReportEnd': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportEnd,
+                    request_deserializer=protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndRequest.FromString,
+                    response_serializer=protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndResponse.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -194,6 +211,33 @@ class RegistryService:
             '/baton.v1.RegistryService/Deregister',
             protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterRequest.SerializeToString,
             protos_dot_baton_dot_v1_dot_registry__pb2.DeregisterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportEnd(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.RegistryService/ReportEnd',
+            protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndRequest.SerializeToString,
+            protos_dot_baton_dot_v1_dot_registry__pb2.ReportEndResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -138,10 +138,12 @@ class Heartbeat(_message.Message):
     def __init__(self) -> None: ...
 
 class Goodbye(_message.Message):
-    __slots__ = ("reason",)
+    __slots__ = ("reason", "fault")
     REASON_FIELD_NUMBER: _ClassVar[int]
+    FAULT_FIELD_NUMBER: _ClassVar[int]
     reason: str
-    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+    fault: bool
+    def __init__(self, reason: _Optional[str] = ..., fault: _Optional[bool] = ...) -> None: ...
 
 class LaneMeasured(_message.Message):
     __slots__ = ("source", "transport", "gbytes_per_s", "latency_us")
@@ -224,7 +226,7 @@ class Holding(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class RequestMeta(_message.Message):
-    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens")
+    __slots__ = ("id", "sampling", "timeout_s", "slo", "hints", "generated", "prefix", "prefix_page_tokens", "alone")
     ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +235,7 @@ class RequestMeta(_message.Message):
     GENERATED_FIELD_NUMBER: _ClassVar[int]
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     id: str
     sampling: _common_pb2.Sampling
     timeout_s: float
@@ -241,7 +244,8 @@ class RequestMeta(_message.Message):
     generated: int
     prefix: _containers.RepeatedScalarFieldContainer[int]
     prefix_page_tokens: int
-    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ...) -> None: ...
+    alone: bool
+    def __init__(self, id: _Optional[str] = ..., sampling: _Optional[_Union[_common_pb2.Sampling, _Mapping]] = ..., timeout_s: _Optional[float] = ..., slo: _Optional[_Union[_common_pb2.Slo, _Mapping]] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., generated: _Optional[int] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("ticket", "reason", "report", "branch", "prefix")
