@@ -181,6 +181,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             transport=config.transport,
             migrates=config.migrate and role is Role.DECODE,
             costs=Costs(cost.prefill, cost.decode),
+            grammar=engine.grammar,
         )
         self._greeting = Greeting(self._base, metadata, scratch)
         self._seat(engine, role, cost)

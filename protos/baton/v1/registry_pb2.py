@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/baton/v1/registry.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"S\n\x04Lane\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x14\n\x0cgbytes_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_us\x18\x04 \x01(\x01\",\n\tStepCosts\x12\x0f\n\x07prefill\x18\x01 \x03(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x03(\x01\"\xf3\x02\n\x06Member\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05\x62uild\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\x05\x12\r\n\x05model\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x1d\n\x02kv\x18\t \x01(\x0b\x32\x11.baton.v1.KvShape\x12\r\n\x05pages\x18\n \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\x05\x12$\n\x08numerics\x18\x0c \x01(\x0b\x32\x12.baton.v1.Numerics\x12\x11\n\ttransport\x18\r \x01(\t\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x1d\n\x05lanes\x18\x0f \x03(\x0b\x32\x0e.baton.v1.Lane\x12\x10\n\x08migrates\x18\x10 \x01(\x08\x12\"\n\x05\x63osts\x18\x11 \x01(\x0b\x32\x13.baton.v1.StepCosts\"3\n\x0fRegisterRequest\x12 \n\x06member\x18\x01 \x01(\x0b\x32\x10.baton.v1.Member\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"v\n\x10HeartbeatRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x1d\n\x05lanes\x18\x03 \x03(\x0b\x32\x0e.baton.v1.Lane\x12\"\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x13.baton.v1.StepCosts\"\x13\n\x11HeartbeatResponse\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"\x0e\n\x0cWatchRequest\"A\n\rWatchResponse\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.baton.v1.Member\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x32\x9f\x02\n\x0fRegistryService\x12\x41\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x1a.baton.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.baton.v1.HeartbeatRequest\x1a\x1b.baton.v1.HeartbeatResponse\x12G\n\nDeregister\x12\x1b.baton.v1.DeregisterRequest\x1a\x1c.baton.v1.DeregisterResponse\x12:\n\x05Watch\x12\x16.baton.v1.WatchRequest\x1a\x17.baton.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/baton/v1/registry.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"S\n\x04Lane\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x14\n\x0cgbytes_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_us\x18\x04 \x01(\x01\",\n\tStepCosts\x12\x0f\n\x07prefill\x18\x01 \x03(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x03(\x01\"\x84\x03\n\x06Member\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05\x62uild\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\x05\x12\r\n\x05model\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x1d\n\x02kv\x18\t \x01(\x0b\x32\x11.baton.v1.KvShape\x12\r\n\x05pages\x18\n \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\x05\x12$\n\x08numerics\x18\x0c \x01(\x0b\x32\x12.baton.v1.Numerics\x12\x11\n\ttransport\x18\r \x01(\t\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x1d\n\x05lanes\x18\x0f \x03(\x0b\x32\x0e.baton.v1.Lane\x12\x10\n\x08migrates\x18\x10 \x01(\x08\x12\"\n\x05\x63osts\x18\x11 \x01(\x0b\x32\x13.baton.v1.StepCosts\x12\x0f\n\x07grammar\x18\x12 \x01(\t\"3\n\x0fRegisterRequest\x12 \n\x06member\x18\x01 \x01(\x0b\x32\x10.baton.v1.Member\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"v\n\x10HeartbeatRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x1d\n\x05lanes\x18\x03 \x03(\x0b\x32\x0e.baton.v1.Lane\x12\"\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x13.baton.v1.StepCosts\"\x13\n\x11HeartbeatResponse\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"\x0e\n\x0cWatchRequest\"A\n\rWatchResponse\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.baton.v1.Member\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x32\x9f\x02\n\x0fRegistryService\x12\x41\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x1a.baton.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.baton.v1.HeartbeatRequest\x1a\x1b.baton.v1.HeartbeatResponse\x12G\n\nDeregister\x12\x1b.baton.v1.DeregisterRequest\x1a\x1c.baton.v1.DeregisterResponse\x12:\n\x05Watch\x12\x16.baton.v1.WatchRequest\x1a\x17.baton.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPCOSTS']._serialized_start=159
   _globals['_STEPCOSTS']._serialized_end=203
   _globals['_MEMBER']._serialized_start=206
-  _globals['_MEMBER']._serialized_end=577
-  _globals['_REGISTERREQUEST']._serialized_start=579
-  _globals['_REGISTERREQUEST']._serialized_end=630
-  _globals['_REGISTERRESPONSE']._serialized_start=632
-  _globals['_REGISTERRESPONSE']._serialized_end=671
-  _globals['_HEARTBEATREQUEST']._serialized_start=673
-  _globals['_HEARTBEATREQUEST']._serialized_end=791
-  _globals['_HEARTBEATRESPONSE']._serialized_start=793
-  _globals['_HEARTBEATRESPONSE']._serialized_end=812
-  _globals['_DEREGISTERREQUEST']._serialized_start=814
-  _globals['_DEREGISTERREQUEST']._serialized_end=851
-  _globals['_DEREGISTERRESPONSE']._serialized_start=853
-  _globals['_DEREGISTERRESPONSE']._serialized_end=873
-  _globals['_WATCHREQUEST']._serialized_start=875
-  _globals['_WATCHREQUEST']._serialized_end=889
-  _globals['_WATCHRESPONSE']._serialized_start=891
-  _globals['_WATCHRESPONSE']._serialized_end=956
-  _globals['_REGISTRYSERVICE']._serialized_start=959
-  _globals['_REGISTRYSERVICE']._serialized_end=1246
+  _globals['_MEMBER']._serialized_end=594
+  _globals['_REGISTERREQUEST']._serialized_start=596
+  _globals['_REGISTERREQUEST']._serialized_end=647
+  _globals['_REGISTERRESPONSE']._serialized_start=649
+  _globals['_REGISTERRESPONSE']._serialized_end=688
+  _globals['_HEARTBEATREQUEST']._serialized_start=690
+  _globals['_HEARTBEATREQUEST']._serialized_end=808
+  _globals['_HEARTBEATRESPONSE']._serialized_start=810
+  _globals['_HEARTBEATRESPONSE']._serialized_end=829
+  _globals['_DEREGISTERREQUEST']._serialized_start=831
+  _globals['_DEREGISTERREQUEST']._serialized_end=868
+  _globals['_DEREGISTERRESPONSE']._serialized_start=870
+  _globals['_DEREGISTERRESPONSE']._serialized_end=890
+  _globals['_WATCHREQUEST']._serialized_start=892
+  _globals['_WATCHREQUEST']._serialized_end=906
+  _globals['_WATCHRESPONSE']._serialized_start=908
+  _globals['_WATCHRESPONSE']._serialized_end=973
+  _globals['_REGISTRYSERVICE']._serialized_start=976
+  _globals['_REGISTRYSERVICE']._serialized_end=1263
 # @@protoc_insertion_point(module_scope)

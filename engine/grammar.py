@@ -1,0 +1,165 @@
+"""Which tokens may follow where a text must match a JSON schema, a regular expression or a grammar. No torch here.
+
+What may follow is a function of the constraint and of the tokens so far. So nothing but tokens ever travels: whoever goes
+on with a text, after a hand-off, a move, a loss or a swap, replays them, and stands exactly where the other one stood.
+
+Two rules are ours, the rest is llguidance's (the extra `grammar`):
+
+- A stop token may be chosen where the text matches in full, and nowhere else: a text that ends so matches. That is
+  so for every stop token of the request, be it the model's end token or a word; one that the grammar needs for its
+  text, too, can only end it.
+- A special token, which never becomes text, may be chosen only where a grammar names it.
+
+Compiling takes milliseconds and is done on a thread of its own, beside the forward pass that comes before the first
+choice; a constraint that was compiled is kept for the next request that has it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.constraint import Constraint, Language
+from core.errors import BatonError, RequestError
+
+Mask = NDArray[np.bool_]
+
+KEPT = 64
+"""Constraints that stay compiled, the last used ones."""
+SPACES = r"[ \n\r\t]{0,16}"
+"""Between the parts of a JSON text. Without a bound, a weak model may write nothing else until its tokens run out."""
+
+
+class GrammarMissing(BatonError):
+    """Constraints cannot be compiled here: one sentence says why, and what to install where that helps."""
+
+
+def available() -> bool:
+    """Whether llguidance is installed."""
+    return importlib.util.find_spec("llguidance") is not None
+
+
+class Grammars:
+    """Compiles constraints for the model in a folder, whose logits have `vocab` entries.
+
+    Safe to use from several threads. Raises `GrammarMissing` without llguidance, or where it cannot make text of the
+    model's tokens.
+    """
+
+    def __init__(self, folder: str | Path, vocab: int) -> None:
+        try:
+            import llguidance
+            from llguidance.gbnf_to_lark import any_to_lark
+        except ImportError:
+            raise GrammarMissing("llguidance is not installed: it comes with the extra grammar") from None
+        self._inner: Any = llguidance
+        self._to_lark = any_to_lark
+        self.vocab = vocab
+        self.version = f"llguidance {importlib.metadata.version('llguidance')}"
+        """What compiles them: masks of equal versions are equal."""
+        path = Path(folder) / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+            known = [*json.loads(text)["model"].get("vocab", ()), *json.loads(text).get("added_tokens", ())]
+            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=max(vocab, len(known)))
+        except Exception as error:  # llguidance raises ValueError, and who knows what else of a file that is none
+            raise GrammarMissing(f"{path}: {self.version} cannot use it: {_first_line(error)}") from error
+        self._kept: OrderedDict[Constraint, Any] = OrderedDict()
+        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "grammar")
+
+    def check(self, constraint: Constraint) -> None:
+        """Raise `RequestError` (INVALID_ARGUMENT), with the compiler's words, if nothing can be made of it."""
+        self._compiled(constraint)
+
+    def walk(self, constraint: Constraint, output: Sequence[int], stops: Sequence[int]) -> Walk:
+        """Begin to find out where a text stands after `output`; returns at once. Stop tokens are `stops`."""
+        return Walk(self._thread.submit(self._replayed, constraint, list(output)), self.vocab, stops)
+
+    def _replayed(self, constraint: Constraint, output: list[int]) -> Any:
+        matcher = self._compiled(constraint).deep_copy()
+        matcher.consume_tokens(output)
+        return matcher
+
+    def _compiled(self, constraint: Constraint) -> Any:
+        """A matcher at the beginning of its text, to be copied."""
+        with self._turn:
+            if (found := self._kept.get(constraint)) is not None:
+                self._kept.move_to_end(constraint)
+                return found
+        try:
+            found = self._inner.LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0)
+            wrong = found.get_error() if found.is_error() else ""
+        except Exception as error:
+            wrong = str(error)
+        if wrong:
+            raise RequestError("INVALID_ARGUMENT", f"{constraint.language}: {_first_line(wrong)}")
+        with self._turn:
+            self._kept[constraint] = found
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def _grammar(self, constraint: Constraint) -> str:
+        kinds = self._inner.LLMatcher
+        match constraint.language:
+            case Language.JSON_SCHEMA:
+                defaults = {"whitespace_pattern": SPACES}
+                return str(kinds.grammar_from_json_schema(constraint.text, defaults=defaults))
+            case Language.REGEX:
+                return str(kinds.grammar_from_regex(constraint.text))
+            case Language.GRAMMAR:
+                return str(kinds.grammar_from_lark(self._to_lark(constraint.text)))
+
+
+class Walk:
+    """Where one text stands in its grammar. One thread uses it."""
+
+    def __init__(self, begun: Future[Any], vocab: int, stops: Sequence[int]) -> None:
+        self._begun = begun
+        self._vocab = vocab
+        self._stops = np.array([token for token in stops if 0 <= token < vocab], np.int64)
+        self._allowed: Mask | None = None
+        self.error = ""
+        """Why nothing may follow any more, if that is not the grammar's own doing."""
+
+    def allowed(self) -> Mask:
+        """Which tokens ``[vocab]`` may come next; waits for the compiler, the first time. None may, where it failed."""
+        if self._allowed is None:
+            self._allowed = self._mask()
+        return self._allowed
+
+    def add(self, token: int) -> None:
+        """A token was chosen, one of those allowed; a stop token ends the text, and is none of it."""
+        self._allowed = None
+        if token not in self._stops:
+            self._begun.result().consume_token(token)
+
+    def _mask(self) -> Mask:
+        try:
+            matcher = self._begun.result()
+            words = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+            allowed = np.unpackbits(words, bitorder="little", count=self._vocab).view(np.bool_)
+            ends = matcher.is_accepting()
+            self.error = matcher.get_error() if matcher.is_error() else ""
+        except Exception as error:
+            self.error = str(error)
+        if self.error:
+            return np.zeros(self._vocab, np.bool_)
+        allowed[self._stops] = ends
+        return allowed
+
+
+def _first_line(error: object) -> str:
+    """What a compiler says, without the picture that it draws below."""
+    return str(error).strip().partition("\n")[0]
