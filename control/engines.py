@@ -47,7 +47,8 @@ def _torch(config: WorkerConfig) -> Loaded:
 def _grammars(model: str) -> Grammars | None:
     """What makes texts match schemas and grammars, where that can be had."""
     try:
-        return Grammars(model, ModelConfig.read(model).vocab)
+        known = ModelConfig.read(model)
+        return Grammars(model, known.vocab, known.eos_token_ids)
     except GrammarMissing as missing:
         log.info("no structured output: %s", missing)
         return None

@@ -79,6 +79,10 @@ class Engine(Protocol):
         """What it compiles constraints with, and its version; empty if it takes no sequence that has one."""
         ...
 
+    def prepare(self, sampling: Sampling) -> None:
+        """Sequences with this sampling are to come: what they need is made meanwhile. From any thread."""
+        ...
+
     @property
     def host_pages(self) -> int:
         """Pages that fit into host memory beside the arena; 0: it keeps none there."""

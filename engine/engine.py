@@ -134,6 +134,11 @@ class TorchEngine:
         """See `engine.api`."""
         return "" if self._grammars is None else self._grammars.version
 
+    def prepare(self, sampling: Sampling) -> None:
+        """See `engine.api`."""
+        if sampling.constraint is not None and self._grammars is not None:
+            self._grammars.prepare(sampling.constraint)
+
     @property
     def host_pages(self) -> int:
         """See `engine.api`."""

@@ -203,6 +203,9 @@ class PacedEngine:
         """See `engine.api`."""
         return ""
 
+    def prepare(self, sampling: Sampling) -> None:
+        """See `engine.api`."""
+
     @property
     def host_pages(self) -> int:
         """See `engine.api`."""

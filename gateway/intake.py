@@ -211,7 +211,7 @@ class Intake:
         """Made for the first request that needs it: that takes a while, and memory."""
         if self._grammars is None:
             try:
-                self._grammars = Grammars(self._config.model, self._facts.vocabulary)
+                self._grammars = Grammars(self._config.model, self._facts.vocabulary, self._facts.eos)
             except GrammarMissing as missing:
                 raise RequestError("UNIMPLEMENTED", f"{constraint.language}: {missing}") from None
         return self._grammars

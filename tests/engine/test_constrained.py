@@ -90,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grammars(folder) -> Grammars:
-    return Grammars(folder, PADDED)
+    return Grammars(folder, PADDED, [END])
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_where_nothing_may_follow_the_text_ends_and_others_go_on(exact, folder, 
     poor.decoder = decoders.ByteLevel()
     poor.add_special_tokens([AddedToken("<end>", special=True)])
     save(poor, tmp_path)
-    one = TorchEngine(folder, kv_memory=2**20, page_tokens=16, grammars=Grammars(tmp_path, PADDED), threads=1)
+    one = TorchEngine(folder, kv_memory=2**20, page_tokens=16, grammars=Grammars(tmp_path, PADDED, [END]), threads=1)
     beside = Sampling(6, ignore_eos=True)
     want = alone(one, PROMPT, beside)
     for constraint, said in ((Constraint(Language.REGEX, "ac"), [1]), (Constraint(Language.REGEX, "(a"), [])):
@@ -309,7 +309,7 @@ def test_another_process_with_other_hash_seeds_allows_the_same(folder, grammars)
 import hashlib, random, numpy as np
 from core.constraint import Constraint, Language
 from engine.grammar import Grammars
-of, END, found = Grammars({str(folder)!r}, {PADDED}), {END}, hashlib.sha256()
+of, END, found = Grammars({str(folder)!r}, {PADDED}, [{END}]), {END}, hashlib.sha256()
 for language, text in {[(each.language.value, each.text) for each in CONSTRAINTS.values()]!r}:
     walk, rng, output = of.walk(Constraint(Language(language), text), [], [END]), random.Random(4), []
     while (some := np.flatnonzero(walk.allowed()).tolist()) != [END] and len(output) < 30:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -66,7 +68,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def grammars(folder) -> Grammars:
-    return Grammars(folder, PADDED)
+    return Grammars(folder, PADDED, [END])
 
 
 # ---------------------------------------------------------------- regular expressions, by Brzozowski's derivatives
@@ -338,7 +340,9 @@ BAD = {
     "no JSON": (JSON, '{"type": '),
     "no type": (JSON, '{"type": "objekt"}'),
     "nothing fits": (JSON, '{"type": "integer", "minimum": 5, "maximum": 4}'),
-    "unknown keyword": (JSON, '{"type": "string", "contentEncoding": "base64"}'),
+    "not supported": (JSON, '{"type": "array", "uniqueItems": true}'),
+    "no object": (JSON, "true"),
+    "too deep": (JSON, "[" * 5000),
     "another's schema": (JSON, '{"$ref": "https://example.com/schema"}'),
     "an open group": (REGEX, "(a"),
     "look-ahead": (REGEX, "(?=a)a"),
@@ -347,7 +351,6 @@ BAD = {
     "no grammar": (GRAMMAR, "%%%"),
     "no start": (GRAMMAR, 'other: "a"'),
     "unknown special token": (GRAMMAR, "start: <nobody>"),
-    "too large": (REGEX, "(((a{1000}){1000}){1000}){1000}"),
 }
 
 
@@ -361,6 +364,32 @@ def test_what_makes_no_sense_is_the_callers_fault_and_said(grammars, what):
     walk = grammars.walk(Constraint(language, text), [], [END])
     assert not walk.allowed().any()
     assert walk.error
+
+
+def test_a_text_whose_masks_take_too_long_ends(grammars, monkeypatch):
+    monkeypatch.setattr("engine.grammar.EACH_S", 1e-7)
+    walk, tokens = grammars.walk(Constraint(REGEX, "(a|b){200}"), [], [END]), 0
+    walk._left_s = 2e-3
+    while walk.allowed().any():
+        assert not walk.error
+        tokens += 1
+        walk.add(small().encode("b").ids[0])
+    assert walk.error == "its masks take too long"
+    assert 0 < tokens < 200
+
+
+@pytest.mark.parametrize("text", ["(((a{1000}){1000}){1000}){1000}", "a{100000}", "b|(a{500}){500}", "(a|b)*a(a|b){300}"])
+def test_what_is_large_is_refused_or_ends_or_takes_little(folder, text):
+    """Whatever it is, neither compiling it nor forty of its masks may keep a core busy for long."""
+    fresh, began = Grammars(folder, VOCAB, [END]), time.process_time()
+    with contextlib.suppress(RequestError):
+        fresh.check(Constraint(REGEX, text))
+        walk = fresh.walk(Constraint(REGEX, text), [], [END])
+        for _ in range(40):
+            if not walk.allowed().any():
+                break
+            walk.add(int(np.flatnonzero(walk.allowed())[0]))
+    assert time.process_time() - began < 20
 
 
 def test_a_constraint_has_a_largest_size():
@@ -387,14 +416,13 @@ def test_tokenizers_of_every_family_are_used_or_refused_by_a_sentence(name, tmp_
     """Whatever is chosen, its text, as the tokenizer itself writes it, matches."""
     made = MADE[name]()
     save(made, tmp_path)
-    count = made.get_vocab_size()
+    end = made.token_to_id("<|eos|>") if name == "byte level" else 2
     try:
-        known = Grammars(tmp_path, count)
+        known = Grammars(tmp_path, made.get_vocab_size(), [end])
     except GrammarMissing as missing:
         assert "tokenizer.json: llguidance" in str(missing)
         assert name not in ("byte level", "byte fallback")
         return
-    end = made.token_to_id("<|eos|>") if name == "byte level" else 2
     walk, tokens, rng = known.walk(Constraint(REGEX, "the fox é?(ow|er)"), [], [end]), [], random.Random(1)
     while not (allowed := walk.allowed())[end]:
         tokens.append(rng.choice(np.flatnonzero(allowed).tolist()))
@@ -407,18 +435,18 @@ def test_without_a_tokenizer_or_with_a_broken_one_there_are_no_grammars(tmp_path
         if text is not None:
             (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(GrammarMissing, match=r"tokenizer\.json: llguidance 1\.\S+ cannot use it: "):
-            Grammars(tmp_path, 300)
+            Grammars(tmp_path, 300, [END])
 
 
 def test_without_llguidance_the_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(GrammarMissing, match="llguidance is not installed: it comes with the extra grammar"):
-        Grammars(folder, VOCAB)
+        Grammars(folder, VOCAB, [END])
 
 
 def test_only_so_many_stay_compiled(folder, monkeypatch):
     monkeypatch.setattr("engine.grammar.KEPT", 3)
-    few = Grammars(folder, VOCAB)
+    few = Grammars(folder, VOCAB, [END])
     made = []
     monkeypatch.setattr(few, "_grammar", lambda constraint, was=few._grammar: made.append(constraint.text) or was(constraint))
     for text in "a b c a d b a".split():

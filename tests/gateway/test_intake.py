@@ -173,7 +173,7 @@ def test_a_choice_is_its_text_and_nothing_else(tokenizer, text):
     made = asked(max_tokens=9, choice={"texts": [text, "other"]})
     constraint = intake(tokenizer).request(made, None, nobody)[0].sampling.constraint
     assert constraint is not None
-    walk = Grammars(DEMO, 2048).walk(constraint, tokenizer.encode(text, special=False), [1])
+    walk = Grammars(DEMO, 2048, [1]).walk(constraint, tokenizer.encode(text, special=False), [1])
     assert np.flatnonzero(walk.allowed()).tolist() == [1]
 
 
