@@ -267,9 +267,7 @@ class TorchEngine:
             )
         return sampled
 
-    def _choose(
-        self, row: Row, known: _Sequence, line: NDArray[np.float32], branch: int, allowed: Mask | None
-    ) -> int:
+    def _choose(self, row: Row, known: _Sequence, line: NDArray[np.float32], branch: int, allowed: Mask | None) -> int:
         bent = line if known.penalties is None else known.penalties.apply(line, known.made, allowed)
         if allowed is not None:
             if not allowed.any():

@@ -1,7 +1,7 @@
 """Which tokens may follow where a text must match a JSON schema, a regular expression or a grammar. No torch here.
 
-What may follow is a function of the constraint and of the tokens so far. So nothing but tokens ever travels: whoever goes
-on with a text, after a hand-off, a move, a loss or a swap, replays them, and stands exactly where the other one stood.
+What may follow is a function of the constraint and of the tokens so far. So nothing but tokens ever travels: whoever
+goes on with a text, after a hand-off, a move, a loss or a swap, replays them, and stands where the other one stood.
 
 Two rules are ours, the rest is llguidance's (the extra `grammar`):
 
@@ -125,9 +125,7 @@ class Grammars:
                 self._kept.move_to_end(constraint)
                 return found
         try:
-            found = self._inner.LLMatcher(
-                self._tokenizer, self._grammar(constraint), log_level=0, limits=self._limits
-            )
+            found = self._inner.LLMatcher(self._tokenizer, self._grammar(constraint), log_level=0, limits=self._limits)
             found.compute_bitmask()  # of some that cannot be used this is the first to know
             wrong = found.get_error() if found.is_error() else ""
         except Exception as error:

@@ -203,11 +203,11 @@ class Gateway:
             while news := await client.replies.next():
                 for index, batch in news:
                     outcome = client.replies[index].outcome if batch.last else None
-                    if outcome is not None and (error := outcome.error) is None:
+                    wrong = outcome.error if outcome is not None else None
+                    if outcome is not None and wrong is None:
                         yield self._last(client, index, batch, outcome)
                         continue
-                    if outcome is not None:
-                        failed = failed or error
+                    failed = failed or wrong
                     if batch.tokens or batch.text or batch.prompt_logprobs:
                         yield response(index, batch)
             if failed is not None:

@@ -148,7 +148,7 @@ SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
         ({"regex": "[a-z]+"}, Language.REGEX, "[a-z]+"),
         ({"grammar": 'start: "a" start | "b"'}, Language.GRAMMAR, 'start: "a" start | "b"'),
         ({"grammar": 'root ::= "a" | "b"'}, Language.GRAMMAR, 'root ::= "a" | "b"'),
-        ({"choice": {"texts": ["no", "yes\n", "é \" [x]", "no"]}}, Language.GRAMMAR, None),
+        ({"choice": {"texts": ["no", "yes\n", 'é " [x]', "no"]}}, Language.GRAMMAR, None),
     ],
 )
 def test_what_the_text_must_match_reaches_it(tokenizer, fields, language, text):
@@ -202,7 +202,7 @@ def test_what_cannot_be_matched_is_the_callers_error(tokenizer, fields, message)
 def test_without_the_extra_it_is_named_and_all_else_is_served(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     here = intake(tokenizer)
-    with pytest.raises(RequestError, match="^regex: llguidance is not installed: it comes with the extra") as error:
+    with pytest.raises(RequestError, match=r"^regex: llguidance is not installed: it comes with the extra") as error:
         here.request(asked(regex="a"), None, nobody)
     assert error.value.code == "UNIMPLEMENTED"
     assert here.request(asked(), None, nobody)

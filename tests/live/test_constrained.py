@@ -32,14 +32,17 @@ SCHEMA = {
     "required": ["name", "sizes", "kind"],
     "additionalProperties": False,
 }
-PICKY = {
+PICKY: dict[str, tuple[dict[str, Any], Constraint]] = {
     "schema": ({"json_schema": json.dumps(SCHEMA)}, Constraint(Language.JSON_SCHEMA, json.dumps(SCHEMA))),
     "regex": ({"regex": "([a-f]{2}-){3,9}[xyz]"}, Constraint(Language.REGEX, "([a-f]{2}-){3,9}[xyz]")),
     "grammar": (
         {"grammar": 'root ::= "(" root ")" | [0-9]'},
         Constraint(Language.GRAMMAR, 'root ::= "(" root ")" | [0-9]'),
     ),
-    "choice": ({"choice": {"texts": ["perhaps", "per se"]}}, Constraint(Language.GRAMMAR, 'start: "perhaps" | "per se"')),
+    "choice": (
+        {"choice": {"texts": ["perhaps", "per se"]}},
+        Constraint(Language.GRAMMAR, 'start: "perhaps" | "per se"'),
+    ),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
