@@ -279,14 +279,18 @@ def test_any_object_may_have_anything_in_it(grammars):
     assert np.flatnonzero(walk.allowed()).tolist() == [END]
 
 
-def test_white_space_between_the_parts_has_a_bound(grammars):
-    walk = grammars.walk(Constraint(JSON, '{"type": "object"}'), [], [END])
-    brace, space = small().encode("{").ids[0], small().encode(" ").ids[0]
-    walk.add(brace)
-    for _ in range(16):
-        assert walk.allowed()[space]
-        walk.add(space)
-    assert not walk.allowed()[space]
+@pytest.mark.parametrize(
+    ("spaces", "good"),
+    [("", True), (" ", True), ("\n", True), ("\r\n\t\t", True), ("\n" + " " * 32, True), ("  ", False), ("\n\n", False)]
+    + [("\n" + " " * 33, False), ("\t", False), (" \n", False)],
+)
+def test_white_space_between_the_parts_has_a_bound(grammars, spaces, good):
+    for text in (f'{{{spaces}"a":1', f'{{"a"{spaces}:1', f'{{"a":{spaces}1', f'{{"a":1{spaces}}}'):
+        walk, fits = grammars.walk(Constraint(JSON, '{"type": "object"}'), [], [END]), True
+        for token in (small().encode(char).ids[0] for char in text):
+            fits = fits and bool(walk.allowed()[token])
+            walk.add(token)
+        assert fits is good, text
 
 
 # ---------------------------------------------------------------- grammars
