@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from core.config import GatewayConfig
+from core.constraint import Constraint
 from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
@@ -184,7 +185,8 @@ class Gateway:
         try:
             most = self._router.most_tokens()
             pages = self._router.page_tokens if self._config.prefix_cache else 0
-            self._constrains(asked.WhichOneof("constraint"))
+            if (constraint := self.intake.constraint(asked)) is not None:
+                self._constrains(constraint)
             request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most, pages)
             if request.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {request.id!r} is live")
@@ -256,11 +258,11 @@ class Gateway:
             return read(*arguments, **named)
         return await asyncio.to_thread(read, *arguments, **named)
 
-    def _constrains(self, asked: str | None) -> None:
+    def _constrains(self, constraint: Constraint) -> None:
         """Refuse what a text must match, if some worker cannot see to it: the request may come to any of them."""
-        if asked is not None and (cannot := self._cannot_constrain()):
+        if cannot := self._cannot_constrain():
             why = "needs workers that compile grammars (the extra grammar; never the paced engine)"
-            raise RequestError("UNIMPLEMENTED", f"{asked}: {why}, and {', '.join(cannot)} cannot")
+            raise RequestError("UNIMPLEMENTED", f"{constraint.language}: {why}, and {', '.join(cannot)} cannot")
 
     def _cannot_constrain(self) -> list[str]:
         workers = [member for member in self._sessions.members if member.role is not Role.GATEWAY]

@@ -196,7 +196,10 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another(client):
         (openai.BadRequestError, {"messages": said("word " * 20_000)}),
         (openai.BadRequestError, {"max_tokens": 1_000_000}),
         (openai.BadRequestError, {"temperature": -1}),
-        (openai.BadRequestError, {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": NO}}}),
+        (
+            openai.BadRequestError,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": NO}}},
+        ),
         (openai.BadRequestError, {"extra_body": {"regex": "(a"}}),
     ],
 )
