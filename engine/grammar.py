@@ -52,8 +52,8 @@ EACH_S = 0.01
 MOST_SAID = 300
 """Characters of what a compiler says."""
 SPACES = r"( |\r?\n[ \t]{0,32})?"
-"""Between the parts of a JSON text: a space, or a new line and what it is indented by. Without a bound, a weak model may
-write nothing else until its tokens run out."""
+"""Between the parts of a JSON text: a space, or a new line and what it is indented by. Without a bound, a weak model
+may write nothing else until its tokens run out."""
 
 
 class GrammarMissing(BatonError):

@@ -9,10 +9,12 @@ import asyncio
 import json
 import re
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from control import cli
 from core.constraint import Constraint, Language
 from core.sampling import Sampling
 from engine.grammar import Grammars
@@ -156,6 +158,27 @@ def test_what_cannot_be_compiled_is_refused_before_anybody_works_for_it(started:
     said = [reply.details.split(":")[0] for reply in replies]
     assert said == ["json_schema", "regex", "grammar", "choice", "ignore_eos"]
     assert started.total("baton_prefill_tokens") == before
+
+
+def test_the_command_line_asks_for_it(started: Live, tmp_path: Path, capsys):
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "rules").write_text(PICKY["grammar"][0]["grammar"])
+    for name, flag in (
+        ("schema", ("--json-schema", str(tmp_path / "schema.json"))),
+        ("regex", ("--regex", PICKY["regex"][0]["regex"])),
+        ("grammar", ("--grammar", str(tmp_path / "rules"))),
+    ):
+        words = ["generate", "--gateway", started.gateway, "--max-tokens", "400", "--temperature", "1", "--seed", "9"]
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *flag, "-o", "json", "x"])
+        document = json.loads(capsys.readouterr().out)
+        assert (ended.value.code, document["end"]["finish_reason"]) == (0, "stop")
+        assert fits(name, document["text"])
+    for flag, code in ((("--regex", "(a"), 1), (("--json-schema", str(tmp_path / "none")), 2)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *flag, "x"])
+        assert ended.value.code == code
+        assert flag[0].strip("-").split("-")[0] in capsys.readouterr().err or code == 2
 
 
 def test_a_row_that_moves_and_loses_its_worker_still_matches(started: Live, reference: Reference):
