@@ -1,7 +1,8 @@
 """What texts that must match something cost: to compile, to mask, to replay, and of a decode step.
 
 The vocabulary is one of 32,000 tokens, trained here on the standard library's source; the texts are random ones that
-each constraint lets through, which is harder than what a model would write. Masks are in CPU time. Decode: a full batch of a random model, every row constrained, beside the same rows free.
+each constraint lets through, which is harder than what a model would write. Masks are in CPU time. Decode: a full batch
+of a random model, every row constrained, beside the same rows free.
 """
 
 from __future__ import annotations

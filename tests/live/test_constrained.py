@@ -54,8 +54,8 @@ KINDS: dict[str, dict[str, Any]] = {
         "min_tokens": 9, "logprobs": 2,
     },
 }  # fmt: skip
-NUMBERS = r"\[(-?[1-9][0-9]{0,2},){180}0\]"
-"""A list of 181 numbers: some 650 tokens."""
+NUMBERS = r"\[(-?[1-9][0-9]{0,2},){110}0\]"
+"""A list of 111 numbers: some 400 tokens."""
 
 
 def picky(name: str, kind: str, number: int = 0, n: int = 1) -> Case:
@@ -163,22 +163,22 @@ def test_what_cannot_be_compiled_is_refused_before_anybody_works_for_it(started:
 def test_the_command_line_asks_for_it(started: Live, tmp_path: Path, capsys):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     (tmp_path / "rules").write_text(PICKY["grammar"][0]["grammar"])
-    for name, flag in (
+    for name, asked in (
         ("schema", ("--json-schema", str(tmp_path / "schema.json"))),
         ("regex", ("--regex", PICKY["regex"][0]["regex"])),
         ("grammar", ("--grammar", str(tmp_path / "rules"))),
     ):
         words = ["generate", "--gateway", started.gateway, "--max-tokens", "400", "--temperature", "1", "--seed", "9"]
         with pytest.raises(SystemExit) as ended:
-            cli.main([*words, *flag, "-o", "json", "x"])
+            cli.main([*words, *asked, "-o", "json", "x"])
         document = json.loads(capsys.readouterr().out)
         assert (ended.value.code, document["end"]["finish_reason"]) == (0, "stop")
         assert fits(name, document["text"])
-    for flag, code in ((("--regex", "(a"), 1), (("--json-schema", str(tmp_path / "none")), 2)):
+    for flag, code, said in (("--regex", 1, "regex: unclosed group"), ("--json-schema", 2, "(a: cannot be read")):
         with pytest.raises(SystemExit) as ended:
-            cli.main([*words, *flag, "x"])
+            cli.main([*words, flag, "(a", "x"])
         assert ended.value.code == code
-        assert flag[0].strip("-").split("-")[0] in capsys.readouterr().err or code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_row_that_moves_and_loses_its_worker_still_matches(started: Live, reference: Reference):
@@ -198,6 +198,6 @@ def test_a_row_that_moves_and_loses_its_worker_still_matches(started: Live, refe
     moved = started.total("baton_rows_offered", outcome="moved")
     reply = asyncio.run(run())
     LONG.check(reply, reference)
-    assert len(json.loads(reply.text)) == 181
+    assert len(json.loads(reply.text)) == 111
     assert reply.last.attempts == 2
     started.wait_empty()
