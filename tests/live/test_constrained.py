@@ -195,9 +195,13 @@ def test_a_row_that_moves_and_loses_its_worker_still_matches(started: Live, refe
                 reply.take(response)
             return reply
 
-    moved = started.total("baton_rows_offered", outcome="moved")
-    reply = asyncio.run(run())
-    LONG.check(reply, reference)
-    assert len(json.loads(reply.text)) == 111
+    for _ in range(3):  # it may move away just before the kill
+        moved = started.total("baton_rows_offered", outcome="moved")
+        reply = asyncio.run(run())
+        LONG.check(reply, reference)
+        assert len(json.loads(reply.text)) == 111
+        if reply.last.attempts > 1:
+            break
+        started.restart(*started.deployment.ended())
     assert reply.last.attempts == 2
     started.wait_empty()
