@@ -16,10 +16,10 @@ help:
 	@echo "make protos  generate the gRPC stubs anew"
 
 venv:
-	@$(PYTHON) deploy/bootstrap.py --extra http
+	@$(PYTHON) deploy/bootstrap.py --extra http --extra grammar
 
 venv-test:
-	@$(PYTHON) deploy/bootstrap.py --extra http --extra test
+	@$(PYTHON) deploy/bootstrap.py --extra http --extra grammar --extra test
 
 demo: venv
 	@$(BIN)/python -m control.demo

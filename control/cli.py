@@ -56,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int)
     generate.add_argument("--stop", action="append", default=[], help="stop string; may be repeated")
     generate.add_argument("--ignore-eos", action="store_true")
+    matches = generate.add_mutually_exclusive_group()
+    matches.add_argument("--json-schema", metavar="FILE", help="the text must be JSON that fits this schema")
+    matches.add_argument("--regex", metavar="REGEX", help="the whole text must match this regular expression")
+    matches.add_argument("--grammar", metavar="FILE", help="the text must match this grammar (Lark's notation or GBNF)")
     generate.add_argument("--request-id", default="")
     generate.add_argument("--timeout", type=float, metavar="SECONDS")
     generate.add_argument("--waterfall", action="store_true", help="show where the time went")
@@ -289,12 +293,22 @@ def _deployment(args: argparse.Namespace) -> Any:
     return build(DeploymentConfig, values, where)
 
 
+def _text(file: str | None) -> str | None:
+    """What stands in a file, if there is to be one."""
+    try:
+        return None if file is None else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{file}: cannot be read: {error}") from error
+
+
 def _generate(args: argparse.Namespace, gateway: str, *, as_json: bool) -> int:
     from control.client import Ask, generate, waterfall
 
     text = args.prompt if args.prompt is not None else sys.stdin.read()
     names = ("model", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
-    ask = Ask(text, args.chat, args.request_id, {name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    options |= {"json_schema": _text(args.json_schema), "regex": args.regex, "grammar": _text(args.grammar)}
+    ask = Ask(text, args.chat, args.request_id, options)
     try:
         request = ask.request()
     except (ValueError, TypeError) as error:

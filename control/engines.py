@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from core.config import WorkerConfig
 from core.worker import Numerics
 from engine.api import Engine
-from engine.config import fingerprint
+from engine.config import ModelConfig, fingerprint
+from engine.grammar import GrammarMissing, Grammars
+
+log = logging.getLogger("baton.engine")
 
 Loaded = tuple[Engine, Numerics, str, int]
 """The engine, its numerics, the model's fingerprint and its context length."""
@@ -30,12 +35,23 @@ def _torch(config: WorkerConfig) -> Loaded:
         exact=config.exact,
         threads=config.threads,
         hash_logits=config.hash_logits,
+        grammars=_grammars(config.model),
     )
     cpu = torch.backends.cpu.get_cpu_capability()
     if torch.cpu._is_amx_tile_supported():
         cpu += " AMX"
     numerics = Numerics(config.exact, engine.kv.dtype, config.threads, f"{cpu}, {engine.backend}")
     return engine, numerics, fingerprint(config.model), engine.context
+
+
+def _grammars(model: str) -> Grammars | None:
+    """What makes texts match schemas and grammars, where that can be had."""
+    try:
+        known = ModelConfig.read(model)
+        return Grammars(model, known.vocab, known.eos_token_ids)
+    except GrammarMissing as missing:
+        log.info("no structured output: %s", missing)
+        return None
 
 
 def _paced(config: WorkerConfig) -> Loaded:

@@ -16,7 +16,7 @@ from control.peers import Gateways, Peers
 from core.config import WorkerConfig
 from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
-from core.messages import Cancel, Message, Offer, Prompt, ToPeer
+from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Reserve, ToPeer
 from core.pages import Owner, Pages
 from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, fell_back
 from decode.shell import DecodeShell
@@ -182,6 +182,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             migrates=config.migrate and role is Role.DECODE,
             fetches=config.fetch and role.prefills,
             costs=Costs(cost.prefill, cost.decode),
+            grammar=engine.grammar,
         )
         self._greeting = Greeting(self._base, metadata, scratch)
         self._seat(engine, role, cost)
@@ -425,6 +426,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             case Offer() | Prompt():
                 if self._prefill is None:
                     raise RemoteError(f"{gateway} offers a prompt to a {self._config.role} worker")
+                if isinstance(message, Prompt):
+                    self._engine.prepare(message.request.sampling)
                 self._driver.post("prefill", message)
             case Cancel():
                 if self._prefill is not None:
@@ -493,6 +496,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._handoff.parted(peer)
             self._changed()
         else:
+            if isinstance(message, Reserve | OfferMigration):
+                self._engine.prepare(message.request.sampling)
             self._handoff.heard(peer, message)
 
     def _peer_lost(self, peer: Identity, reason: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from core.constraint import Constraint
 from core.errors import RequestError
 
 MAX_SEED = 2**63 - 1
@@ -37,8 +38,8 @@ class Sampling:
     and after a restart. `temperature` 0 is greedy. Raises `RequestError` (INVALID_ARGUMENT) on a bad value.
 
     A token's logits go through this, in this order: `min_tokens`, `logit_bias`, `repetition_penalty`,
-    `frequency_penalty`, `presence_penalty`; then the best is taken, or, with a temperature: `temperature`, `min_p`,
-    `top_k`, `top_p`, noise.
+    `frequency_penalty`, `presence_penalty`, `constraint`; then the best is taken, or, with a temperature:
+    `temperature`, `min_p`, `top_k`, `top_p`, noise.
     """
 
     max_tokens: int
@@ -73,6 +74,8 @@ class Sampling:
     """Say how likely each chosen token and this many of the most likely were, up to `MAX_LOGPROBS`; None: nothing."""
     prompt_logprobs: int | None = None
     """The same of the prompt's tokens."""
+    constraint: Constraint | None = None
+    """What the text must match: stop tokens are chosen where it does and nowhere else, `min_tokens` notwithstanding."""
 
     def __post_init__(self) -> None:
         def bad(field: str, want: str) -> RequestError:
@@ -104,6 +107,12 @@ class Sampling:
             if asked is not None and not 0 <= asked <= MAX_LOGPROBS:
                 raise bad(field, f"0 to {MAX_LOGPROBS}")
         self._check_bias()
+        if self.constraint is not None:
+            what = self.constraint.language
+            if self.ignore_eos:
+                raise bad("ignore_eos", f"False with a {what}, because the text ends where it matches")
+            if not self.stop_token_ids:
+                raise bad("stop_token_ids", f"one at least with a {what}, because the model has no end token")
 
     def _check_bias(self) -> None:
         tokens = {token for token, _ in self.logit_bias}

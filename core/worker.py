@@ -137,6 +137,8 @@ class Member:
     lanes: tuple[Lane, ...] = field(default=())
     costs: Costs | None = None
     """As it said last, which it does seldom; None if it did not."""
+    grammar: str = ""
+    """What a worker compiles constraints with, and its version, such as "llguidance 1.9.1"; empty if it cannot."""
 
     @property
     def kv_tokens(self) -> int:

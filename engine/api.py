@@ -13,6 +13,9 @@ from typing import Protocol
 from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
 
+NO_TOKEN = -1
+"""The stop token of a text that ends because its constraint lets no token of the vocabulary follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -31,7 +34,7 @@ class Sampled:
     position: int
     token: int
     finish: str | None = None
-    """"stop" (a stop token, not part of the text), "length" (`max_tokens` or the context is full) or None."""
+    """"stop" (a stop token or `NO_TOKEN`, not part of the text), "length" (`max_tokens` or the context) or None."""
     logits_hash: int = 0
     """64-bit hash of the fp32 logits' bytes if the engine was built with `hash_logits`, else 0."""
     branch: int = 0
@@ -72,6 +75,15 @@ class Engine(Protocol):
         ...
 
     @property
+    def grammar(self) -> str:
+        """What it compiles constraints with, and its version; empty if it takes no sequence that has one."""
+        ...
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Sequences with this sampling are to come: what they need is made meanwhile. From any thread."""
+        ...
+
+    @property
     def host_pages(self) -> int:
         """Pages that fit into host memory beside the arena; 0: it keeps none there."""
         ...
@@ -93,7 +105,8 @@ class Engine(Protocol):
         """Make a sequence known: its tokens so far, of which the first `prompt` are the prompt, and its page table.
 
         The last `generated` tokens of the prompt are output of earlier attempts. They count as output for penalties,
-        and no longer for `max_tokens` and `min_tokens`. Prompt logprobs take a prompt that is stepped here in full.
+        and no longer for `max_tokens` and `min_tokens`; a constraint is about all output, theirs included. Prompt
+        logprobs take a prompt that is stepped here in full.
         """
         ...
 

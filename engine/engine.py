@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -17,10 +18,11 @@ from core.errors import LocalError, ModelError
 from core.kv import KvShape
 from core.sampling import Sampling
 from engine import backend
-from engine.api import Row, Sampled
+from engine.api import NO_TOKEN, Row, Sampled
 from engine.arena import Arena
 from engine.backend import Logits
 from engine.config import ModelConfig
+from engine.grammar import Grammars, Mask, Walk
 from engine.host import HostPool, runs
 from engine.model import Decoder
 from engine.penalties import Penalties
@@ -30,6 +32,8 @@ from engine.steps import Parts, Step, whole
 from engine.weights import Progress, load
 from kernels.batch import Batch, Segment
 from kernels.exact_attention import BLOCK_TOKENS
+
+log = logging.getLogger("baton.engine")
 
 PROMPT_LOGITS_NBYTES = 128 * 2**20
 """Logits of a prompt are computed for as many rows at a time as fit into this."""
@@ -43,6 +47,8 @@ class _Sequence(Sequence):
     """The last page (by its place in the table) whose slots behind the newest token were cleared."""
     penalties: Penalties | None = None
     """None if its logits are taken as they are."""
+    walk: Walk | None = None
+    """None if its text may be anything."""
 
 
 class TorchEngine:
@@ -54,6 +60,7 @@ class TorchEngine:
     With `exact`, a sequence's logits are bit-equal alone, batched, chunked anyhow, moved or recomputed, on workers with
     equal `threads`, CPU and `backend`. `native` allows native code where a compiler is at hand; `backend` says what
     came of it. `threads` sets torch's thread count for the whole process. `hash_logits` fills `Sampled.logits_hash`.
+    `grammars`, made for this model, let it take sequences with a constraint.
     Raises `ModelError` if the model directory cannot be served, `SetupError` if the arena cannot be had.
     """
 
@@ -71,6 +78,7 @@ class TorchEngine:
         threads: int | None = None,
         hash_logits: bool = False,
         progress: Progress | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -101,6 +109,7 @@ class TorchEngine:
             longest = min(self._kv.pages_for(self.config.context), self._arena.count)
             self._forward = backend.forward(self._model, device, longest)
         self._sampler = Sampler(self.config.vocab)
+        self._grammars = grammars
         self._sequences = Sequences(_Sequence, self._kv, self.pages, self.config.context, self.config.vocab)
 
     @property
@@ -119,6 +128,16 @@ class TorchEngine:
         if self._arena.memory is None:
             raise LocalError("arena: got a GPU's, want the host's")
         return self._arena.memory
+
+    @property
+    def grammar(self) -> str:
+        """See `engine.api`."""
+        return "" if self._grammars is None else self._grammars.version
+
+    def prepare(self, sampling: Sampling) -> None:
+        """See `engine.api`."""
+        if sampling.constraint is not None and self._grammars is not None:
+            self._grammars.prepare(sampling.constraint)
 
     @property
     def host_pages(self) -> int:
@@ -145,9 +164,14 @@ class TorchEngine:
         generated: int = 0,
     ) -> None:
         """See `engine.api`. KV of positions that are not stepped here is taken to be in the pages already."""
+        constraint = sampling.constraint
+        if constraint is not None and self._grammars is None:
+            raise LocalError(f"sequence {sequence!r}: got a {constraint.language}, and there are no grammars")
         known = self._sequences.open(sequence, tokens, pages, sampling, prompt, generated)
+        asked = prompt - generated
+        if constraint is not None and self._grammars is not None:
+            known.walk = self._grammars.walk(constraint, tokens[asked:], sampling.stop_token_ids)
         if sampling.bends:
-            asked = prompt - generated
             known.penalties = Penalties(sampling, tokens[:asked], tokens[asked:], self.config.vocab)
 
     def extend(self, sequence: str, pages: Seq[int]) -> None:
@@ -216,8 +240,9 @@ class TorchEngine:
                 self._note(row, known, lines)
             if row.stop == len(known.tokens):
                 line = next(lines)
+                allowed = known.walk.allowed() if known.walk is not None else None
                 for branch in range(known.sampling.n):
-                    chosen.append((row, known, line, branch, self._choose(row, known, line, branch)))
+                    chosen.append((row, known, line, branch, self._choose(row, known, line, branch, allowed)))
         sampled = []
         for row, known, line, branch, token in chosen:
             finish = self._sequences.finish(known, token)
@@ -225,7 +250,9 @@ class TorchEngine:
                 known.tokens.append(token)
                 if known.penalties is not None:
                     known.penalties.add(token)
-            top = known.sampling.logprobs
+                if known.walk is not None and token != NO_TOKEN:
+                    known.walk.add(token)
+            top = known.sampling.logprobs if token != NO_TOKEN else None
             sampled.append(
                 Sampled(
                     row.sequence,
@@ -240,8 +267,15 @@ class TorchEngine:
             )
         return sampled
 
-    def _choose(self, row: Row, known: _Sequence, line: NDArray[np.float32], branch: int) -> int:
-        bent = line if known.penalties is None else known.penalties.apply(line, known.made)
+    def _choose(self, row: Row, known: _Sequence, line: NDArray[np.float32], branch: int, allowed: Mask | None) -> int:
+        bent = line if known.penalties is None else known.penalties.apply(line, known.made, allowed)
+        if allowed is not None:
+            if not allowed.any():
+                failed = known.walk is not None and bool(known.walk.error)
+                what = "the compiler failed" if failed else "the grammar lets nothing follow"
+                log.warning("%s: %s after %d tokens", row.sequence, what, known.made)
+                return NO_TOKEN
+            bent = np.where(allowed, bent, np.float32(-np.inf))
         sampling = known.sampling if known.sampling.n == 1 else known.sampling.branch(branch)
         token = self._sampler.choose(bent, sampling, row.stop)
         if not np.isfinite(line[token]):

@@ -46,7 +46,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from core.errors import ModelError
+from core.errors import LocalError, ModelError
 from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
 from engine.api import Row, Sampled
@@ -199,6 +199,14 @@ class PacedEngine:
         return self._memory
 
     @property
+    def grammar(self) -> str:
+        """See `engine.api`."""
+        return ""
+
+    def prepare(self, sampling: Sampling) -> None:
+        """See `engine.api`."""
+
+    @property
     def host_pages(self) -> int:
         """See `engine.api`."""
         return self._pool.pages
@@ -223,6 +231,8 @@ class PacedEngine:
         generated: int = 0,
     ) -> None:
         """See `engine.api`. KV of positions that are not stepped here is taken to be in the pages already."""
+        if sampling.constraint is not None:
+            raise LocalError(f"sequence {sequence!r}: got a {sampling.constraint.language}, and there are no logits")
         self._sequences.open(sequence, tokens, pages, sampling, prompt, generated)
 
     def extend(self, sequence: str, pages: Seq[int]) -> None:

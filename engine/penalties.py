@@ -5,7 +5,7 @@
     x = x - f * count - p * (count > 0)    count: how often the token is in the output
 
 in fp64, rounded once and kept within the finite numbers of fp32; r, f, p are the repetition, frequency and presence
-penalty. Before `min_tokens`, stop tokens are minus infinity.
+penalty. Before `min_tokens`, stop tokens are minus infinity, unless a constraint allows nothing else.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ class Penalties:
         self._seen[place] = True
         self._made[place] += 1
 
-    def apply(self, logits: Floats, made: int) -> Floats:
-        """Logits ``[vocab]``, fp32, as the request wants them for the token after `made` generated ones."""
+    def apply(self, logits: Floats, made: int, allowed: NDArray[np.bool_] | None = None) -> Floats:
+        """Logits ``[vocab]``, fp32, as the request wants them for the token after `made` generated ones.
+
+        Of them the caller takes the `allowed` ones, all if None.
+        """
         asked, some = self._sampling, slice(self._count)
         bent = logits.copy()
         ids = self._ids[some]
@@ -79,6 +82,11 @@ class Penalties:
             count = self._made[some]
             x = x - asked.frequency_penalty * count - asked.presence_penalty * (count > 0)
         bent[ids] = np.clip(x, -LARGEST, LARGEST)
-        if made < asked.min_tokens:
+        if made < asked.min_tokens and (allowed is None or _more(allowed, self._barred)):
             bent[self._barred] = -np.inf
         return bent
+
+
+def _more(allowed: NDArray[np.bool_], barred: NDArray[np.int64]) -> bool:
+    """Whether something is allowed that is not barred."""
+    return bool(np.count_nonzero(allowed) > np.count_nonzero(allowed[barred]))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from core.errors import LocalError
 from core.kv import KvShape
 from core.sampling import Logprobs, Sampling
-from engine.api import Row
+from engine.api import NO_TOKEN, Row
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class Sequences(Generic[S]):
 
     def finish(self, known: S, token: int) -> str | None:
         """Why a sequence ends with its next token, if it does."""
-        if token in known.stops:
+        if token in known.stops or token == NO_TOKEN:
             return "stop"
         ends = known.made + 1 >= known.sampling.max_tokens or len(known.tokens) + 1 >= self._context
         return "length" if ends else None

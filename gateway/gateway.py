@@ -14,11 +14,13 @@ from typing import Any, ParamSpec, TypeVar
 import grpc
 
 from core.config import GatewayConfig
+from core.constraint import Constraint
 from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
 from core.sampling import Logprobs
 from core.standing import Standing
 from core.worker import Greeting, Identity, Member, ProcessEnded, Role
+from engine.grammar import available
 from gateway.intake import Intake, ModelFacts
 from gateway.replies import Batch, Outcome, Replies, Reply
 from gateway.service import SERVICE, InferenceService
@@ -183,6 +185,8 @@ class Gateway:
         try:
             most = self._router.most_tokens()
             pages = self._router.page_tokens if self._config.prefix_cache else 0
+            if (constraint := self.intake.constraint(asked)) is not None:
+                self._constrains(constraint)
             request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most, pages)
             if request.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {request.id!r} is live")
@@ -197,23 +201,28 @@ class Gateway:
         self._clients[counter], self._names[request.id] = client, counter
         try:
             self._driver.post("router", Arrived(counter, request))
-            failed: End | None = None
+            failed: RequestError | None = None
             while news := await client.replies.next():
                 for index, batch in news:
                     outcome = client.replies[index].outcome if batch.last else None
-                    if outcome is not None and outcome.served:
+                    wrong = outcome.error if outcome is not None else None
+                    if outcome is not None and wrong is None:
                         yield self._last(client, index, batch, outcome)
                         continue
-                    if outcome is not None:
-                        failed = outcome.end
+                    failed = failed or wrong
                     if batch.tokens or batch.text or batch.prompt_logprobs:
                         yield response(index, batch)
             if failed is not None:
-                raise RequestError(failed.code, failed.reason, retry_s=failed.retry_s)
+                raise failed
         finally:
             self._driver.post("router", ClientGone(counter, "the client left"))
             del self._clients[counter]
             del self._names[request.id]
+
+    @property
+    def constrains(self) -> bool:
+        """True if all workers can make texts match a schema or grammar, and so can we."""
+        return available() and not self._cannot_constrain()
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
@@ -240,10 +249,24 @@ class Gateway:
         *arguments: P.args,
         **named: P.kwargs,
     ) -> T:
-        """What `read` makes of a request; a large one is read on a thread, or every stream here would stand still."""
-        if request.ByteSize() < LARGE_NBYTES:
+        """What `read` makes of a request; a large one is read on a thread, or every stream here would stand still.
+
+        So is one with a grammar to compile.
+        """
+        constrained = isinstance(request, inference_pb2.GenerateRequest) and request.WhichOneof("constraint")
+        if request.ByteSize() < LARGE_NBYTES and not constrained:
             return read(*arguments, **named)
         return await asyncio.to_thread(read, *arguments, **named)
+
+    def _constrains(self, constraint: Constraint) -> None:
+        """Refuse what a text must match, if some worker cannot see to it: the request may come to any of them."""
+        if cannot := self._cannot_constrain():
+            why = "needs workers that compile grammars (the extra grammar; never the paced engine)"
+            raise RequestError("UNIMPLEMENTED", f"{constraint.language}: {why}, and {', '.join(cannot)} cannot")
+
+    def _cannot_constrain(self) -> list[str]:
+        workers = [member for member in self._sessions.members if member.role is not Role.GATEWAY]
+        return sorted(member.identity.name for member in workers if not member.grammar)
 
     def _perform(self, command: RouterCommand) -> None:
         match command:

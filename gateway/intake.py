@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.config import GatewayConfig
+from core.constraint import Constraint, Language
 from core.errors import RequestError
 from core.prefix import page_hashes
 from core.request import Request, Slo
 from core.sampling import Sampling
+from engine.grammar import GrammarMissing, Grammars
 from gateway.chat import ChatTemplate
 from gateway.text import Tokenizer
 from protos.baton.v1 import inference_pb2
@@ -19,6 +22,8 @@ from runtime import wire
 from scheduler.placement import MostTokens
 
 MAX_STOPS = 64
+MAX_CHOICES = 1024
+ANY_OBJECT = '{"type": "object"}'
 MAX_NAME = 256
 MAX_PROMPT_LOGPROBS = 65_536
 """Most numbers that are given of a prompt: about 1 MB, so that tokens do not wait long behind them."""
@@ -45,6 +50,7 @@ class Intake:
         self._facts = facts
         self._tokenizer = tokenizer
         self._chat = chat
+        self._grammars: Grammars | None = None
 
     def model(self, name: str) -> None:
         """Refuse a model that is not served; an empty name is ours."""
@@ -129,6 +135,7 @@ class Intake:
             return room if most is None else min(room, most)
 
         stops = self._stops(asked.stop)
+        constraint = self.constraint(asked)
         biased = sorted(asked.logit_bias)
         ends = () if asked.ignore_eos else self._facts.eos
         sampling = Sampling(
@@ -148,7 +155,10 @@ class Intake:
             min_tokens=asked.min_tokens,
             logprobs=asked.logprobs if asked.HasField("logprobs") else None,
             prompt_logprobs=asked.prompt_logprobs if asked.HasField("prompt_logprobs") else None,
+            constraint=constraint,
         )
+        if constraint is not None:  # last: it takes longer than all else
+            self._compiler(constraint).check(constraint)
         if sampling.prompt_logprobs is not None:
             most = MAX_PROMPT_LOGPROBS // len(prompt) - 1
             if sampling.prompt_logprobs > most:
@@ -173,6 +183,38 @@ class Intake:
         known = wire.hints_from(hints)
         request = Request(name, prompt, sampling, timeout_s, slo, known, 0, prefix, page_tokens if prefix else 0)
         return request, stops
+
+    def constraint(self, asked: inference_pb2.GenerateRequest) -> Constraint | None:
+        """What the text must match, not compiled yet."""
+        match asked.WhichOneof("constraint"):
+            case "json_schema":
+                return Constraint(Language.JSON_SCHEMA, asked.json_schema)
+            case "json_object":
+                return Constraint(Language.JSON_SCHEMA, ANY_OBJECT) if asked.json_object else None
+            case "regex":
+                return Constraint(Language.REGEX, asked.regex)
+            case "grammar":
+                return Constraint(Language.GRAMMAR, asked.grammar)
+            case "choice":
+                return self._choice(asked.choice.texts)
+            case _:
+                return None
+
+    def _choice(self, texts: Sequence[str]) -> Constraint:
+        if not 1 <= len(texts) <= MAX_CHOICES or not all(texts):
+            got = f"{len(texts)} texts" if all(texts) else "an empty text"
+            raise RequestError("INVALID_ARGUMENT", f"choice: got {got}, want 1 to {MAX_CHOICES} that are not empty")
+        written = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(texts))
+        return Constraint(Language.GRAMMAR, f"start: {written}")
+
+    def _compiler(self, constraint: Constraint) -> Grammars:
+        """Made for the first request that needs it: that takes a while, and memory."""
+        if self._grammars is None:
+            try:
+                self._grammars = Grammars(self._config.model, self._facts.vocabulary, self._facts.eos)
+            except GrammarMissing as missing:
+                raise RequestError("UNIMPLEMENTED", f"{constraint.language}: {missing}") from None
+        return self._grammars
 
     def _short(self, field: str, name: str) -> None:
         """Names travel with every offer and stand in every log line."""

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from core.errors import RequestError
 from core.request import Phase
 from core.sampling import Logprobs
+from engine.api import NO_TOKEN
 from gateway.text import TextStream
 from scheduler.router_events import End
 
@@ -39,10 +41,16 @@ class Outcome:
     """Set for the continuation that the whole request ended with."""
 
     @property
-    def served(self) -> bool:
-        """False if the client did not get what it asked for."""
-        done = self.end is None or self.end.phase is Phase.DONE
-        return done or self.stop_string is not None or self.reason == "abort"
+    def error(self) -> RequestError | None:
+        """Why the client did not get what it asked for; None if it did."""
+        if self.stop_string is not None or self.reason == "abort":
+            return None
+        if self.end is not None and self.end.phase is not Phase.DONE:
+            return RequestError(self.end.code, self.end.reason, retry_s=self.end.retry_s)
+        if self.stop_token_id == NO_TOKEN:
+            why = f"after {self.completion_tokens} tokens the model's vocabulary has none that it lets follow"
+            return RequestError("FAILED_PRECONDITION", f"constraint: {why}")
+        return None
 
 
 class Reply:

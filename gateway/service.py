@@ -56,6 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             vocabulary=facts.vocabulary,
             eos_token_ids=facts.eos,
             chat_template=self._gateway.chat_template,
+            constrains=self._gateway.constrains,
         )
 
     async def ListModels(

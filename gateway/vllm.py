@@ -48,9 +48,11 @@ WAITING = (Phase.QUEUED, Phase.OFFERED)
 REQUEST = {"request_id", "tokenized", "text", "sampling_params", "stream"}
 COPIED = ("top_k", "min_p", "frequency_penalty", "presence_penalty", "min_tokens", "ignore_eos")
 OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
+CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar")
 OF_TEXT = {"skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output"}
 SAMPLING = {
-    *COPIED, *OPTIONAL, *OF_TEXT,
+    *COPIED, *OPTIONAL, *OF_TEXT, *CONSTRAINTS, "choice",
+    "grammar_from_first_token",  # ours do, whoever asks
     "temperature", "top_p", "repetition_penalty", "n", "seed", "stop", "stop_token_ids", "logit_bias",
 }  # fmt: skip
 
@@ -86,6 +88,14 @@ def asked(request: Any) -> inference_pb2.GenerateRequest:
     )
     if sampling.HasField("seed"):
         ours.seed = sampling.seed % (MAX_SEED + 1)
+    match sampling.WhichOneof("constraint"):
+        case "choice":
+            ours.choice.texts.extend(sampling.choice.choices)
+            ours.choice.SetInParent()
+        case None:
+            pass
+        case name:
+            setattr(ours, name, getattr(sampling, name))
     match request.WhichOneof("input"):
         case "tokenized":
             ours.token_ids.ids.extend(request.tokenized.input_ids)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 
 from core import messages as m
+from core.constraint import Constraint, Language
 from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
@@ -113,6 +114,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
         fetches=member.fetches,
         lanes=[registry_lane(lane) for lane in member.lanes],
         costs=registry_costs(member.costs),
+        grammar=member.grammar,
     )
 
 
@@ -138,6 +140,7 @@ def member_from(body: registry_pb2.Member) -> Member:
         fetches=body.fetches,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
         costs=costs_from(body.costs) if body.HasField("costs") else None,
+        grammar=body.grammar,
     )
 
 
@@ -573,6 +576,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
             min_tokens=sampling.min_tokens,
             logprobs=sampling.logprobs,
             prompt_logprobs=sampling.prompt_logprobs,
+            constraint=_constraint(sampling.constraint),
         ),
         timeout_s=request.timeout_s,
         slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
@@ -582,6 +586,20 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
         prefix_page_tokens=request.prefix_page_tokens,
         alone=request.alone,
     )
+
+
+def _constraint(constraint: Constraint | None) -> common_pb2.Constraint | None:
+    if constraint is None:
+        return None
+    return common_pb2.Constraint(language=constraint.language, text=constraint.text)
+
+
+def _constraint_from(body: common_pb2.Constraint) -> Constraint:
+    try:
+        return Constraint(Language(body.language), body.text)
+    except ValueError:
+        want = [each.value for each in Language]
+        raise RemoteError(f"constraint.language: got {body.language!r}, want one of {want}") from None
 
 
 def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
@@ -603,6 +621,7 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
         min_tokens=s.min_tokens,
         logprobs=s.logprobs if s.HasField("logprobs") else None,
         prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
+        constraint=_constraint_from(s.constraint) if s.HasField("constraint") else None,
     )
     slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
     hints = _hints_from(meta.hints)

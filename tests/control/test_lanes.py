@@ -85,7 +85,7 @@ class Flaky(InProcess):
 def load(config: WorkerConfig) -> tuple[Any, Numerics, str, int]:
     """An engine that computes nothing: its memory is all that a lane needs."""
     arena = memoryview(bytearray(PAGES * SHAPE.page_nbytes))
-    engine = SimpleNamespace(kv=SHAPE, pages=PAGES, arena=arena, host_pages=0, host_pages_used=0)
+    engine = SimpleNamespace(kv=SHAPE, pages=PAGES, arena=arena, host_pages=0, host_pages_used=0, grammar="")
     return engine, Numerics(False, SHAPE.dtype, 1, "none"), "f", 100
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -13,8 +13,13 @@ from kernels import noise
 LARGEST = float(np.finfo(np.float32).max)
 
 
-def bent(logits, sampling: Sampling, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
-    """Logits after bias and penalties, in fp32; minus infinity for stop tokens before `min_tokens`."""
+def bent(
+    logits, sampling: Sampling, prompt: Sequence[int], output: Sequence[int], allowed: Collection[int] | None = None
+) -> list[float]:
+    """Logits after bias and penalties, in fp32; minus infinity for stop tokens before `min_tokens`.
+
+    And for what is not `allowed`; a stop token is barred only if something else is.
+    """
     out, biases = [], dict(sampling.logit_bias)
     for token, logit in enumerate(logits):
         x = float(logit) + biases.get(token, 0.0)
@@ -24,11 +29,11 @@ def bent(logits, sampling: Sampling, prompt: Sequence[int], output: Sequence[int
         x -= sampling.frequency_penalty * count
         x -= sampling.presence_penalty * (count > 0)
         out.append(float(np.float32(min(max(x, -LARGEST), LARGEST))))
-    stops = [token for token in sampling.stop_token_ids if token < len(out)]
-    if len(output) < sampling.min_tokens and len(stops) < len(out):
-        for token in stops:
-            out[token] = -math.inf
-    return out
+    stops = {token for token in sampling.stop_token_ids if token < len(out)}
+    left = set(range(len(out)) if allowed is None else allowed)
+    if len(output) < sampling.min_tokens and left - stops:
+        left -= stops
+    return [score if token in left else -math.inf for token, score in enumerate(out)]
 
 
 def kept(scores: Sequence[float], sampling: Sampling, top_p: float) -> list[int]:
@@ -58,10 +63,15 @@ def gumbel(seed: int, position: int, token: int) -> float:
 
 
 def choices(
-    logits, sampling: Sampling, position: int, prompt: Sequence[int] = (), output: Sequence[int] = ()
+    logits,
+    sampling: Sampling,
+    position: int,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    allowed: Collection[int] | None = None,
 ) -> set[int]:
     """The token to be chosen; two only where a token stands on the very edge of top-p, which rounding decides."""
-    scores = bent(logits, sampling, prompt, output)
+    scores = bent(logits, sampling, prompt, output, allowed)
     if sampling.greedy:
         return {max(range(len(scores)), key=lambda token: (scores[token], -token))}
     temperature, edge = max(sampling.temperature, 1e-6), 1e-12

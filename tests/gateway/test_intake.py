@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.config import GatewayConfig
+from core.constraint import Language
 from core.errors import RequestError
 from core.prefix import page_hashes
 from core.sampling import Sampling
+from engine.grammar import Grammars
 from gateway.intake import Intake, ModelFacts
 from gateway.text import Tokenizer
 from protos.baton.v1 import inference_pb2
@@ -131,6 +135,77 @@ def test_a_bad_option_is_the_callers_error_and_says_what_was_wanted(tokenizer, f
     with pytest.raises(RequestError, match=message) as error:
         intake(tokenizer).request(asked(max_tokens=70, **fields), None, nobody)
     assert error.value.code == "INVALID_ARGUMENT"
+
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "language", "text"),
+    [
+        ({"json_schema": SCHEMA}, Language.JSON_SCHEMA, SCHEMA),
+        ({"json_object": True}, Language.JSON_SCHEMA, '{"type": "object"}'),
+        ({"regex": "[a-z]+"}, Language.REGEX, "[a-z]+"),
+        ({"grammar": 'start: "a" start | "b"'}, Language.GRAMMAR, 'start: "a" start | "b"'),
+        ({"grammar": 'root ::= "a" | "b"'}, Language.GRAMMAR, 'root ::= "a" | "b"'),
+        ({"choice": {"texts": ["no", "yes\n", 'é " [x]', "no"]}}, Language.GRAMMAR, None),
+    ],
+)
+def test_what_the_text_must_match_reaches_it(tokenizer, fields, language, text):
+    request, _ = intake(tokenizer).request(asked(max_tokens=9, **fields), None, nobody)
+    constraint = request.sampling.constraint
+    assert constraint is not None
+    assert constraint.language is language
+    if text is None:
+        text = 'start: "no" | "yes\\n" | "é \\" [x]"'
+    assert constraint.text == text
+
+
+def test_an_unset_constraint_is_none(tokenizer):
+    for fields in ({}, {"json_object": False}):
+        request, _ = intake(tokenizer).request(asked(max_tokens=9, **fields), None, nobody)
+        assert request.sampling.constraint is None
+
+
+@pytest.mark.parametrize("text", ["no", "a.b*", 'é "[x]"\n', "\\d", "/x/i", "日本"])
+def test_a_choice_is_its_text_and_nothing_else(tokenizer, text):
+    """Not what its letters would mean in a grammar or in a regular expression."""
+    made = asked(max_tokens=9, choice={"texts": [text, "other"]})
+    constraint = intake(tokenizer).request(made, None, nobody)[0].sampling.constraint
+    assert constraint is not None
+    walk = Grammars(DEMO, 2048, [1]).walk(constraint, tokenizer.encode(text, special=False), [1])
+    assert np.flatnonzero(walk.allowed()).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"json_schema": "{"}, "^json_schema: ."),
+        ({"json_schema": ""}, "^json_schema: ."),
+        ({"json_schema": '{"type": "wrong"}'}, "^json_schema: .*wrong"),
+        ({"regex": "(a"}, "^regex: ."),
+        ({"grammar": "start: missing"}, "^grammar: .*missing"),
+        ({"regex": "a" * 65_537}, "^regex: got 65537 characters, want at most 65536"),
+        ({"choice": {}}, "^choice: got 0 texts, want 1 to 1024"),
+        ({"choice": {"texts": ["a"] * 1025}}, "^choice: got 1025 texts"),
+        ({"choice": {"texts": ["a", ""]}}, "^choice: got an empty text"),
+        ({"regex": "a", "ignore_eos": True}, "^ignore_eos: got True, want False with a regex"),
+    ],
+)
+def test_what_cannot_be_matched_is_the_callers_error(tokenizer, fields, message):
+    with pytest.raises(RequestError, match=message) as error:
+        intake(tokenizer).request(asked(max_tokens=70, **fields), None, nobody)
+    assert error.value.code == "INVALID_ARGUMENT"
+    assert "\n" not in error.value.message
+
+
+def test_without_the_extra_it_is_named_and_all_else_is_served(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    here = intake(tokenizer)
+    with pytest.raises(RequestError, match=r"^regex: llguidance is not installed: it comes with the extra") as error:
+        here.request(asked(regex="a"), None, nobody)
+    assert error.value.code == "UNIMPLEMENTED"
+    assert here.request(asked(), None, nobody)
 
 
 @pytest.mark.parametrize(("length", "most"), [(20, 20), (3120, 20), (3121, 19), (65536, 0)])

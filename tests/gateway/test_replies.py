@@ -9,6 +9,7 @@ import pytest
 
 from core.request import Phase
 from core.sampling import Logprobs
+from engine.api import NO_TOKEN
 from gateway.replies import Batch, Replies, Reply
 from gateway.text import TextStream, Tokenizer
 from scheduler.router_events import End
@@ -95,3 +96,30 @@ def test_what_is_new_of_any_continuation_is_read_at_once_and_each_end_once(
         assert [outcome and outcome.stop_token_id for outcome in outcomes] == [None, 9, None]
 
     asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_a_text_that_nothing_could_follow_is_an_error_and_the_others_are_not(tokenizer, ids) -> None:
+    replies = Replies([TextStream(tokenizer), TextStream(tokenizer)])
+    replies[0].deliver(ids[:2], (0, 0))
+    replies[0].end("stop", NO_TOKEN)
+    replies.end(End(1, Phase.DONE, "stop", stop_token_id=1, branch=1))
+    dead, done = (each.outcome for each in replies.all)
+    assert dead is not None
+    assert dead.error is not None
+    assert (dead.error.code, dead.completion_tokens) == ("FAILED_PRECONDITION", 2)
+    assert dead.error.message == "constraint: after 2 tokens the model's vocabulary has none that it lets follow"
+    assert done is not None
+    assert done.error is None
+
+
+def test_a_failed_request_says_why_unless_the_client_has_all_it_wanted(tokenizer, ids) -> None:
+    failed = End(1, Phase.FAILED, "no workers", "UNAVAILABLE", retry_s=1.5)
+    for stops, aborted, want in (((), False, "UNAVAILABLE"), (("a",), False, None), ((), True, None)):
+        replies = Replies([TextStream(tokenizer, stops)])
+        replies[0].aborted = aborted
+        replies[0].deliver(ids[:1], (0,))
+        replies.end(failed)
+        outcome = replies[0].outcome
+        assert outcome is not None
+        assert (outcome.error.code if outcome.error else None) == want
+        assert outcome.error is None or (outcome.error.message, outcome.error.retry_s) == ("no workers", 1.5)

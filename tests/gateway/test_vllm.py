@@ -134,6 +134,26 @@ def test_every_field_arrives():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"json_schema": '{"type": "null"}'}, {"json_schema": '{"type": "null"}'}),
+        ({"json_object": True}, {"json_object": True}),
+        ({"json_object": False}, {"json_object": False}),
+        ({"regex": "a*"}, {"regex": "a*"}),
+        ({"grammar": "root ::= a"}, {"grammar": "root ::= a"}),
+        ({"choice": pb.ChoiceConstraint(choices=["a", "b"])}, {"choice": inference_pb2.Choice(texts=["a", "b"])}),
+        ({"choice": pb.ChoiceConstraint()}, {"choice": inference_pb2.Choice()}),
+        ({"regex": "b", "grammar_from_first_token": True}, {"regex": "b"}),
+    ],
+)
+def test_what_a_text_must_match_arrives(theirs, ours):
+    plain = vllm.asked(request())
+    plain.MergeFrom(inference_pb2.GenerateRequest(**ours))
+    assert vllm.asked(request(**theirs)) == plain
+    assert plain.WhichOneof("constraint") == next(iter(ours))
+
+
 def test_a_temperature_of_zero_is_not_unset_and_a_negative_seed_is_a_seed():
     assert vllm.asked(request(temperature=0.0)).temperature == 0.0
     assert vllm.asked(request(seed=-1)).seed == 2**63 - 1
@@ -143,13 +163,7 @@ def test_a_temperature_of_zero_is_not_unset_and_a_negative_seed_is_a_seed():
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("json_schema", {"json_schema": "{}"}),
-        ("regex", {"regex": "a*"}),
-        ("grammar", {"grammar": "root ::= a"}),
         ("structural_tag", {"structural_tag": "{}"}),
-        ("json_object", {"json_object": True}),
-        ("choice", {"choice": pb.ChoiceConstraint(choices=["a"])}),
-        ("grammar_from_first_token", {"grammar_from_first_token": True}),
         ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
     ],
 )
@@ -179,8 +193,7 @@ def test_what_is_not_supported_beside_sampling_is_refused_by_its_name(name, valu
 def test_no_field_of_theirs_is_ignored():
     """A field that a new release of the stubs adds is refused until somebody decides about it."""
     known = vllm.REQUEST | vllm.SAMPLING
-    constraint = {"json_schema", "regex", "grammar", "structural_tag", "json_object", "choice"}
-    refused = constraint | {"grammar_from_first_token", "truncate_prompt_tokens", "mm_inputs", "extra_mm_inputs"}
+    refused = {"structural_tag", "truncate_prompt_tokens", "mm_inputs", "extra_mm_inputs"}
     refused |= {"media_refs", "kv_transfer_params", "kv_transfer_params_json", "data_parallel_rank"}
     theirs = {f.name for message in (pb.GenerateRequest, pb.SamplingParams) for f in message.DESCRIPTOR.fields}
     assert theirs == known | refused
@@ -344,7 +357,7 @@ def test_a_refusal_is_the_first_thing_that_is_heard(model, code, stream):
 
 def test_our_own_limits_are_refusals_before_anything_is_generated(model):
     with pytest.raises(grpc.aio.AioRpcError) as refused:
-        answers(model, request(regex="a"), piece(10), end(1))
+        answers(model, request(truncate_prompt_tokens=5), piece(10), end(1))
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

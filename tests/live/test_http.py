@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,13 @@ DEMO = ROOT / "deploy" / "demo" / "model"
 PROMPTS = [each["messages"] for each in json.loads((DEMO.parent / "prompts.json").read_text())]
 ROOM = {"kv_memory": "8M", "max_rows": 64, "page_tokens": 64, "max_queue_s": 600.0, "check": False}
 """Nothing is refused because a busy machine is slow; checking 256 requests at each event would make it slower yet."""
+SCHEMA = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer", "minimum": 0, "maximum": 99}, "sure": {"enum": ["yes", "no"]}},
+    "required": ["answer", "sure"],
+    "additionalProperties": False,
+}
+NO = {"type": "no type"}
 LONG: dict[str, Any] = {"max_tokens": 800, "extra_body": {"ignore_eos": True}}
 
 
@@ -188,14 +196,67 @@ def test_a_seed_gives_the_same_text_again_and_another_seed_another(client):
         (openai.BadRequestError, {"messages": said("word " * 20_000)}),
         (openai.BadRequestError, {"max_tokens": 1_000_000}),
         (openai.BadRequestError, {"temperature": -1}),
-        (openai.BadRequestError, {"response_format": {"type": "json_object"}}),
-        (openai.BadRequestError, {"extra_body": {"regex": "a*"}}),
+        (
+            openai.BadRequestError,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": NO}}},
+        ),
+        (openai.BadRequestError, {"extra_body": {"regex": "(a"}}),
     ],
 )
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_cannot_be_done_is_said_before_anything_else(client, error, asked, stream):
     with pytest.raises(error):
         client.chat.completions.create(**{"model": MODEL, "messages": said(SECRET), "stream": stream, **asked})
+
+
+def test_an_answer_fits_its_schema_and_is_what_the_gateway_says(live, client):
+    asked: dict[str, Any] = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    }
+    want = direct(live, PROMPTS[0], json_schema=json.dumps(SCHEMA), max_tokens=200)
+    got = client.chat.completions.create(model=MODEL, messages=PROMPTS[0], temperature=0, max_tokens=200, **asked)
+    text = got.choices[0].message.content
+    assert text == want.text
+    assert (got.choices[0].finish_reason, counts(got.usage)) == ("stop", same_counts(want))
+    found = json.loads(text)
+    assert found.keys() == {"answer", "sure"}
+    assert 0 <= found["answer"] <= 99
+    assert found["sure"] in ("yes", "no")
+    streamed = client.chat.completions.create(
+        model=MODEL, messages=PROMPTS[0], temperature=0, max_tokens=200, stream=True, **asked
+    )
+    assert "".join(choice.delta.content or "" for chunk in streamed for choice in chunk.choices) == text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "matches"),
+    [
+        ({"extra_body": {"regex": "[a-c]{3}-[0-9]{1,3}x"}}, "[a-c]{3}-[0-9]{1,3}x"),
+        ({"extra_body": {"ebnf": 'root ::= "left" | "right" root'}}, "(right)*left"),
+        ({"response_format": {"type": "json_object"}}, r"\{.*"),
+    ],
+)
+def test_an_answer_matches_in_chats_and_completions(client, theirs, matches):
+    """The last may be cut short: the demo's model knows no JSON, and a key may have any length."""
+    chat = client.chat.completions.create(
+        model=MODEL, messages=PROMPTS[1], temperature=1.0, seed=3, max_tokens=60, **theirs
+    )
+    assert re.fullmatch(matches, chat.choices[0].message.content, re.DOTALL)
+    if "extra_body" in theirs:
+        assert chat.choices[0].finish_reason == "stop"
+        plain = client.completions.create(model=MODEL, prompt="<|bos|>x", max_tokens=60, **theirs)
+        assert re.fullmatch(matches, plain.choices[0].text)
+
+
+def test_a_tool_that_is_required_gets_arguments_that_fit(client):
+    """smg makes a schema of it; what comes is smg's affair, but it parses."""
+    tool = {"type": "function", "function": {"name": "grade", "parameters": SCHEMA}}
+    got = client.chat.completions.create(
+        model=MODEL, messages=PROMPTS[0], temperature=0, max_tokens=300, tools=[tool], tool_choice="required"
+    )
+    (call,) = got.choices[0].message.tool_calls
+    assert call.function.name == "grade"
+    assert json.loads(call.function.arguments).keys() == {"answer", "sure"}
 
 
 def test_a_body_that_is_none_is_refused_and_not_logged(live):

@@ -153,6 +153,22 @@ def test_streams_wait_for_a_decode_worker_when_for_a_while_there_is_none(paced, 
     paced.wait_empty()
 
 
+def test_what_takes_logits_is_refused_with_the_names_of_those_who_have_none(paced):
+    async def run():
+        async with Client(paced.gateway) as client:
+            info = await client.stub.GetModelInfo(inference_pb2.GetModelInfoRequest())
+            refused = await client.generate(inference_pb2.GenerateRequest(text="x", max_tokens=5, regex="a"))
+            free = await client.generate(inference_pb2.GenerateRequest(text="x", max_tokens=5, json_object=False))
+            return info.constrains, refused, free
+
+    constrains, refused, free = asyncio.run(run())
+    assert not constrains
+    assert (refused.code, refused.tokens) == ("UNIMPLEMENTED", [])
+    want = "regex: needs workers that compile grammars (the extra grammar; never the paced engine), and "
+    assert refused.details == f"{want}decode-0, decode-1, prefill-0, prefill-1 cannot"
+    assert free.code == "OK", "an object that need not be one may be anything"
+
+
 def test_text_is_made_of_its_tokens(paced, reference, tokenizer):
     async def run():
         async with Client(paced.gateway) as client:

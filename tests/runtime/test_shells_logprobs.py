@@ -1,4 +1,4 @@
-"""The shells pass on what an engine says of tokens: with each, again with a repeated one, and of a prompt alone."""
+"""The shells pass on what an engine says of tokens: with each, again with a repeated one, of a prompt, and of none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from core.pages import Owner, Pages
 from core.sampling import Logprobs
 from core.worker import Identity
 from decode.shell import DecodeShell
-from engine.api import Row, Sampled
+from engine.api import NO_TOKEN, Row, Sampled
 from prefill.shell import PrefillShell
 from runtime.driver import Driver
 from runtime.jobs import JobThread
@@ -24,11 +24,12 @@ TOLD = (None, Logprobs(1, -2.0))
 
 
 class Telling(Fragile):
-    """Says how likely each token was, by its position; ends the text with its `stop`th token."""
+    """Says how likely each token was, by its position; ends the text with its `stop`th token, or where one had been."""
 
-    def __init__(self, stop: int) -> None:
+    def __init__(self, stop: int, *, dead: bool = False) -> None:
         super().__init__("nobody")
         self.stop = stop
+        self.dead = dead
         self.generated = -1
 
     def open(
@@ -43,7 +44,8 @@ class Telling(Fragile):
             prompt, _ = self.known[sample.sequence]
             finish = "stop" if sample.position - prompt + 1 == self.stop else sample.finish
             told = TOLD if sample.position == prompt else ()
-            out.append(replace(sample, finish=finish, logprobs=known(sample.position), prompt_logprobs=told))
+            said = replace(sample, finish=finish, logprobs=known(sample.position), prompt_logprobs=told)
+            out.append(replace(said, token=NO_TOKEN, logprobs=None) if self.dead and finish == "stop" else said)
         return out
 
 
@@ -78,11 +80,15 @@ def heard(seat: str, engine: Telling, start: Callable[[Driver, Pages], None]) ->
 
     asyncio.run(asyncio.wait_for(scene(), 10))
     assert not bugs
-    return [message for message in out if isinstance(message, Tokens)]
+    return [message for message in out if isinstance(message, Tokens | Finished)]
 
 
-def prefill(stop: int) -> tuple[list[Message], Telling]:
-    engine = Telling(stop)
+def told(messages: list[Message]) -> list[Message]:
+    return [message for message in messages if isinstance(message, Tokens)]
+
+
+def prefill(stop: int, *, dead: bool = False) -> tuple[list[Message], Telling]:
+    engine = Telling(stop, dead=dead)
 
     def start(driver: Driver, ledger: Pages) -> None:
         driver.post("prefill", Offer(ticket(), 6, 1, 10.0))
@@ -93,16 +99,16 @@ def prefill(stop: int) -> tuple[list[Message], Telling]:
 
 def test_a_first_token_comes_with_its_logprobs_and_the_prompts():
     messages, engine = prefill(stop=0)
-    assert messages == [Tokens(ticket(), 0, (7,), (0,), 0, (known(6),), TOLD)]
+    assert told(messages) == [Tokens(ticket(), 0, (7,), (0,), 0, (known(6),), TOLD)]
     assert engine.generated == 2
 
 
 def test_a_text_that_ends_at_once_has_only_the_prompts():
-    assert prefill(stop=1)[0] == [Tokens(ticket(), 0, (), prompt_logprobs=TOLD)]
+    assert told(prefill(stop=1)[0]) == [Tokens(ticket(), 0, (), prompt_logprobs=TOLD)]
 
 
-def test_a_decode_worker_repeats_the_first_token_with_its_logprobs():
-    engine = Telling(stop=4)
+def decode(engine: Telling) -> list[Message]:
+    """Of a first token 5, and what follows it."""
     request = replace(ask(6, 8), generated=3)
     first = First(5, 9, 0, Logprobs(5, -0.5))
 
@@ -112,8 +118,25 @@ def test_a_decode_worker_repeats_the_first_token_with_its_logprobs():
         ledger.move(ticket().key, Owner.DECODING)
         driver.post("decode", KvArrived(ticket(), request, (first,)))
 
-    assert heard("decode", engine, start) == [
+    return heard("decode", engine, start)
+
+
+def test_a_decode_worker_repeats_the_first_token_with_its_logprobs():
+    engine = Telling(stop=4)
+    assert told(decode(engine)) == [
         Tokens(ticket(), 0, (5, 7), (9, 0), 0, (Logprobs(5, -0.5), known(7))),
         Tokens(ticket(), 2, (7,), (0,), 0, (known(8),)),
     ]
     assert engine.generated == 3
+
+
+def test_where_nothing_may_follow_the_text_ends_without_a_token():
+    """Whoever has its prompt, or its last token."""
+    *tokens, last = prefill(stop=1, dead=True)[0]
+    assert tokens == [Tokens(ticket(), 0, (), prompt_logprobs=TOLD)]
+    assert isinstance(last, Finished)
+    assert (last.reason, last.completion_tokens, last.stop_token_id) == ("stop", 0, NO_TOKEN)
+    *tokens, last = decode(Telling(stop=3, dead=True))
+    assert tokens == [Tokens(ticket(), 0, (5, 7), (9, 0), 0, (Logprobs(5, -0.5), known(7)))]
+    assert isinstance(last, Finished)
+    assert (last.reason, last.completion_tokens, last.stop_token_id) == ("stop", 2, NO_TOKEN)

@@ -10,12 +10,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from core import messages as m
+from core.constraint import Constraint, Language
 from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
 from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, ProcessEnded, Role
-from protos.baton.v1 import registry_pb2, worker_pb2
+from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import wire
 from tests.cast import D1, QUICK, ask, ticket
@@ -31,7 +32,8 @@ tickets = st.builds(Ticket, identities, words, counts, identities, identities)
 hints = st.builds(Hints, st.integers(-9, 9), text, text, text, counts, text)
 penalties = st.floats(-MAX_PENALTY, MAX_PENALTY)
 asked = st.none() | st.integers(0, MAX_LOGPROBS)
-samplings = st.builds(
+constraints = st.none() | st.builds(Constraint, st.sampled_from(Language), text)
+plain = st.builds(
     Sampling,
     st.integers(50, 2**31 - 1),
     st.floats(0, 1e6),
@@ -50,6 +52,14 @@ samplings = st.builds(
     logprobs=asked,
     prompt_logprobs=asked,
 )
+
+
+def constrained(sampling: Sampling, constraint: Constraint | None) -> Sampling:
+    possible = sampling.stop_token_ids and not sampling.ignore_eos
+    return replace(sampling, constraint=constraint) if possible else sampling
+
+
+samplings = st.builds(constrained, plain, constraints)
 logs = st.floats(max_value=0, allow_nan=False)
 known = st.builds(Logprobs, counts, logs, tokens, st.lists(logs, max_size=4).map(tuple))
 slos = st.builds(Slo, seconds, seconds)
@@ -96,6 +106,7 @@ members = st.builds(
     fetches=st.booleans(),
     lanes=st.lists(lanes, max_size=2).map(tuple),
     costs=st.none() | costs,
+    grammar=text,
 )
 
 firsts = st.lists(st.builds(m.First, counts, words, counts, st.none() | known), max_size=3).map(tuple)
@@ -223,7 +234,7 @@ def test_a_cancel_drops_the_pieces_of_its_prompt():
 @QUICK
 @given(members, st.binary(max_size=20), counts)
 def test_a_greeting_comes_back_without_what_the_registry_tells(member, metadata, scratch):
-    known = replace(member, address="", metrics_address="", ready=False, lanes=(), costs=None)
+    known = replace(member, address="", metrics_address="", ready=False, lanes=(), costs=None, grammar="")
     assert wire.greeting(over(wire.hello(Greeting(member, metadata, scratch)))) == Greeting(known, metadata, scratch)
 
 
@@ -260,6 +271,12 @@ def test_an_end_comes_back_equal(ended):
 GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink="d#1")
 
 
+def constrained_by(**fields: str) -> worker_pb2.RequestMeta:
+    meta = worker_pb2.RequestMeta(sampling={"max_tokens": 1, "top_p": 1.0, "stop_token_ids": [1]})
+    meta.sampling.constraint.CopyFrom(common_pb2.Constraint(**fields))
+    return meta
+
+
 @pytest.mark.parametrize(
     "frame",
     [
@@ -271,6 +288,8 @@ GOOD = worker_pb2.Ticket(minter="g#1", counter=1, attempt=1, source="p#1", sink=
         Frame(grant=worker_pb2.Grant(ticket=worker_pb2.Ticket(minter="nobody", source="p#1", sink="d#1"))),
         Frame(prompt=worker_pb2.PromptPiece(ticket=GOOD, tokens=[1], request=worker_pb2.RequestMeta())),
         Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1])),
+        Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1], request=constrained_by(language="prolog"))),
+        Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1], request=constrained_by())),
         Frame(freeness=worker_pb2.Freeness(worker="nobody", steps=1.0)),
         Frame(moved=worker_pb2.Moved(moves=1)),
         Frame(offer_migration=worker_pb2.OfferMigration(ticket=GOOD, placed=GOOD, prompt=[1])),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/baton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"\xfb\x06\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05top_p\x18\t \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x04H\x05\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x05\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x1a\n\x03slo\x18\x0e \x01(\x0b\x32\r.baton.v1.Slo\x12\x1e\n\x05hints\x18\x0f \x01(\x0b\x32\x0f.baton.v1.Hints\x12\x12\n\x05min_p\x18\x10 \x01(\x01H\x06\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x11 \x01(\x01H\x07\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x12 \x01(\x01H\x08\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x13 \x01(\x01H\t\x88\x01\x01\x12<\n\nlogit_bias\x18\x14 \x03(\x0b\x32(.baton.v1.GenerateRequest.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x15 \x01(\x05H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x16 \x01(\x05H\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x17 \x01(\x05H\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x18 \x01(\x05H\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_n\"\xbb\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x1a\n\x03\x65nd\x18\x03 \x01(\x0b\x32\r.baton.v1.End\x12\r\n\x05index\x18\x04 \x01(\x05\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"Y\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0f\n\x07top_ids\x18\x03 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\"\x8c\x02\n\x03\x45nd\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x17\n\rstop_token_id\x18\x02 \x01(\x05H\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x05\x12\x1f\n\x06stages\x18\x07 \x03(\x0b\x32\x0f.baton.v1.Stage\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\x05\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x15\n\rlogits_hashes\x18\x0b \x03(\x06\x42\t\n\x07matched\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x94\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05\x12\x12\n\nvocabulary\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x15\n\rchat_template\x18\x06 \x01(\t\"\x13\n\x11ListModelsRequest\"$\n\x12ListModelsResponse\x12\x0e\n\x06models\x18\x01 \x03(\t\"Z\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb5\x03\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.baton.v1.AbortRequest\x1a\x17.baton.v1.AbortResponse\x12M\n\x0cGetModelInfo\x12\x1d.baton.v1.GetModelInfoRequest\x1a\x1e.baton.v1.GetModelInfoResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/baton/v1/inference.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"/\n\x04\x43hat\x12\'\n\x08messages\x18\x01 \x03(\x0b\x32\x15.baton.v1.ChatMessage\"\xff\x07\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\'\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x12.baton.v1.TokenIdsH\x00\x12\x1e\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x12\x17\n\nmax_tokens\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x18\n\x0btemperature\x18\x07 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x08 \x01(\x05H\x04\x88\x01\x01\x12\x12\n\x05top_p\x18\t \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\n \x01(\x04H\x06\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\x05\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x1a\n\x03slo\x18\x0e \x01(\x0b\x32\r.baton.v1.Slo\x12\x1e\n\x05hints\x18\x0f \x01(\x0b\x32\x0f.baton.v1.Hints\x12\x12\n\x05min_p\x18\x10 \x01(\x01H\x07\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x11 \x01(\x01H\x08\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x12 \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x13 \x01(\x01H\n\x88\x01\x01\x12<\n\nlogit_bias\x18\x14 \x03(\x0b\x32(.baton.v1.GenerateRequest.LogitBiasEntry\x12\x17\n\nmin_tokens\x18\x15 \x01(\x05H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x16 \x01(\x05H\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x17 \x01(\x05H\r\x88\x01\x01\x12\x0e\n\x01n\x18\x18 \x01(\x05H\x0e\x88\x01\x01\x12\x15\n\x0bjson_schema\x18\x19 \x01(\tH\x01\x12\x15\n\x0bjson_object\x18\x1a \x01(\x08H\x01\x12\x0f\n\x05regex\x18\x1b \x01(\tH\x01\x12\x11\n\x07grammar\x18\x1c \x01(\tH\x01\x12\"\n\x06\x63hoice\x18\x1d \x01(\x0b\x32\x10.baton.v1.ChoiceH\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x08\n\x06promptB\x0c\n\nconstraintB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_n\"\x17\n\x06\x43hoice\x12\r\n\x05texts\x18\x01 \x03(\t\"\xbb\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x1a\n\x03\x65nd\x18\x03 \x01(\x0b\x32\r.baton.v1.End\x12\r\n\x05index\x18\x04 \x01(\x05\x12)\n\x08logprobs\x18\x05 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\x12\x30\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x17.baton.v1.TokenLogprobs\"Y\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\x0f\n\x07top_ids\x18\x03 \x03(\x05\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x01\"\x8c\x02\n\x03\x45nd\x12\x15\n\rfinish_reason\x18\x01 \x01(\t\x12\x17\n\rstop_token_id\x18\x02 \x01(\x05H\x00\x12\x15\n\x0bstop_string\x18\x03 \x01(\tH\x00\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x06 \x01(\x05\x12\x1f\n\x06stages\x18\x07 \x03(\x0b\x32\x0f.baton.v1.Stage\x12\x10\n\x08\x61ttempts\x18\x08 \x01(\x05\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x15\n\rlogits_hashes\x18\x0b \x03(\x06\x42\t\n\x07matched\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\x08\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa8\x01\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x03 \x01(\x05\x12\x12\n\nvocabulary\x18\x04 \x01(\x05\x12\x15\n\reos_token_ids\x18\x05 \x03(\x05\x12\x15\n\rchat_template\x18\x06 \x01(\t\x12\x12\n\nconstrains\x18\x07 \x01(\x08\"\x13\n\x11ListModelsRequest\"$\n\x12ListModelsResponse\x12\x0e\n\x06models\x18\x01 \x03(\t\"Z\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1e\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0e.baton.v1.ChatH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t2\xb5\x03\n\x10InferenceService\x12\x43\n\x08Generate\x12\x19.baton.v1.GenerateRequest\x1a\x1a.baton.v1.GenerateResponse0\x01\x12\x38\n\x05\x41\x62ort\x12\x16.baton.v1.AbortRequest\x1a\x17.baton.v1.AbortResponse\x12M\n\x0cGetModelInfo\x12\x1d.baton.v1.GetModelInfoRequest\x1a\x1e.baton.v1.GetModelInfoResponse\x12G\n\nListModels\x12\x1b.baton.v1.ListModelsRequest\x1a\x1c.baton.v1.ListModelsResponse\x12\x41\n\x08Tokenize\x12\x19.baton.v1.TokenizeRequest\x1a\x1a.baton.v1.TokenizeResponse\x12G\n\nDetokenize\x12\x1b.baton.v1.DetokenizeRequest\x1a\x1c.baton.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,35 +41,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=146
   _globals['_CHAT']._serialized_end=193
   _globals['_GENERATEREQUEST']._serialized_start=196
-  _globals['_GENERATEREQUEST']._serialized_end=1087
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=839
-  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=887
-  _globals['_GENERATERESPONSE']._serialized_start=1090
-  _globals['_GENERATERESPONSE']._serialized_end=1277
-  _globals['_TOKENLOGPROBS']._serialized_start=1279
-  _globals['_TOKENLOGPROBS']._serialized_end=1368
-  _globals['_END']._serialized_start=1371
-  _globals['_END']._serialized_end=1639
-  _globals['_ABORTREQUEST']._serialized_start=1641
-  _globals['_ABORTREQUEST']._serialized_end=1675
-  _globals['_ABORTRESPONSE']._serialized_start=1677
-  _globals['_ABORTRESPONSE']._serialized_end=1709
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1711
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1747
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1750
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1898
-  _globals['_LISTMODELSREQUEST']._serialized_start=1900
-  _globals['_LISTMODELSREQUEST']._serialized_end=1919
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1921
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1957
-  _globals['_TOKENIZEREQUEST']._serialized_start=1959
-  _globals['_TOKENIZEREQUEST']._serialized_end=2049
-  _globals['_TOKENIZERESPONSE']._serialized_start=2051
-  _globals['_TOKENIZERESPONSE']._serialized_end=2088
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2090
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2143
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2145
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2179
-  _globals['_INFERENCESERVICE']._serialized_start=2182
-  _globals['_INFERENCESERVICE']._serialized_end=2619
+  _globals['_GENERATEREQUEST']._serialized_end=1219
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=957
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=1005
+  _globals['_CHOICE']._serialized_start=1221
+  _globals['_CHOICE']._serialized_end=1244
+  _globals['_GENERATERESPONSE']._serialized_start=1247
+  _globals['_GENERATERESPONSE']._serialized_end=1434
+  _globals['_TOKENLOGPROBS']._serialized_start=1436
+  _globals['_TOKENLOGPROBS']._serialized_end=1525
+  _globals['_END']._serialized_start=1528
+  _globals['_END']._serialized_end=1796
+  _globals['_ABORTREQUEST']._serialized_start=1798
+  _globals['_ABORTREQUEST']._serialized_end=1832
+  _globals['_ABORTRESPONSE']._serialized_start=1834
+  _globals['_ABORTRESPONSE']._serialized_end=1866
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1868
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1904
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1907
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2075
+  _globals['_LISTMODELSREQUEST']._serialized_start=2077
+  _globals['_LISTMODELSREQUEST']._serialized_end=2096
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2098
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2134
+  _globals['_TOKENIZEREQUEST']._serialized_start=2136
+  _globals['_TOKENIZEREQUEST']._serialized_end=2226
+  _globals['_TOKENIZERESPONSE']._serialized_start=2228
+  _globals['_TOKENIZERESPONSE']._serialized_end=2265
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2267
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2320
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2322
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2356
+  _globals['_INFERENCESERVICE']._serialized_start=2359
+  _globals['_INFERENCESERVICE']._serialized_end=2796
 # @@protoc_insertion_point(module_scope)

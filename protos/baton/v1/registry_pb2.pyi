@@ -28,7 +28,7 @@ class StepCosts(_message.Message):
     def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates", "costs", "fetches")
+    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates", "costs", "grammar", "fetches")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class Member(_message.Message):
     LANES_FIELD_NUMBER: _ClassVar[int]
     MIGRATES_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     FETCHES_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
@@ -64,8 +65,9 @@ class Member(_message.Message):
     lanes: _containers.RepeatedCompositeFieldContainer[Lane]
     migrates: bool
     costs: StepCosts
+    grammar: str
     fetches: bool
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ..., fetches: _Optional[bool] = ...) -> None: ...
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ..., grammar: _Optional[str] = ..., fetches: _Optional[bool] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
     __slots__ = ("member",)
