@@ -14,7 +14,7 @@ from core.request import Slo
 from core.worker import Identity, Role
 from scheduler.policies import Policy
 from sim.fleet import Build
-from sim.gaps import edges
+from sim.gaps import RATIO, edges
 from sim.loop import CHECK_EVERY, Kind, Loop
 from sim.network import Network
 from sim.outcome import Outcome, Record, Tally
@@ -39,22 +39,26 @@ class Settings:
     | gateways | 1 | | requests go round them |
     | lane | rdma-400g | | how KV moves, by the cost model's name |
     | hop_s | 0.0002 | s | a message between two processes |
+    | turn_s | 0 | s | from a policy's order to the begin of its first step |
     | lost_s | 0.025 | s | until a death is noticed |
     | load_s | 10 | s | until a worker that returns takes requests |
     | timeout_s | 600 | s | what a client waits for the whole answer |
     | max_tokens | None | tokens | what a client asks for at most; None: what the answer will come to |
     | check_every | 1000 | events | how often machines look at their invariants |
+    | gap_ratio | 1.1 | | of the edges of the gaps' histogram |
     """
 
     slo: Slo = field(default_factory=Slo)
     gateways: int = 1
     lane: str = "rdma-400g"
     hop_s: float = 0.0002
+    turn_s: float = 0.0
     lost_s: float = 0.025
     load_s: float = 10.0
     timeout_s: float = 600.0
     max_tokens: int | None = None
     check_every: int = CHECK_EVERY
+    gap_ratio: float = RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +127,8 @@ class Simulation:
             builds = [replace(build, role=Role.MIXED) for build in builds]
         self.builds = {build.name: build for build in builds}
         network = Network(loop, builds[0].cost, settings.lane, settings.hop_s)
-        self.world = World(loop, network, edges(settings.slo.gap_s), settings.slo)
+        upper = edges(settings.slo.gap_s, settings.gap_ratio)
+        self.world = World(loop, network, upper, settings.slo, settings.turn_s)
         self._over = over
         self._ended_s = 0.0
         self._first_s = self._last_s = 0.0
@@ -213,7 +218,7 @@ class Simulation:
         if len(self._prompt) < arrival.prompt:
             self._prompt = (0,) * max(arrival.prompt, 2 * len(self._prompt))
         gateway = self.gateways[self._counter % len(self.gateways)]
-        most = max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
+        most = arrival.most or max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
         prefix = page_hashes(arrival, self._page_tokens)
         prompt, answered = self._prompt[: arrival.prompt], self._answered(arrival) if self._following else ()
         gateway.ask(self._counter, arrival, prompt, prefix, most, settings.timeout_s, answered)
