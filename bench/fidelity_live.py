@@ -56,11 +56,21 @@ def workload(cv: float, seconds: float, rate: float, seed: int, cut: float = 1.0
 
 def settings(model: Path, engine: str, record: Path) -> DeploymentConfig:
     """Of the deployment that is recorded."""
-    how = {"engine": "paced", "pace": PACE, "kv_memory": "64M"} if engine == "paced" else {"kv_memory": "128M"}
+    paced = engine == "paced"
     return DeploymentConfig(
-        model=str(model), port=0, prefill=2, decode=2, page_tokens=16, chunk_tokens=2048 if engine == "paced" else 256,
-        max_rows=64, threads=1, record=str(record), **how,
-    )  # fmt: skip
+        model=str(model),
+        port=0,
+        prefill=2,
+        decode=2,
+        page_tokens=16,
+        chunk_tokens=2048 if paced else 256,
+        max_rows=64,
+        kv_memory="64M",
+        threads=1,
+        engine=engine,
+        pace=PACE,
+        record=str(record),
+    )
 
 
 async def _run(live: Live, load: Workload, seconds: float, kill: bool) -> harness.Load:
@@ -91,9 +101,9 @@ def compared(engine: str, name: str, seconds: float, scratch: Path) -> Iterator[
     progress(f"{name}: {len(load)} requests in {done.seconds:.0f} s; loops late {1e3 * done.lag_s:.1f} ms; {busy}")
     recorded = deployment(record)
     seen, said = measured(recorded.calls), predicted(recorded)
-    terms = recorded.settings
-    progress(f"  hop {1e3 * terms.hop_s:.2f} ms, turn {1e3 * terms.turn_s:.2f} ms, read {1e3 * recorded.read_s:.2f} ms")
-    progress(f"  steps measured over learned: {recorded.ratios}")
+    progress(f"  hop {1e3 * recorded.settings.hop_s:.2f} ms, read {1e3 * recorded.read_s:.2f} ms")
+    for worker, terms in recorded.terms.items():
+        progress(f"  {worker}: {terms}")
     yield Row(f"{engine}, {name}: loop lag p99", done.lag_s, None, "", "s", False)
     yield Row(f"{engine}, {name}: requests", len(load), None, "", "")
     for what, ours, theirs in (("TTFT", seen.ttft_s, said.ttft_s), ("gap", seen.gap_s, said.gap_s)):

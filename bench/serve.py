@@ -111,16 +111,26 @@ def settings(model: Path, name: str, engine: str) -> DeploymentConfig:
     """Of a deployment; colocated policies have as many workers, all of them mixed."""
     colocated = policy(name).colocated
     each = 2 if engine == "paced" else 1
-    pools = {"prefill": 0, "decode": 0, "mixed": 2 * each} if colocated else {"prefill": each, "decode": each}
-    if engine == "paced":
-        how = {"engine": "paced", "pace": PACE, "chunk_tokens": CHUNK_TOKENS, "ttft_s": SLO.ttft_s, "gap_s": SLO.gap_s}
-        how["kv_memory"] = "64M"
-    else:
-        how = {"kv_memory": "64M", "chunk_tokens": 256, "ttft_s": TORCH_SLO.ttft_s, "gap_s": TORCH_SLO.gap_s}
+    paced = engine == "paced"
+    slo = SLO if paced else TORCH_SLO
     return DeploymentConfig(
-        model=str(model), port=0, page_tokens=PAGE_TOKENS, max_rows=MAX_ROWS, threads=1, policy=name, preempt=True,
-        **pools, **how,
-    )  # fmt: skip
+        model=str(model),
+        port=0,
+        prefill=0 if colocated else each,
+        decode=0 if colocated else each,
+        mixed=2 * each if colocated else 0,
+        page_tokens=PAGE_TOKENS,
+        chunk_tokens=CHUNK_TOKENS if paced else 256,
+        max_rows=MAX_ROWS,
+        kv_memory="64M",
+        threads=1,
+        policy=name,
+        preempt=True,
+        engine=engine,
+        pace=PACE,
+        ttft_s=slo.ttft_s,
+        gap_s=slo.gap_s,
+    )
 
 
 TORCH_SLO = Slo(2.0, 0.25)

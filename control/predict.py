@@ -59,9 +59,8 @@ def assumed(recorded: Deployment) -> dict[str, Any]:
         "workers": {build.name: str(build.role) for build in recorded.builds},
         "policy": recorded.policy.name,
         "hop_s": settings.hop_s,
-        "turn_s": settings.turn_s,
         "read_s": recorded.read_s,
-        "steps_measured_over_learned": recorded.ratios,
+        "terms": {name: dataclasses.asdict(each) for name, each in recorded.terms.items()},
         "faults": [
             {"kind": type(each).__name__.lower(), **dataclasses.asdict(each)} for each in recorded.scenario.faults
         ],
@@ -103,12 +102,16 @@ def _head(path: Path, recorded: Deployment) -> Sequence[str]:
     settings, work = recorded.settings, recorded.workload
     roles = [str(build.role) for build in recorded.builds]
     fleet = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
-    ratios = [each for by in recorded.ratios.values() for each in by.values()]
-    hop_ms, turn_ms, read_ms = 1e3 * settings.hop_s, 1e3 * settings.turn_s, 1e3 * recorded.read_s
+    terms = recorded.terms.values()
+    ratios = [each for term in terms for each in (term.prefill, term.decode)]
+    turn_ms, pause_ms = (
+        1e3 * max(values) for values in zip(*((each.turn_s, each.pause_s) for each in terms), strict=True)
+    )
+    hop_ms, read_ms = 1e3 * settings.hop_s, 1e3 * recorded.read_s
     return [
         f"{path}: {len(work):,} requests in {work.span_s:.1f} s; {fleet}; policy {recorded.policy.name}",
         f"steps take {min(ratios):.3f} to {max(ratios):.3f} of what workers learned; beside them a message takes "
-        f"{hop_ms:.2f} ms, an order {turn_ms:.2f} ms, a read {read_ms:.2f} ms",
+        f"{hop_ms:.2f} ms, a read {read_ms:.2f} ms, an order at most {turn_ms:.2f} ms and {pause_ms:.2f} ms a step",
         *(
             f"{type(each).__name__.lower()} {getattr(each, 'worker', '')} at {each.at_s:.1f} s"
             for each in recorded.scenario.faults

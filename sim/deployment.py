@@ -8,16 +8,20 @@ steps, their orders and their reads took. Nothing of what was delivered is looke
 | term | is | of |
 |---|---|---|
 | steps | the model that the worker learned last, times measured / predicted over all its steps, by phase | a worker |
-| hop | the median from an offer's or an answer's sending to its taking | all |
-| turn | the mean of an order's time from decision to end, less that of its steps | all |
-| read | the median from asking for a read until it is verified, and of asking for digests | all |
+| turn, pause | a + b * steps, by least squares: an order's time from decision to end, less its steps' | a worker |
+| hop | from an offer's or an answer's sending to its taking | all |
+| read | from a prompt's end, where memory was promised by then, until all of its KV is verified, less a hop | all |
+
+The last two are means of all but the longest hundredth. Pauses between steps are part of the simulated steps. What a
+read takes has digests, polling and the memory's speed in it, and is the same for all reads.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +29,7 @@ from typing import Any, TypeVar
 from core import words
 from core.errors import SetupError, StateError
 from core.kv import KvShape
-from core.worker import Member, Role
+from core.worker import Identity, Member, Role
 from scheduler.cost import CostModel, Lane
 from scheduler.migration import MigrationConfig
 from scheduler.policies import Policy, policy
@@ -48,8 +52,7 @@ CHUNK, CHUNK_DONE = "scheduler.prefill_events:RunChunk", "scheduler.prefill_even
 SUSPEND = "scheduler.prefill_events:Suspend"
 RUN, RAN = "scheduler.decode_events:Run", "scheduler.decode_events:Ran"
 OFFER, ACCEPT = "core.messages:Offer", "core.messages:Accept"
-READ, PULLED = "transfer.sink:Read", "transfer.sink:Pulled"
-DIGEST, DIGESTED = "transfer.source:Digest", "transfer.source:Digested"
+SEALED, GRANT, ARRIVED = "transfer.source:Sealed", "core.messages:Grant", "transfer.sink:Arrived"
 
 
 @dataclass(slots=True)
@@ -60,22 +63,46 @@ class _Life:
     learned: CostModel | None = None
     steps: list[tuple[tuple[tuple[int, int], ...], int, int, float]] = field(default_factory=list)
     """Rows, batch, context and seconds."""
-    turns: list[float] = field(default_factory=list)
-    reads: list[float] = field(default_factory=list)
-    digests: list[float] = field(default_factory=list)
+    turns: list[tuple[int, float]] = field(default_factory=list)
+    """Steps of an order, and its time less theirs."""
 
 
 @dataclass(slots=True)
-class _Hops:
-    """When messages were sent and taken, by what they are; files are read one after the other, in any order."""
+class _Seen:
+    """When things happened whose other end is in another file; on the wall's clock."""
 
     sent: dict[tuple[Any, ...], float] = field(default_factory=dict)
     taken: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    """Messages, by what they are."""
+    sealed: dict[str, float] = field(default_factory=dict)
+    """Prompts that were computed to their end, by the ticket's key, as the next two."""
+    granted: dict[str, float] = field(default_factory=dict)
+    arrived: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def seconds(self) -> list[float]:
-        """Of all whose both ends are known."""
-        return [self.taken[what] - at for what, at in self.sent.items() if what in self.taken]
+    def hops(self) -> list[float]:
+        """Of all messages whose both ends are known."""
+        return [max(0.0, self.taken[what] - at) for what, at in self.sent.items() if what in self.taken]
+
+    def reads(self) -> list[float]:
+        """From the prompt's end to the KV's arrival, of those whose memory was promised by then."""
+        return [
+            self.arrived[key] - at
+            for key, at in self.sealed.items()
+            if key in self.arrived and self.granted.get(key, math.inf) <= at
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a worker's own recording says."""
+
+    prefill: float
+    decode: float
+    """Measured over predicted seconds of all its steps, of the model that it learned last; 1 without any."""
+    turn_s: float
+    """From an order to its first step."""
+    pause_s: float
+    """Between the steps of an order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +115,15 @@ class Deployment:
     policy: Policy
     settings: Settings
     scenario: Scenario
-    ratios: dict[str, dict[str, float]]
-    """Measured over predicted seconds of all steps, by worker and phase: of the model that was learned last."""
+    terms: dict[str, Terms]
+    """By worker."""
     read_s: float
 
 
 def deployment(path: Path) -> Deployment:
     """The deployment that a directory of recordings is of; SetupError where it is none that can be run again."""
     calls = calls_of(path)
-    hops = _Hops()
+    seen = _Seen()
     lives: dict[str, list[_Life]] = {}
     members: dict[str, Member] = {}
     changes: list[tuple[float, str, bool]] = []
@@ -109,35 +136,33 @@ def deployment(path: Path) -> Deployment:
         kind, offset_s = head["config"].get("process"), head["started_at"] - head["clock_at"]
         try:
             if kind == "gateway":
-                seen = _gateway(reading, offset_s, members, hops)
-                changes = seen if not gateways else changes  # they all see the same workers
+                found = _gateway(reading, offset_s, members, seen)
+                changes = found if not gateways else changes  # they all see the same workers
                 gateways.append(head["config"])
             elif kind == "worker":
                 name = head["process"].partition("#")[0]
-                lives.setdefault(name, []).append(_worker(reading, head["config"], offset_s, hops))
+                lives.setdefault(name, []).append(_worker(reading, head["config"], offset_s, seen))
         except (KeyError, TypeError, ValueError, IndexError, StateError) as error:
             raise SetupError(f"{each}: got a recording of another version of the code: {error!r}") from None
     names = [name for name in members if name in lives]
     if not names:
         raise SetupError(f"{path}: workers: got the recording of none, want the directory that all processes wrote to")
     chosen = _policy(path, lives[names[0]][0].config, gateways[0])
-    read_s = _median(each for name in names for life in lives[name] for each in life.reads)
-    read_s += _median(each for name in names for life in lives[name] for each in life.digests)
+    hop_s = _typical(seen.hops())
+    read_s = max(0.0, _typical(seen.reads()) - hop_s)
     lane = Lane(LANE, read_s, 0.0, 0.0)
-    builds, ratios = [], {}
+    builds, terms = [], {}
     for name in sorted(names):
-        build, ratios[name] = _build(members[name], lives[name], lane)
+        build, terms[name] = _build(members[name], lives[name], lane)
         builds.append(build)
     if len({build.shape.page_tokens for build in builds}) > 1:
         raise SetupError(f"{path}: page_tokens: got workers with pages of unequal size, which the simulator has not")
     begin = calls[0].at
-    turns = [each for name in names for life in lives[name] for each in life.turns]
     settings = Settings(
         slo=_commonest(call.slo for call in calls),
         gateways=len(gateways),
         lane=LANE,
-        hop_s=max(0.0, _median(hops.seconds)),
-        turn_s=statistics.fmean(turns) if turns else 0.0,
+        hop_s=hop_s,
         lost_s=0.0,
         load_s=0.0,
         timeout_s=_commonest(call.timeout_s for call in calls),
@@ -150,13 +175,13 @@ def deployment(path: Path) -> Deployment:
         chosen,
         settings,
         Scenario("as recorded", tuple(_faults(changes, {build.name for build in builds}, begin, calls[-1].at))),
-        ratios,
+        terms,
         read_s,
     )
 
 
 def _gateway(
-    reading: Iterator[tuple[int, Any]], offset_s: float, members: dict[str, Member], hops: _Hops
+    reading: Iterator[tuple[int, Any]], offset_s: float, members: dict[str, Member], seen: _Seen
 ) -> list[tuple[float, str, bool]]:
     """When which worker came and went; fills `members` with what they said last."""
     changes: list[tuple[float, str, bool]] = []
@@ -180,15 +205,15 @@ def _gateway(
                 del there[who.name]
                 changes.append((at, who.name, False))
         elif kind == ACCEPT:
-            hops.taken[ACCEPT, *_ticket(event["ticket"])] = at
+            seen.taken[ACCEPT, *_ticket(event["ticket"])] = at
         for command in commands if isinstance(commands, list) else ():
             message = command.get("message")
             if message and message["@"] == OFFER:
-                hops.sent[OFFER, *_ticket(message["ticket"])] = at
+                seen.sent[OFFER, *_ticket(message["ticket"])] = at
     return changes
 
 
-def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s: float, hops: _Hops) -> _Life:
+def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s: float, seen: _Seen) -> _Life:
     life, began = _Life(config), dict[tuple[str, Any], float]()
     """When what is under way began."""
     spent_s = 0.0
@@ -205,18 +230,18 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
             life.steps.append((tuple(map(tuple, event["rows"])), event["batch"], event["context"], took_s))
             spent_s += took_s if event["batch"] else 0.0
             if event["rows"] and chunk_s is not None:
-                life.turns.append(max(0.0, chunk_s - took_s))
+                life.turns.append((1, chunk_s - took_s))
         elif kind == CHUNK_DONE:
             start = began.pop((CHUNK, event["run_id"]), None)
             chunk_s = None if start is None else at - start
         elif kind == RAN and (start := began.pop((RUN, event["run_id"]), None)) is not None:
-            life.turns.append(max(0.0, at - start - spent_s))
-        elif kind == PULLED and (start := began.pop((READ, event["read_id"]), None)) is not None:
-            life.reads.append(at - start)
-        elif kind == DIGESTED and (start := began.pop((DIGEST, _part(event)), None)) is not None:
-            life.digests.append(at - start)
+            life.turns.append((event["steps"], at - start - spent_s))
+        elif kind == SEALED and event["firsts"] and event["carried"] is None:
+            seen.sealed[event["key"]] = at + offset_s
+        elif kind == GRANT:
+            seen.granted[_key(event["ticket"])] = at + offset_s
         elif kind == OFFER:
-            hops.taken[OFFER, *_ticket(event["ticket"])] = at + offset_s
+            seen.taken[OFFER, *_ticket(event["ticket"])] = at + offset_s
         for command in commands if isinstance(commands, list) else ():
             said = command["@"]
             if said == RUN:
@@ -227,14 +252,12 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
                 began[CHUNK, command["run_id"]] = at
             elif said == SUSPEND:
                 began.pop((CHUNK, command["run_id"]), None)
-            elif said == READ:
-                began[READ, command["read_id"]] = at
-            elif said == DIGEST:
-                began[DIGEST, _part(command)] = at
+            elif said == ARRIVED:
+                seen.arrived[_key(command["ticket"])] = at + offset_s
             elif said == REPRICED:
                 life.learned = words.read(command["cost"])
             elif machine == "prefill" and said.endswith(":Answer") and command["message"]["@"] == ACCEPT:
-                hops.sent[ACCEPT, *_ticket(command["message"]["ticket"])] = at + offset_s
+                seen.sent[ACCEPT, *_ticket(command["message"]["ticket"])] = at + offset_s
     return life
 
 
@@ -256,7 +279,7 @@ def _policy(path: Path, worker: dict[str, Any], gateway: dict[str, Any]) -> Poli
     return replace(chosen, router_config=waits, migration=moves)
 
 
-def _build(member: Member, lives: list[_Life], lane: Lane) -> tuple[Build, dict[str, float]]:
+def _build(member: Member, lives: list[_Life], lane: Lane) -> tuple[Build, Terms]:
     """A worker whose steps take what its own took."""
     assert isinstance(member.kv, KvShape)
     name = member.identity.name
@@ -272,8 +295,12 @@ def _build(member: Member, lives: list[_Life], lane: Lane) -> tuple[Build, dict[
             both[0] += took_s
             both[1] += learned.step_s(rows, batch, context)
     ratios = {phase: took_s / said_s if said_s > 0 else 1.0 for phase, (took_s, said_s) in sums.items()}
-    cost = replace(learned.at(ratios["prefill"], ratios["decode"]), lanes=(*LANES, lane))
-    return Build(name, member.role, cost, member.kv, member.pages), ratios
+    turn_s, pause_s = _line([each for life in lives for each in life.turns])
+    measured = learned.at(ratios["prefill"], ratios["decode"])
+    steps = tuple((fixed_s + pause_s, row_s, token_s) for fixed_s, row_s, token_s in measured.decode)
+    cost = replace(measured, decode=steps, lanes=(*LANES, lane))
+    terms = Terms(ratios["prefill"], ratios["decode"], turn_s, pause_s)
+    return Build(name, member.role, cost, member.kv, member.pages, turn_s=turn_s), terms
 
 
 def _faults(changes: list[tuple[float, str, bool]], names: set[str], begin: float, end: float) -> Iterator[Fault]:
@@ -286,9 +313,10 @@ def _faults(changes: list[tuple[float, str, bool]], names: set[str], begin: floa
             yield Return(at - begin, name) if up else Lose(at - begin, name)
 
 
-def _part(digest: dict[str, Any]) -> tuple[Any, ...]:
-    """Which pages of a hand-off."""
-    return digest["key"], digest["first_page"]
+def _key(ticket: dict[str, Any]) -> str:
+    """As `Ticket.key` has it."""
+    minter = ticket["minter"]
+    return f"{Identity(minter['name'], minter['incarnation'])}/{ticket['counter']}.{ticket['attempt']}"
 
 
 def _ticket(ticket: dict[str, Any]) -> tuple[Any, ...]:
@@ -297,9 +325,25 @@ def _ticket(ticket: dict[str, Any]) -> tuple[Any, ...]:
     return minter["name"], minter["incarnation"], ticket["counter"], ticket["attempt"], ticket["source"]["name"]
 
 
-def _median(values: Iterable[float]) -> float:
-    known = list(values)
-    return statistics.median(known) if known else 0.0
+def _typical(values: Iterable[float]) -> float:
+    """The mean of all but the longest hundredth, of which some waited for what had died."""
+    known = sorted(values)
+    return statistics.fmean(known[: math.ceil(0.99 * len(known))]) if known else 0.0
+
+
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """(a, b) of a + b * x, by least squares, neither below 0."""
+    if not points:
+        return 0.0, 0.0
+    xs, ys = [float(x) for x, _ in points], [y for _, y in points]
+    x, y = statistics.fmean(xs), statistics.fmean(ys)
+    spread = sum((each - x) ** 2 for each in xs)
+    if not spread:
+        return max(0.0, y), 0.0
+    slope = sum((each - x) * (other - y) for each, other in zip(xs, ys, strict=True)) / spread
+    if y < slope * x:
+        return 0.0, max(0.0, y / x)
+    return max(0.0, y - max(0.0, slope) * x), max(0.0, slope)
 
 
 def _commonest(values: Iterable[T]) -> T:

@@ -39,7 +39,6 @@ class Settings:
     | gateways | 1 | | requests go round them |
     | lane | rdma-400g | | how KV moves, by the cost model's name |
     | hop_s | 0.0002 | s | a message between two processes |
-    | turn_s | 0 | s | from a policy's order to the begin of its first step |
     | lost_s | 0.025 | s | until a death is noticed |
     | load_s | 10 | s | until a worker that returns takes requests |
     | timeout_s | 600 | s | what a client waits for the whole answer |
@@ -52,7 +51,6 @@ class Settings:
     gateways: int = 1
     lane: str = "rdma-400g"
     hop_s: float = 0.0002
-    turn_s: float = 0.0
     lost_s: float = 0.025
     load_s: float = 10.0
     timeout_s: float = 600.0
@@ -128,7 +126,7 @@ class Simulation:
         self.builds = {build.name: build for build in builds}
         network = Network(loop, builds[0].cost, settings.lane, settings.hop_s)
         upper = edges(settings.slo.gap_s, settings.gap_ratio)
-        self.world = World(loop, network, upper, settings.slo, settings.turn_s)
+        self.world = World(loop, network, upper, settings.slo)
         self._over = over
         self._ended_s = 0.0
         self._first_s = self._last_s = 0.0

@@ -49,8 +49,6 @@ class World:
     upper: Sequence[float]
     """Edges of the gaps' histogram."""
     slo: Slo
-    turn_s: float = 0.0
-    """From a policy's order to the begin of its first step."""
     records: dict[int, Record] = field(default_factory=dict)
     """Requests under way, by a counter that no two of them share, at whatever gateway."""
 
@@ -67,7 +65,7 @@ class Worker(Process):
         """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
-        self.turn_s = world.turn_s
+        self.turn_s = build.turn_s
         self.draining = False
         self.moves = build.role is Role.DECODE and policy.migration is not None
         """Rows may move from here to others and back."""
