@@ -49,8 +49,11 @@ GAP_RATIO = 1.01
 STEP_TOOK = "scheduler.learning:StepTook"
 REPRICED = "scheduler.cost:Repriced"
 CHUNK, CHUNK_DONE = "scheduler.prefill_events:RunChunk", "scheduler.prefill_events:ChunkDone"
+ANSWER = "scheduler.prefill_events:Answer"
 SUSPEND = "scheduler.prefill_events:Suspend"
-RUN, RAN = "scheduler.decode_events:Run", "scheduler.decode_events:Ran"
+RUNS = {"scheduler.decode_events:Run": "run_id", "scheduler.mixed_events:Step": "step_id"}
+RANS = {"scheduler.decode_events:Ran": "run_id", "scheduler.mixed_events:Stepped": "step_id"}
+"""Orders whose steps are told before their end, and the field that numbers them."""
 OFFER, ACCEPT = "core.messages:Offer", "core.messages:Accept"
 SEALED, GRANT, ARRIVED = "transfer.source:Sealed", "core.messages:Grant", "transfer.sink:Arrived"
 
@@ -217,7 +220,7 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
     life, began = _Life(config), dict[tuple[str, Any], float]()
     """When what is under way began."""
     spent_s = 0.0
-    """By the steps of the decode order under way."""
+    """By the steps since the last order was given."""
     chunk_s: float | None = None
     """How long the chunk took whose step is told next; None: it is none to learn from."""
     for _, entry in reading:
@@ -228,13 +231,13 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
         if kind == STEP_TOOK:
             took_s = event["seconds"]
             life.steps.append((tuple(map(tuple, event["rows"])), event["batch"], event["context"], took_s))
-            spent_s += took_s if event["batch"] else 0.0
+            spent_s += took_s
             if event["rows"] and chunk_s is not None:
                 life.turns.append((1, chunk_s - took_s))
         elif kind == CHUNK_DONE:
             start = began.pop((CHUNK, event["run_id"]), None)
             chunk_s = None if start is None else at - start
-        elif kind == RAN and (start := began.pop((RUN, event["run_id"]), None)) is not None:
+        elif kind in RANS and (start := began.pop((machine, event[RANS[kind]]), None)) is not None:
             life.turns.append((event["steps"], at - start - spent_s))
         elif kind == SEALED and event["firsts"] and event["carried"] is None:
             seen.sealed[event["key"]] = at + offset_s
@@ -244,10 +247,10 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
             seen.taken[OFFER, *_ticket(event["ticket"])] = at + offset_s
         for command in commands if isinstance(commands, list) else ():
             said = command["@"]
-            if said == RUN:
+            if said in RUNS:
                 spent_s = 0.0
                 if all(join["recompute"] is None for join in command["joining"]):
-                    began[RUN, command["run_id"]] = at
+                    began[machine, command[RUNS[said]]] = at
             elif said == CHUNK:
                 began[CHUNK, command["run_id"]] = at
             elif said == SUSPEND:
@@ -256,19 +259,20 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
                 seen.arrived[_key(command["ticket"])] = at + offset_s
             elif said == REPRICED:
                 life.learned = words.read(command["cost"])
-            elif machine == "prefill" and said.endswith(":Answer") and command["message"]["@"] == ACCEPT:
+            elif said == ANSWER and command["message"]["@"] == ACCEPT:
                 seen.sent[ACCEPT, *_ticket(command["message"]["ticket"])] = at + offset_s
     return life
 
 
 def _policy(path: Path, worker: dict[str, Any], gateway: dict[str, Any]) -> Policy:
     """As the processes sized it."""
-    if worker["role"] == Role.MIXED:
+    named = policy(worker["policy"])
+    if worker["role"] == Role.MIXED and not named.colocated:
         raise SetupError(
-            f"{path}: workers: got mixed ones, want prefill and decode workers: those do both phases in one step only "
-            "in the simulator"
+            f"{path}: workers: got mixed ones under {named.name}, want prefill and decode workers: a simulated mixed "
+            "one computes both phases in one step"
         )
-    chosen = policy(worker["policy"]).sized(
+    chosen = named.sized(
         chunk_tokens=worker["chunk_tokens"],
         max_rows=worker["max_rows"],
         max_steps=worker["max_steps"],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
+from core.sampling import Sampling
 from tests.engine.chain import Chain
-from tests.live.asks import ENDS, case
-from tests.live.cluster import Client, together
+from tests.live.asks import ENDS, case, prompt
+from tests.live.cluster import Client, ask, several, together, until
 
 SMALL = {"prefill": 0, "decode": 0, "engine": "paced", "pace": 0.3, "hash_logits": True}
 
@@ -73,4 +75,49 @@ def test_the_model_computes_both_in_one_forward(launch, model, reference):
     cases = [case(1 + 31 * n, 8 + 3 * n, 700 + n) for n in range(8)]
     for each, reply in zip(cases, ask_all(live, cases), strict=True):
         each.check(reply, reference)
+    live.stop()
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 77}], ids=["greedy", "seeded"])
+def test_each_continuation_is_what_it_is_alone(colocated, definition, options):
+    """50 tokens do not fill their pages of 16, so the last of them is copied."""
+    tokens, sampling = prompt(50, 60), Sampling(40, n=4, stop_token_ids=ENDS, **options)
+    for branch, reply in enumerate(several(colocated, ask(tokens, 40, n=4, **options))):
+        assert reply.tokens == definition.tokens(tokens, sampling.branch(branch))
+    colocated.wait_empty()
+
+
+def test_who_leaves_frees_its_pages(colocated):
+    async def run():
+        async with Client(colocated.gateway) as client:
+            going = [
+                asyncio.create_task(client.generate(case(300, 400, 800 + n, forever=True).request)) for n in range(8)
+            ]
+            await asyncio.sleep(0.3)
+            for task in going:
+                task.cancel()
+            await asyncio.gather(*going, return_exceptions=True)
+
+    asyncio.run(run())
+    colocated.wait_empty()
+
+
+def test_another_goes_on_when_one_is_killed(launch, model, definition):
+    live = launch("killed", model, mixed=2, policy="colocated-chunked", **{**SMALL, "pace": 3.0})
+    live.torn = True
+    cases = [case(30 + n, 60, 900 + n, forever=True) for n in range(8)]
+
+    async def run():
+        async with Client(live.gateway) as client:
+            going = asyncio.create_task(together(*(client.generate(each.request) for each in cases)))
+            rows = {"phase": "mixed", "state": "decoding"}
+            await asyncio.to_thread(until, lambda: live.metric("mixed-0", "baton_requests", **rows) > 0, "it decodes")
+            live.kill("mixed-0", signal.SIGKILL)
+            return await going
+
+    replies = asyncio.run(run())
+    for each, reply in zip(cases, replies, strict=True):
+        each.check(reply, definition)
+    assert max(reply.last.attempts for reply in replies) > 1
+    live.restart("mixed-0")
     live.stop()
