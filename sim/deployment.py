@@ -150,7 +150,7 @@ def deployment(path: Path) -> Deployment:
     names = [name for name in members if name in lives]
     if not names:
         raise SetupError(f"{path}: workers: got the recording of none, want the directory that all processes wrote to")
-    chosen = _policy(path, lives[names[0]][0].config, gateways[0])
+    chosen = _policy(path, [lives[name][0].config for name in names], gateways[0])
     hop_s = _typical(seen.hops())
     read_s = max(0.0, _typical(seen.reads()) - hop_s)
     lane = Lane(LANE, read_s, 0.0, 0.0)
@@ -264,10 +264,11 @@ def _worker(reading: Iterator[tuple[int, Any]], config: dict[str, Any], offset_s
     return life
 
 
-def _policy(path: Path, worker: dict[str, Any], gateway: dict[str, Any]) -> Policy:
-    """As the processes sized it."""
+def _policy(path: Path, all_of: Sequence[dict[str, Any]], gateway: dict[str, Any]) -> Policy:
+    """As the processes sized it, by the settings of all workers."""
+    worker = all_of[0]
     named = policy(worker["policy"])
-    if worker["role"] == Role.MIXED and not named.colocated:
+    if not named.colocated and any(each["role"] == Role.MIXED for each in all_of):
         raise SetupError(
             f"{path}: workers: got mixed ones under {named.name}, want prefill and decode workers: a simulated mixed "
             "one computes both phases in one step"
