@@ -6,7 +6,7 @@ Two prefill and two decode workers are recorded in three runs: steady (Poisson a
 says that the prefill workers can do), bursty (the same requests in clumps, gaps varying three times as much), and with
 a kill (a decode worker is killed in the middle and started again). Then `baton simulate --recording` is asked: with
 the recorded arrivals, lengths, workers, policy, losses, and what steps, messages, orders and reads took there, what
-are p50, p90 and p99 of the time to the first token and of the gaps? `--quick`: 15 s of each run in place of 60.
+are p50, p90 and p99 of the time to the first token and of the gaps? `--quick`: 8 s of each run in place of 60.
 
 Lengths are those of Azure's conversations, answers cut to 100 tokens; the paced engine takes PACE times as long as an
 H200 does. `--engine torch` serves a small random model, on the cores that are there: its steps vary with whatever
@@ -119,7 +119,7 @@ def main() -> None:
     flags.add_argument("--engine", choices=("paced", "torch"), default="paced")
     flags.add_argument("--keep", metavar="DIR", help="keep the recordings there, prompts included")
     options = flags.parse_args()
-    seconds = 12.0 if options.quick else 60.0
+    seconds = 8.0 if options.quick else 60.0
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         scratch = Path(options.keep or stack.enter_context(tempfile.TemporaryDirectory()))

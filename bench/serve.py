@@ -1,6 +1,6 @@
 """Serving under load: our policy, first come first served, the best shipped baseline and colocated workers, live.
 
-    python -m bench.serve [--quick] [--json FILE] [--part paced|torch] [--rate R]
+    python -m bench.serve [--quick] [--json FILE] [--part paced|torch] [--rate R] [--rounds N]
 
 Over gRPC, open loop (Poisson arrivals) and closed loop, prompts short and long in one stream: lengths are those of
 Azure's conversations (half of the prompts below 1,020 tokens, one in a hundred above 4,142), answers cut to OUTPUT
@@ -9,8 +9,8 @@ tokens. Fixed before anything was measured.
 - **paced**: four workers that are asleep for as long as an H200 would take for Llama 3.1 8B, times PACE, so that what
   is compared is who waits for whom, and this machine's two cores are no bound (what processes use is printed). Goals
   are an H200's, times PACE. The best shipped baseline, and the rate at which 90 % of its requests are good, are what
-  the simulator says of this deployment (`--rate` instead); each round runs each policy at that rate and at
-  one other, and with clients that always have one request.
+  the simulator says of this deployment (`--rate R`: R and shortest first); each round runs each policy at that rate
+  and at one other, and with clients that always have one request.
 - **torch**: a small random model, which computes, with a prefill and a decode worker on one shared core: that it
   works and what it costs here, not what scheduling gains (an idle role's core flows to the other role).
 
@@ -41,9 +41,10 @@ from sim.run import Settings, simulate
 from sim.workload import Workload, scale
 from tests.live.cluster import Live
 
-PACE = 6.0
+PACE = 8.0
 SLO = Slo(0.4 * PACE, 0.05 * PACE)
-OUTPUT = 100
+OUTPUT = 64
+"""So that a run holds many requests, and messages of tokens take a part of the gateway's core only."""
 CHUNK_TOKENS, MAX_ROWS, PAGE_TOKENS = 2048, 64, 16
 KV_TOKENS = 262_144
 """Of a paced worker: plenty."""
@@ -53,7 +54,7 @@ SECONDS = 10.0
 """Of a run, which begins at rest."""
 SEEDS = 8
 """Runs that are simulated for a point of a baseline's curve."""
-QUICK_BEST, QUICK_RATE = "shortest", 12.0
+QUICK_BEST, QUICK_RATE = "shortest", 10.0
 """With `--quick` nothing is searched."""
 COLOCATED = "colocated-chunked"
 CLIENTS = 12
@@ -157,8 +158,8 @@ class Simulated:
         return policy(name).sized(chunk_tokens=CHUNK_TOKENS, max_rows=MAX_ROWS, max_steps=16, suspends=True)
 
     def sustained(self, name: str, seconds: float) -> float:
-        """Requests a second of which 90 % are good, in runs of such a length that begin at rest, as the live ones do."""
-        low, high = 1.0, 64.0
+        """Requests a second of which 90 % are good, in runs of this length that begin at rest, as the live ones do."""
+        low, high = 4.0, 48.0
         while high / low > 1.03:
             rate = (low * high) ** 0.5
             ends = self.ran(name, [workload(rate, seconds, seed) for seed in range(SEEDS)])
@@ -206,20 +207,20 @@ def told(name: str, what: str, load: Load, slo: Slo) -> None:
     )
 
 
-def paced(quick: bool, rate: float | None, scratch: Path) -> Iterator[Row]:
+def paced(quick: bool, rate: float | None, rounds: int, scratch: Path) -> Iterator[Row]:
     """All policies on the paced engine, in turn."""
     simulated = Simulated()
-    sustained = {QUICK_BEST: QUICK_RATE}
-    if not quick:
+    sustained = {QUICK_BEST: rate or QUICK_RATE}
+    if not quick and rate is None:
         sustained = {each.name: simulated.sustained(each.name, SECONDS) for each in SHIPPED}
     best = max(sustained, key=lambda name: sustained[name])
     names = ["baton", best] if quick else list(dict.fromkeys(("baton", "fcfs", best, COLOCATED)))
-    at = rate or sustained[best]
+    at = sustained[best]
     progress(
         f"simulated goodput: {', '.join(f'{name} {found:.2f}/s' for name, found in sustained.items())}; at {at:.2f}/s"
     )
     model = harness.model(scratch)
-    rounds, seconds, closed_s = (1, 5.0, 0.0) if quick else (5, SECONDS, 4.0)
+    rounds, seconds, closed_s = (1, 5.0, 0.0) if quick else (rounds, SECONDS, 4.0)
     pools: dict[str, dict[float, Pool]] = {name: {} for name in names}
     closed: dict[str, Pool] = {name: Pool() for name in names}
     same = [workload(at, seconds, 100 + number) for number in range(rounds)]
@@ -331,12 +332,13 @@ def torch(quick: bool, scratch: Path) -> Iterator[Row]:
 def main() -> None:
     flags = parser("serve", "Serving under load: our policy, baselines and colocated workers, live.")
     flags.add_argument("--part", choices=("paced", "torch"), help="only this engine")
-    flags.add_argument("--rate", type=float, help="requests a second, instead of the best baseline's 90 %% rate")
+    flags.add_argument("--rate", type=float, help="requests a second, without a search for the best baseline's")
+    flags.add_argument("--rounds", type=int, default=5, help="of the paced part (default %(default)s)")
     options = flags.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         if options.part != "torch":
-            rows += paced(options.quick, options.rate, _fresh(Path(folder), "paced"))
+            rows += paced(options.quick, options.rate, options.rounds, _fresh(Path(folder), "paced"))
         if options.part != "paced":
             rows += torch(options.quick, _fresh(Path(folder), "torch"))
     emit("serve", rows, options.json)
