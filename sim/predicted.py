@@ -15,7 +15,7 @@ from itertools import accumulate
 from core.request import Phase
 from scheduler.policies import Policy
 from sim.deployment import Deployment
-from sim.outcome import Outcome, Record
+from sim.outcome import Outcome
 from sim.recordings import Call
 from sim.run import Simulation
 
@@ -57,9 +57,20 @@ def measured(calls: Sequence[Call]) -> Seen:
 
 def predicted(recorded: Deployment, policy: Policy | None = None) -> Seen:
     """What the simulator says, with the deployment's own policy or another one."""
-    simulation = _Pooled(recorded, policy or recorded.policy)
+    ttfts: list[float] = []
+
+    def over(one: Outcome) -> None:
+        if one.ttft_s is not None:
+            ttfts.append(one.ttft_s)
+
+    simulation = Simulation(
+        recorded.workload, recorded.builds, policy or recorded.policy, recorded.settings, recorded.scenario, over
+    )
+    upper = simulation.world.upper
+    simulation.gaps = [0] * (len(upper) + 1)
     tally = simulation.run().tally
-    upper, counts = simulation.world.upper, simulation.gaps
+    counts = simulation.gaps
+    ttfts.sort()
     return Seen(
         tally.arrived,
         tally.phases[Phase.DONE],
@@ -67,30 +78,9 @@ def predicted(recorded: Deployment, policy: Policy | None = None) -> Seen:
         tally.phases[Phase.FAILED],
         tally.retried,
         tally.tokens,
-        tuple(_nearest(sorted(simulation.ttfts), share) for share in SHARES),
+        tuple(_nearest(ttfts, share) for share in SHARES),
         tuple(_middle(counts, upper, share) for share in SHARES),
     )
-
-
-class _Pooled(Simulation):
-    """Keeps every time to a first token, and the gaps of all answers together."""
-
-    def __init__(self, recorded: Deployment, policy: Policy) -> None:
-        self.ttfts: list[float] = []
-        super().__init__(
-            recorded.workload, recorded.builds, policy, recorded.settings, recorded.scenario, self._over_one
-        )
-        self.gaps = [0] * (len(self.world.upper) + 1)
-
-    def _over_one(self, one: Outcome) -> None:
-        if one.ttft_s is not None:
-            self.ttfts.append(one.ttft_s)
-
-    def _done(self, record: Record, outcome: Outcome) -> None:
-        for bucket, count in enumerate(record.gaps or ()):
-            if count:
-                self.gaps[bucket] += count
-        super()._done(record, outcome)
 
 
 def _nearest(ordered: Sequence[float], share: float) -> float:

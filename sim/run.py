@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import add
 from typing import Any
 
 from core.errors import SetupError
@@ -121,6 +122,8 @@ class Simulation:
         self.settings = settings
         self.policy = policy
         self.tally = Tally()
+        self.gaps: list[int] | None = None
+        """Of all answers together, by bucket, if somebody wants them."""
         if policy.colocated:
             builds = [replace(build, role=Role.MIXED) for build in builds]
         self.builds = {build.name: build for build in builds}
@@ -231,6 +234,8 @@ class Simulation:
         self._due -= 1
         self._ended_s = self.loop.now
         self.tally.add(outcome)
+        if self.gaps is not None and record.gaps:
+            self.gaps = list(map(add, self.gaps, record.gaps))
         if self._over is not None:
             self._over(outcome)
         arrival = record.arrival

@@ -63,7 +63,7 @@ class Recorder:
     def config(self, process: Any) -> dict[str, Any]:
         common = {"name": process.me.name, "coordinator": "", "model": "", "served_name": "", "policy": self.name}
         if isinstance(process, Worker):
-            return {"process": "worker", **asdict(WorkerConfig(role=process.build.role, **common, **SIZES))}
+            return {"process": "worker", **asdict(WorkerConfig(role=process.build.role, **common)), **SIZES}
         return {"process": "gateway", **asdict(GatewayConfig(**common))}
 
     def around(self, process: Any, seat: Seat) -> Callable[[Any, float], list[Any]]:
@@ -113,7 +113,7 @@ def recorded(tmp_path, monkeypatch):
 
         def watched(process, machine, perform, **more):
             made = seat(process, machine, perform, **more)
-            made.on = recorder.around(process, made)
+            made.on = recorder.around(process, made)  # type: ignore[assignment]
             return made
 
         monkeypatch.setattr(Process, "seat", watched)
@@ -149,7 +149,7 @@ def test_every_term_is_read_back_and_every_first_token_is_predicted(recorded, na
     for terms in found.terms.values():
         assert terms.turn_s == pytest.approx(TURN_S, abs=1e-6)
         assert terms.pause_s == pytest.approx(0.0, abs=1e-6)
-        assert (terms.prefill, terms.decode) == (pytest.approx(1.0), pytest.approx(1.0))
+        assert (terms.prefill, terms.decode) == pytest.approx((1.0, 1.0))
     seen, said = measured(found.calls), predicted(found)
     assert said.ttft_s == pytest.approx(seen.ttft_s, abs=1e-4)
     ttfts = sorted(end.ttft_s for end in ends)
