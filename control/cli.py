@@ -143,6 +143,10 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
             return replay(args.recording, as_json=as_json)
         case "simulate":
+            if args.recording:
+                from control.predict import run as predict
+
+                return predict(args, parser().parse_args(["simulate"]), as_json=as_json)
             from control.simulate import run
 
             return run(args, as_json=as_json)
@@ -224,6 +228,11 @@ def _simulation(simulate: Verb) -> None:
         help="of it and of --rates: who comes this early is not judged",
     )
     add("--cool", type=_at_least_0, default=0.0, metavar="S", help="nor who comes this shortly before the last")
+    add(
+        "--recording",
+        metavar="DIR",
+        help="the deployment that `baton up --record DIR` wrote of: percentiles as measured in it, and as predicted",
+    )
     add("--out", metavar="DIR", help="write report.html, summary.json, requests.csv and timeline.csv there")
 
 

@@ -201,7 +201,7 @@ class Deployment:
         worker_entry: str = "control.process",
     ) -> None:
         self.config = config
-        self._policy = policies.live(config.policy)
+        self._policy = policies.live(config.policy, config.prefill + config.decode)
         self._model = model
         self._served_name = served_name
         self._say = say

@@ -81,7 +81,7 @@ class Plan:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
-        self._policies = [find(name) for name in _names(args.policy, args.compare)]
+        self._policies = [find(name) for name in names(args.policy, args.compare)]
         self._settings = Settings(slo=slo(args.slo), gateways=args.gateways, lane=args.lane, max_tokens=args.max_tokens)
         self._builds: tuple[Build, ...] = workers(
             args.workers, args.cost, page_tokens=args.page_tokens, kv=args.kv_tokens, lane=args.lane
@@ -323,7 +323,8 @@ def command(args: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _names(first: str, others: str | None) -> list[str]:
+def names(first: str, others: str | None) -> list[str]:
+    """Of policies, each once; `others` with commas between, or all."""
     listed = list(POLICIES) if others == "all" else (others or "").split(",")
     return list(dict.fromkeys(name.strip() for name in (first, *listed) if name.strip()))
 
@@ -354,16 +355,16 @@ def _event(event: object) -> str:
 
 def _tables(study: Study, walls: dict[str, float]) -> Iterator[str]:
     if study.runs:
-        yield _aligned([HEAD, *(_row(run, walls[run.policy]) for run in study.runs)])
+        yield aligned([HEAD, *(_row(run, walls[run.policy]) for run in study.runs)])
     for name, trials in study.curves.items():
         rows = [
             (f"{rate:g} {study.unit}/s", f"{100 * ours.mean:.2f}", f"{100 * by_mean.mean:.2f}")
             for rate, ours, by_mean in means(trials)
         ]
-        yield _aligned([(name, "GOOD %", "BY MEAN"), *rows])
+        yield aligned([(name, "GOOD %", "BY MEAN"), *rows])
     if study.goodputs:
         head = ("GOODPUT", f"{study.unit}/s".upper(), "± 95 %", "PER GPU", "BY MEAN", "± 95 %", "PER GPU", "RUNS")
-        yield _aligned([head, *(_sustained(name, found) for name, found in study.goodputs.items())])
+        yield aligned([head, *(_sustained(name, found) for name, found in study.goodputs.items())])
 
 
 def _sustained(name: str, found: Goodput) -> tuple[str, ...]:
@@ -394,7 +395,7 @@ def _row(run: Run, wall: float) -> tuple[str, ...]:
     )
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
+def aligned(rows: Sequence[tuple[str, ...]]) -> str:
     """Names to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

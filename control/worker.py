@@ -19,6 +19,7 @@ from core.kv import PageRun
 from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Reserve, ToPeer
 from core.pages import Owner, Pages
 from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, fell_back
+from decode.mixed_shell import MixedShell
 from decode.shell import DecodeShell
 from engine.api import Engine
 from kernels import native
@@ -216,6 +217,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
+        self._mixed: MixedShell | None = None
+        if self._policy.colocated:
+            mixed = self._of_role(engine, role).mixed(self._me, engine.kv, ledger, cost)
+            tell, thread = self._gateways.tell, self._engine_thread
+            self._mixed = MixedShell(mixed, driver, engine, thread, tell, self._stepped)
+            return
         if role.prefills:
             fetches = self._base.fetches
             prefill = self._of_role(engine, role).prefill(self._me, engine.kv, ledger, cost, fetch=fetches)
@@ -238,7 +245,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         policy = self._policy.sized(
             chunk_tokens=config.chunk_tokens,
             max_rows=config.max_rows,
-            max_steps=1 if role is Role.MIXED else config.max_steps,  # its prompts wait for the running order
+            # Else its prompts wait for the running order.
+            max_steps=1 if role is Role.MIXED and not self._policy.colocated else config.max_steps,
             suspends=config.preempt,
             host_pages=engine.host_pages,
         )
@@ -422,6 +430,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             raise RemoteError(f"{gateway} sent {type(message).__name__}")
         if message.ticket.minter != gateway:
             raise RemoteError(f"ticket of {message.ticket.minter} came from {gateway}")
+        if self._mixed is not None:
+            self._driver.post("mixed", message)
+            return
         match message:
             case Offer() | Prompt():
                 if self._prefill is None:
@@ -436,6 +447,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                     self._driver.post("decode", message)
 
     def _gateway_lost(self, gateway: Identity) -> None:
+        if self._mixed is not None:
+            self._driver.post("mixed", prefill_policy.GatewayGone(gateway))
         if self._prefill is not None:
             self._driver.post("prefill", prefill_policy.GatewayGone(gateway))
         if self._decode is not None:
@@ -610,6 +623,17 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             if isinstance(rule, PastFuture):
                 for by, count in {"lengths": rule.quick, "peak": rule.peaks}.items():
                     yield "admissions", "Promises of memory, by what showed that it suffices.", {"by": by}, float(count)
+        if self._mixed is not None:
+            mixed = self._mixed.policy
+            for stands, count in mixed.queue().items():
+                yield "requests", "Requests by phase and state.", {"phase": "mixed", "state": stands}, float(count)
+            yield "prefill_tokens", "Prompt tokens computed.", {}, float(self._mixed.computed_tokens)
+            yield (
+                "rows_retired",
+                "Rows whose memory was taken, by what became of their KV.",
+                {"how": "evicted"},
+                (float(mixed.suspensions)),
+            )
         for phase in ("prefill", "decode"):
             for quantile in QUANTILES:
                 labels = {"phase": phase, "quantile": f"{quantile:g}"}

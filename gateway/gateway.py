@@ -145,7 +145,7 @@ class Gateway:
         self._driver = Driver(bug, check=config.check)
         chosen = policies.live(config.policy)
         waits = replace(chosen.router_config, max_queue_s=config.max_queue_s)
-        self._router = replace(chosen, router_config=waits).router(me, None)
+        self._router = replace(chosen, router_config=waits).router(me, None, mixed_alone=chosen.colocated)
         self._driver.seat("router", self._router, self._perform)
         self._traces = Traces(self._router, self._driver.now)
         self.inspection = Inspection(str(me), self._driver, more=self._unread, trace=self._traced, here_only=True)

@@ -85,7 +85,9 @@ class Policy:
         preempt = self.prefill_config.preempt and suspends
         prefill = replace(self.prefill_config, chunk_tokens=chunk_tokens, max_rows=max_rows, preempt=preempt)
         decode = replace(self.decode_config, max_rows=max_rows, max_steps=max_steps, host_pages=host_pages)
-        return replace(self, prefill_config=prefill, decode_config=decode)
+        budget = max(max_rows, min(self.mixed_config.budget_tokens, chunk_tokens))
+        mixed = replace(self.mixed_config, budget_tokens=budget, max_rows=max_rows, max_steps=max_steps)
+        return replace(self, prefill_config=prefill, decode_config=decode, mixed_config=mixed)
 
     def router(self, me: Identity, cost: CostModel | None, *, mixed_alone: bool = False) -> Router:
         """A gateway's. `cost`: of a worker that does not tell its own; `mixed_alone` as in `RouterConfig`."""
@@ -227,13 +229,15 @@ def policy(name: str) -> Policy:
     return POLICIES[name]
 
 
-def live(name: str) -> Policy:
-    """The policy of that name, if a deployment of processes can run it; SetupError where it cannot."""
+def live(name: str, others: int = 0) -> Policy:
+    """The policy of that name for a deployment of processes, of which so many workers are not mixed ones.
+
+    SetupError where there is none, or where it has every worker do both phases and not every worker is there for that.
+    """
     found = policy(name)
-    if found.colocated:
-        able = ", ".join(each.name for each in POLICIES.values() if not each.colocated)
+    if found.colocated and others:
         raise SetupError(
-            f"policy: {name} has every worker compute both phases in one step, which only the simulator does so far; "
-            f"want one of {able}"
+            f"policy: {name} has every worker compute both phases in one step: got {others} prefill and decode "
+            "workers, want mixed ones only"
         )
     return found

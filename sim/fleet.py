@@ -41,6 +41,8 @@ class Build:
     pages: int
     tp: int = 1
     """Devices it takes."""
+    turn_s: float = 0.0
+    """From a policy's order to the begin of its first step."""
 
 
 def workers(

@@ -16,10 +16,10 @@ SHORTEST_S, LONGEST_S, RATIO = 2e-4, 200.0, 1.1
 """Edges of the histogram: from 0.2 ms to 200 s, each a tenth above the one before."""
 
 
-def edges(bound_s: float = 0.0) -> tuple[float, ...]:
+def edges(bound_s: float = 0.0, ratio: float = RATIO) -> tuple[float, ...]:
     """Upper edges of the buckets in seconds; `bound_s` is one of them, so that what is above it is counted exactly."""
-    count = math.ceil(math.log(LONGEST_S / SHORTEST_S) / math.log(RATIO))
-    found = [SHORTEST_S * RATIO**index for index in range(count + 1)]
+    count = math.ceil(math.log(LONGEST_S / SHORTEST_S) / math.log(ratio))
+    found = [SHORTEST_S * ratio**index for index in range(count + 1)]
     if bound_s > 0 and bound_s not in found:
         insort(found, bound_s)
     return tuple(found)

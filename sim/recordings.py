@@ -13,27 +13,52 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import SetupError
+from core.request import Slo
 from sim.workload import Arrival, Workload, blocks_of
 
 FORMAT = "baton.recording"
 
 WORKER_UP = "scheduler.router_events:WorkerUp"
+WORKER_DOWN = "scheduler.router_events:WorkerDown"
 ARRIVED = "scheduler.router_events:Arrived"
 DELIVER = "scheduler.router_events:Deliver"
+END = "scheduler.router_events:End"
 
 
 @dataclass(slots=True)
-class _Call:
+class Call:
+    """One recorded request, and what its gateway saw of it. Times are on the wall's clock, in seconds: gateways of
+    several machines share no other."""
+
     at: float
-    """On the wall's clock, in seconds: gateways of several machines share no other."""
     prompt: int
     most: int
     prefix: tuple[int, ...]
     session: str
     tenant: str
     page_tokens: int
+    slo: Slo
+    timeout_s: float
     tokens: dict[int, int] = field(default_factory=dict)
     """Delivered, by continuation."""
+    first_at: float | None = None
+    gaps: list[float] = field(default_factory=list)
+    """Between tokens of one continuation; tokens that came together have gaps of 0."""
+    last_at: dict[int, float] = field(default_factory=dict)
+    """Of the newest token, by continuation."""
+    phase: str = ""
+    """How it ended; empty: the recording ends before."""
+    attempts: int = 1
+
+    def got(self, at: float, branch: int, count: int) -> None:
+        """So many tokens were delivered."""
+        self.tokens[branch] = self.tokens.get(branch, 0) + count
+        if self.first_at is None:
+            self.first_at = at
+        if branch in self.last_at:
+            self.gaps.append(at - self.last_at[branch])
+        self.gaps += [0.0] * (count - 1)
+        self.last_at[branch] = at
 
 
 def is_recording(first: str) -> bool:
@@ -48,11 +73,25 @@ def recorded(path: Path) -> Workload:
     that it asked for. Sessions are kept by name, with their times as recorded: nothing waits for anything. Prompts that
     begin alike do so here by their pages' hashes; the part of a prompt that fills no page is nobody else's.
     """
-    paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    calls = [call for each in paths for call in _calls(each)]
-    if not calls:
+    return workload(path, calls_of(path))
+
+
+def files(path: Path) -> list[Path]:
+    """The recordings of a directory, or the one."""
+    return sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+
+
+def calls_of(path: Path) -> list[Call]:
+    """All requests of the gateways, in order of arrival; SetupError where there are none."""
+    found = [call for each in files(path) for call in _calls(each)]
+    if not found:
         raise SetupError(f"{path}: requests: got none, want at least one, as in the recording of a gateway")
-    calls.sort(key=lambda call: call.at)
+    found.sort(key=lambda call: call.at)
+    return found
+
+
+def workload(path: Path, calls: list[Call], *, asked: bool = False) -> Workload:
+    """What `recorded` returns, of calls in order of arrival; `asked`: with what each client asked for, too."""
     begin = calls[0].at
     ids: dict[int, int] = {}
     turns: dict[str, int] = {}
@@ -80,18 +119,20 @@ def recorded(path: Path) -> Workload:
                 session=call.session,
                 turn=turn,
                 tenant=call.tenant,
+                most=call.most if asked else 0,
+                slo=call.slo if asked else None,
             )
         )
     return Workload(path.name.partition(".")[0], tuple(arrivals), path.name)
 
 
-def _calls(path: Path) -> list[_Call]:
+def _calls(path: Path) -> list[Call]:
     """Of one gateway, in order of arrival; none where the recording is of another process."""
-    calls: list[_Call] = []
-    live: dict[int, _Call] = {}
+    calls: list[Call] = []
+    live: dict[int, Call] = {}
     page_tokens = 0
     clock_s = 0.0
-    for where, entry in _lines(path):
+    for where, entry in lines(path):
         try:
             if where == 1:
                 clock_s = float(entry["started_at"]) - float(entry["clock_at"])
@@ -107,19 +148,23 @@ def _calls(path: Path) -> list[_Call]:
                 live[event["counter"]] = call
                 calls.append(call)
             for command in commands if isinstance(commands, list) else ():
-                if command["@"] == DELIVER and command["counter"] in live:
-                    tokens = live[command["counter"]].tokens
-                    branch = command["branch"]
-                    tokens[branch] = tokens.get(branch, 0) + len(command["tokens"])
+                known = live.get(command["counter"]) if command["@"] in (DELIVER, END) else None
+                if known is None:
+                    continue
+                if command["@"] == END:
+                    _, known.phase = command["phase"]["enum"]
+                    known.attempts = command["attempts"]
+                elif command["tokens"]:
+                    known.got(at + clock_s, command["branch"], len(command["tokens"]))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise SetupError(f"{path}:{where}: got no line of a gateway's recording: {error!r}") from None
     return calls
 
 
-def _arrived(at: float, request: dict[str, Any], page_tokens: int) -> _Call:
-    hints, sampling = request["hints"], request["sampling"]
+def _arrived(at: float, request: dict[str, Any], page_tokens: int) -> Call:
+    hints, sampling, slo = request["hints"], request["sampling"], request["slo"]
     prefix = tuple(request["prefix"])
-    return _Call(
+    return Call(
         at,
         len(request["prompt"]),
         int(sampling["max_tokens"]),
@@ -127,10 +172,12 @@ def _arrived(at: float, request: dict[str, Any], page_tokens: int) -> _Call:
         hints["session"],
         hints["tenant"],
         page_tokens,
+        Slo(slo["ttft_s"], slo["gap_s"]),
+        float(request["timeout_s"]),
     )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+def lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Line numbers and documents; the last line of a killed process may be cut, and is left out."""
     try:
         with path.open() as file:

@@ -7,6 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import add
 from typing import Any
 
 from core.errors import SetupError
@@ -14,7 +15,7 @@ from core.request import Slo
 from core.worker import Identity, Role
 from scheduler.policies import Policy
 from sim.fleet import Build
-from sim.gaps import edges
+from sim.gaps import RATIO, edges
 from sim.loop import CHECK_EVERY, Kind, Loop
 from sim.network import Network
 from sim.outcome import Outcome, Record, Tally
@@ -44,6 +45,7 @@ class Settings:
     | timeout_s | 600 | s | what a client waits for the whole answer |
     | max_tokens | None | tokens | what a client asks for at most; None: what the answer will come to |
     | check_every | 1000 | events | how often machines look at their invariants |
+    | gap_ratio | 1.1 | | of the edges of the gaps' histogram |
     """
 
     slo: Slo = field(default_factory=Slo)
@@ -55,6 +57,7 @@ class Settings:
     timeout_s: float = 600.0
     max_tokens: int | None = None
     check_every: int = CHECK_EVERY
+    gap_ratio: float = RATIO
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +122,14 @@ class Simulation:
         self.settings = settings
         self.policy = policy
         self.tally = Tally()
+        self.gaps: list[int] | None = None
+        """Of all answers together, by bucket, if somebody wants them."""
         if policy.colocated:
             builds = [replace(build, role=Role.MIXED) for build in builds]
         self.builds = {build.name: build for build in builds}
         network = Network(loop, builds[0].cost, settings.lane, settings.hop_s)
-        self.world = World(loop, network, edges(settings.slo.gap_s), settings.slo)
+        upper = edges(settings.slo.gap_s, settings.gap_ratio)
+        self.world = World(loop, network, upper, settings.slo)
         self._over = over
         self._ended_s = 0.0
         self._first_s = self._last_s = 0.0
@@ -213,7 +219,7 @@ class Simulation:
         if len(self._prompt) < arrival.prompt:
             self._prompt = (0,) * max(arrival.prompt, 2 * len(self._prompt))
         gateway = self.gateways[self._counter % len(self.gateways)]
-        most = max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
+        most = arrival.most or max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
         prefix = page_hashes(arrival, self._page_tokens)
         prompt, answered = self._prompt[: arrival.prompt], self._answered(arrival) if self._following else ()
         gateway.ask(self._counter, arrival, prompt, prefix, most, settings.timeout_s, answered)
@@ -228,6 +234,8 @@ class Simulation:
         self._due -= 1
         self._ended_s = self.loop.now
         self.tally.add(outcome)
+        if self.gaps is not None and record.gaps:
+            self.gaps = list(map(add, self.gaps, record.gaps))
         if self._over is not None:
             self._over(outcome)
         arrival = record.arrival

@@ -65,6 +65,7 @@ class Worker(Process):
         """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
+        self.turn_s = build.turn_s
         self.draining = False
         self.moves = build.role is Role.DECODE and policy.migration is not None
         """Rows may move from here to others and back."""
@@ -198,7 +199,8 @@ class Gateway(Process):
             sampling = self._samplings[most] = Sampling(most)
         self._world.records[counter] = Record(arrival, self.loop.now, answered=answered)
         hints = Hints(session=arrival.session, tenant=arrival.tenant, program_step=arrival.turn, tool=arrival.tool)
-        request = Request(f"r{counter}", prompt, sampling, timeout_s, self._world.slo, hints, prefix=prefix)
+        goals = self._world.slo if arrival.slo is None else arrival.slo
+        request = Request(f"r{counter}", prompt, sampling, timeout_s, goals, hints, prefix=prefix)
         self.post(self._seat, routing.Arrived(counter, request))
 
     def heard(self, message: Message) -> None:
@@ -230,7 +232,6 @@ class Gateway(Process):
     def _end(self, end: routing.End) -> None:
         world = self._world
         record = world.records.pop(end.counter)
-        found = outcome(
-            record, end.phase, end.code, end.cached_tokens, end.attempts, self.loop.now, world.slo, world.upper
-        )
+        goals = world.slo if record.arrival.slo is None else record.arrival.slo
+        found = outcome(record, end.phase, end.code, end.cached_tokens, end.attempts, self.loop.now, goals, world.upper)
         self._over(record, found)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from core.errors import LocalError
+from core.request import Slo
 
 TICK_SLACK = 0.01
 """A stamp this share of a tick away from a multiple still counts as one: recorders round."""
@@ -43,6 +44,10 @@ class Arrival:
     """Who pays for it."""
     tool: str = ""
     """The tool whose answer this turn brings."""
+    most: int = 0
+    """Tokens that its client asks for at most; 0: what whoever runs it says."""
+    slo: Slo | None = None
+    """Its own goals; None: those that whoever runs it says."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.at_s < math.inf:

@@ -176,7 +176,7 @@ def test_workers_of_a_kind_are_profiled_once_and_what_was_found_is_kept(launch, 
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("colocated-chunked", "both phases in one step, which only the simulator does"),
+        ("colocated-chunked", "got 2 prefill and decode workers, want mixed ones only"),
         ("best", "want one of baton, fcfs"),
     ],
 )

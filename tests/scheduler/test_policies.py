@@ -25,12 +25,20 @@ def test_the_size_of_steps_is_the_engines_and_all_else_the_policys():
         found = each.sized(**SIZES, suspends=True)
         assert (found.prefill_config.chunk_tokens, found.prefill_config.max_rows) == (100, 7)
         assert (found.decode_config.max_rows, found.decode_config.max_steps) == (7, 3)
-        restored = replace(found, prefill_config=each.prefill_config, decode_config=each.decode_config)
+        restored = replace(
+            found,
+            prefill_config=each.prefill_config,
+            decode_config=each.decode_config,
+            mixed_config=each.mixed_config,
+        )
         assert restored == each
         assert found.prefill_config.preempt == each.prefill_config.preempt
         assert not each.sized(**SIZES, suspends=False).prefill_config.preempt
         assert found.prefill_config == replace(each.prefill_config, chunk_tokens=100, max_rows=7)
         assert found.decode_config == replace(each.decode_config, max_rows=7, max_steps=3, host_pages=0)
+        assert found.mixed_config == replace(each.mixed_config, budget_tokens=100, max_rows=7, max_steps=3)
+    wide = policy("colocated-chunked").sized(chunk_tokens=5, max_rows=7, max_steps=3, suspends=True)
+    assert wide.mixed_config.budget_tokens == 7, "a token for each row at least"
 
 
 def test_ours_is_two_queues_forecast_memory_capped_gaps_and_two_candidates():
@@ -55,9 +63,10 @@ def test_a_baseline_has_none_of_it():
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_runs_live_is_what_does_not_need_both_phases_in_one_step(name):
+def test_every_policy_runs_live_where_the_workers_are_for_it(name):
+    assert live(name) is policy(name)
     if policy(name).colocated:
-        with pytest.raises(SetupError, match=f"policy: {name} has every worker compute both phases in one step"):
-            live(name)
+        with pytest.raises(SetupError, match=f"policy: {name} has every worker compute both phases in one step: got 3"):
+            live(name, 3)
     else:
-        assert live(name) is policy(name)
+        assert live(name, 3) is policy(name)
