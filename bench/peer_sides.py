@@ -78,9 +78,11 @@ class Ours:
     def __init__(self, model: Path, scratch: Path, dtype: str, spare: bool = False) -> None:
         config = DeploymentConfig(
             model=str(model), port=0, kv_memory=f"{KV_GIB}G", threads=1, max_rows=MAX_ROWS, dtype=dtype,
-            prefix_cache=False, mixed=int(spare), transport="nixl",
+            prefix_cache=False, mixed=int(spare), transport="nixl", max_queue_s=600.0,
         )  # fmt: skip
-        self._live = Live(config, model, scratch / f"ours-{model.name}-{'spare' if spare else 'alone'}.log")
+        log = scratch / f"ours-{model.name}-{'spare' if spare else 'alone'}.log"
+        # What an earlier start has learned of this machine's steps, busy or not, must not matter here.
+        self._live = Live(config, model, log, env={"BATON_CACHE": str(scratch / "cache")})
         self._channel: grpc.aio.Channel | None = None
 
     def start(self) -> None:
@@ -181,8 +183,8 @@ class Server:
             "kv_connector_extra_config": {"kv_lease_duration": LEASE_S, "num_threads": 0},
         }
         words = [
-            "taskset", "-c", str(core), str(peer_env.python(self.env)), "-m", "vllm.entrypoints.openai.api_server",
-            "--model", str(self.model), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port),
+            "taskset", "-c", str(core), str(self.env / "bin" / "vllm"), "serve", str(self.model),
+            "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", self.dtype, "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", str(CONTEXT),
             "--max-num-seqs", str(MAX_ROWS), "--block-size", "128", "--no-enable-prefix-caching",
             "--distributed-executor-backend", "mp", "--kv-transfer-config", json.dumps(transfer),

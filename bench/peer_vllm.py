@@ -5,11 +5,13 @@
     python -m bench.peer_vllm --quick                    the small model, few requests, nothing compiled, no faults
 
 The same random models, the same request lists (bench/peer_load.py), the same client; docs/peers.md says what is
-compared and what is not. Sections are c1, c4, c16 (so many clients that always have a request each), open (Poisson, at
-60 % of the requests that the peer did in c16) and the faults of bench/peer_faults.py. Both deployments stay up while a
-model is measured, and take turns, so that what the machine does meanwhile meets both; who is not asked idles, and what
-that and everything else took of the cores is reported. With ``--only`` and ``--json`` the new rows replace those
-of the same name in the file.
+compared and what is not. Both sides compute in bf16 where this CPU multiplies it, else in fp32: without AVX-512 either
+takes several times as long in bf16.
+
+Sections are c1, c4, c16 (so many clients that always have a request each), open (Poisson, at 60 % of the requests that
+the peer did in c16) and the faults of bench/peer_faults.py. Both deployments stay up while a model is measured, and
+take turns, so that what the machine does meanwhile meets both; who is not asked idles, and what everybody else took of
+the cores is reported. With ``--only`` and ``--json`` the new rows replace those of the same name in the file.
 
 The peer has its own environment, patched so that its polling does not take half of each core: the comparison flatters
 it (bench/peer_env.py). ``--quick`` cannot take less than a minute for the start of the two servers alone.
@@ -36,6 +38,7 @@ from bench.peer_faults import FAULTS, Outcome, disturb, table, told
 from bench.peer_load import Ask, Sample, asks, closed, joined, opened, quantile
 from bench.peer_sides import CONTEXT, Ours, Theirs, seconds
 from bench.report import Row, emit, median, parser, progress
+from engine.backend import default_dtype
 from tests.checkpoints import make_llama
 
 VOCABULARY = 32000
@@ -230,7 +233,7 @@ async def compare(args: argparse.Namespace, env: Path, scratch: Path, found: Fou
             scratch / f"llama-{name}", **MODELS[name], vocab=VOCABULARY, context=CONTEXT, dtype="bfloat16",
             tokenizer=True,
         )  # fmt: skip
-        progress(f"random {name} model, bf16, computed in {args.dtype} at both sides")
+        progress(f"random {name} model, stored in bf16, computed in {args.dtype} at both sides")
         sections = [section for section in LOADS if section in args.only]
         breaks = [fault for fault in FAULTS if fault in args.only] if name == FAULTY or args.faults_of == name else []
         if not sections and not breaks:
@@ -257,7 +260,7 @@ def main() -> None:
     flags.add_argument("--model", metavar="MODEL,...", type=words, help=", ".join(MODELS))
     flags.add_argument("--faults-of", metavar="MODEL", default=FAULTY, help=f"the faults' model ({FAULTY})")
     flags.add_argument("--repeats", type=int, default=3, help="of each load (3)")
-    flags.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of both sides")
+    flags.add_argument("--dtype", choices=("bfloat16", "float32"), help="what both sides compute in")
     flags.add_argument("--eager", action="store_true", help="the peer compiles nothing: a quick start, slower steps")
     flags.add_argument("--logs", metavar="DIR", help="keep the models and all logs there")
     args = flags.parse_args()
@@ -265,6 +268,7 @@ def main() -> None:
     args.only = args.only or (LOADS if args.quick else (*LOADS, *FAULTS))
     args.model = args.model or (["20m"] if args.quick else list(MODELS))
     args.eager |= args.quick
+    args.dtype = args.dtype or default_dtype("bfloat16", "cpu")
     args.repeats = 1 if args.quick else args.repeats
     for name, known in ((args.only, (*LOADS, *FAULTS)), (args.model, tuple(MODELS))):
         if unknown := set(name) - set(known):
