@@ -47,6 +47,10 @@ class Victim(Side, Protocol):
         """Pages or blocks of KV in use, of all workers."""
         ...
 
+    def lapsed(self) -> float:
+        """Requests so far whose KV was freed only because nobody came for it in time."""
+        ...
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -58,6 +62,8 @@ class Outcome:
     """From the fault until the worker is back and a request that was asked then was served; `BACK_S`: not by then."""
     held: float = 0.0
     """Pages or blocks of KV that are held two seconds after the last client has gone."""
+    lapsed: float = 0.0
+    """Requests whose KV was freed only because nobody came for it in time."""
     freed_s: float = 0.0
     """From when the last client had gone until none is held; `FREE_S`: some still is."""
 
@@ -91,15 +97,24 @@ def prompts(case: str, count: int, tokens: int, vocabulary: int, length: int = 1
 
 async def disturb(side: Victim, fault: str, vocabulary: int) -> Outcome:
     """One of FAULTS."""
+    lapsed = 0.0 if fault == "kill-prefill" else await asyncio.to_thread(side.lapsed)
     outcome = await leave(side, vocabulary) if fault == "disconnect" else await hurt(side, fault, vocabulary)
     gone = time.monotonic()
     await asyncio.sleep(LOOK_S)
-    outcome.held = held = await asyncio.to_thread(side.held)
+    outcome.held = held = await _held(side, vocabulary)
     while held and time.monotonic() < gone + FREE_S:
         await asyncio.sleep(min(1.0, LOOK_S))
-        held = await asyncio.to_thread(side.held)
+        held = await _held(side, vocabulary)
     outcome.freed_s = FREE_S if held else time.monotonic() - gone
+    outcome.lapsed = await asyncio.to_thread(side.lapsed) - lapsed
     return outcome
+
+
+async def _held(side: Victim, vocabulary: int) -> float:
+    """KV in use now: the peer's servers count it when they take a step, so they are given one."""
+    await follow(side, Seen(prompts("probe", 1, 2, vocabulary, 4)[0]))
+    await asyncio.sleep(LOOK_S / 10)
+    return await asyncio.to_thread(side.held)
 
 
 async def hurt(side: Victim, fault: str, vocabulary: int) -> Outcome:
@@ -180,7 +195,11 @@ def table(fault: str, ours: Outcome, theirs: Outcome | None) -> list[tuple[str, 
     def row(what: str, unit: str, of: str) -> tuple[str, float, float | None, str]:
         return what, float(getattr(ours, of)), None if theirs is None else float(getattr(theirs, of)), unit
 
-    held = [row("KV held 2 s later", "pages, blocks", "held"), row("until no KV is held", "s", "freed_s")]
+    held = [
+        row("KV held 2 s later", "pages, blocks", "held"),
+        row("until no KV is held", "s", "freed_s"),
+        row("requests whose KV was freed by a lease's end only", "requests", "lapsed"),
+    ]
     if fault == "disconnect":
         return held
     return [
@@ -194,9 +213,10 @@ def table(fault: str, ours: Outcome, theirs: Outcome | None) -> list[tuple[str, 
 
 def told(fault: str, outcomes: Sequence[tuple[str, Outcome]]) -> str:
     """A line for people."""
-    parts = [
-        f"{name}: {each.lost} of {len(each.in_flight)} and {each.later_lost} of {len(each.later)} lost, "
-        f"back after {each.back_s:.1f} s, {each.held:g} held ({each.words()})"
-        for name, each in outcomes
-    ]
+    parts = []
+    for name, each in outcomes:
+        part = f"{name}: {each.lost} of {len(each.in_flight)} lost"
+        if each.later:
+            part += f", {each.later_lost} of {len(each.later)} later ones, back after {each.back_s:.1f} s"
+        parts.append(f"{part}, {each.held:g} held, {each.lapsed:g} lapsed ({each.words()})")
     return f"  {fault}: " + " | ".join(parts)

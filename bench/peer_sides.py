@@ -141,6 +141,10 @@ class Ours:
         """Pages that are neither free nor scratch, of all workers."""
         return sum(float(line.split()[-1]) for line in self._live.held() if "baton_pages " in line)
 
+    def lapsed(self) -> float:
+        """None: KV waits for no lease."""
+        return 0.0
+
     def take_times(self) -> list[tuple[float, float]]:
         """Nothing: our first token comes from the prefill worker, so the client itself sees the hand-over."""
         return []
@@ -183,8 +187,8 @@ class Server:
             "kv_connector_extra_config": {"kv_lease_duration": LEASE_S, "num_threads": 0},
         }
         words = [
-            "taskset", "-c", str(core), str(self.env / "bin" / "vllm"), "serve", str(self.model),
-            "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port),
+            "taskset", "-c", str(core), str(peer_env.python(self.env)), "-m", "vllm.entrypoints.openai.api_server",
+            "--model", str(self.model), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", self.dtype, "--max-model-len", str(CONTEXT), "--max-num-batched-tokens", str(CONTEXT),
             "--max-num-seqs", str(MAX_ROWS), "--block-size", "128", "--no-enable-prefix-caching",
             "--distributed-executor-backend", "mp", "--kv-transfer-config", json.dumps(transfer),
@@ -316,6 +320,11 @@ class Theirs:
     def held(self) -> float:
         """Blocks of KV in use, of both servers."""
         return sum(server.held() for server in self.servers.values() if server.pids())
+
+    def lapsed(self) -> float:
+        """Requests so far whose KV the prefill server kept until its lease ended."""
+        found = self.servers["prefill"].metrics()
+        return sum(value for name, value in found.items() if name.startswith("vllm:nixl_num_kv_expired_reqs_total"))
 
     def take_times(self) -> list[tuple[float, float]]:
         """What the proxy measured of each request since last time: (prefill_s, hand_over_s)."""

@@ -37,7 +37,7 @@ from bench import peer_env
 from bench.peer_faults import FAULTS, Outcome, disturb, table, told
 from bench.peer_load import Ask, Sample, asks, closed, joined, opened, quantile
 from bench.peer_sides import CONTEXT, Ours, Theirs, seconds
-from bench.report import Row, emit, median, parser, progress
+from bench.report import Row, emit, machine, median, parser, progress
 from engine.backend import default_dtype
 from tests.checkpoints import make_llama
 
@@ -123,6 +123,14 @@ class Found:
         for what, value, peer, unit in table(fault, ours, theirs):
             self.add(f"{case}: {what}", value, peer, unit)
 
+    def save(self) -> None:
+        """Write what there is so far: the rest takes long, and may fail."""
+        if self._path is not None:
+            rows = [row.document() for row in self.rows.values()]
+            self._path.write_text(
+                json.dumps({"bench": "peer_vllm", "machine": machine(), "rows": rows}, indent=1) + "\n"
+            )
+
     def emit(self) -> None:
         """Print the report, and write it."""
         emit("peer_vllm", self.rows.values(), self._path)
@@ -173,6 +181,7 @@ async def loads(
         found.load(f"{name} {section}", *both)
     if rate:
         found.add(f"{name} open: requests/s that were asked", rate, rate, "requests/s")
+    found.save()
 
 
 def offered(name: str, c16: tuple[Run, Run] | None, found: Found) -> float:
@@ -206,6 +215,7 @@ async def faults(name: str, ours: Ours, theirs: Theirs, wanted: Sequence[str], f
         peer[fault] = other
         found.fault(f"{name} {fault}", fault, one, other)
         progress(told(fault, ((ours.name, one), (theirs.name, other))))
+        found.save()
         for side in (ours, theirs):
             await closed(side, asks(f"{name} warm", WARM, VOCABULARY), 4)
     return peer
