@@ -17,7 +17,7 @@ from typing import Protocol
 
 from bench.peer_load import Ask, Seen, Side, follow, quantile
 
-IN_FLIGHT, FLIGHT_TOKENS = 12, 200
+IN_FLIGHT, FLIGHT_TOKENS = 12, 400
 BEGUN_TOKENS = 3
 """Who has these is at the decode worker."""
 LATER, LATER_EACH_S = 40, 0.25
