@@ -71,14 +71,16 @@ async def read_parts(reader: asyncio.StreamReader, head: Head) -> AsyncIterator[
                 yield await reader.readexactly(head.nbytes)
             return
         while True:
-            line = await reader.readline()
+            line = await reader.readuntil(b"\r\n")
             nbytes = int(line.split(b";")[0], 16)
             data = await reader.readexactly(nbytes + 2)
             if not nbytes:
                 return
             yield data[:-2]
-    except (asyncio.IncompleteReadError, ConnectionError, ValueError) as error:
-        raise Broken(f"left within a body: {type(error).__name__}") from None
+    except (asyncio.IncompleteReadError, ConnectionError):
+        raise Broken("left within a body") from None
+    except (asyncio.LimitOverrunError, ValueError) as error:
+        raise Broken(f"no chunk: {error}") from None
 
 
 def message(first: str, body: bytes = b"", **fields: str) -> bytes:

@@ -25,6 +25,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -294,6 +295,7 @@ def main() -> None:
         progress(why)
         found.emit()
         sys.exit(0 if args.quick else 3)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends this ends all that it started
     with contextlib.ExitStack() as stack:
         scratch = Path(args.logs or stack.enter_context(tempfile.TemporaryDirectory()))
         scratch.mkdir(parents=True, exist_ok=True)
