@@ -237,7 +237,10 @@ def test_a_kept_connection_that_the_server_closed_is_made_anew(reset):
             return True
 
         async with through(prefill=once) as side:
-            seen = [await follow(side, Seen(ASK)) for _ in range(3)]
+            seen = []
+            for _ in range(3):
+                seen.append(await follow(side, Seen(ASK)))
+                await asyncio.sleep(0.1)
             return seen, side.prefill.connections
 
     seen, connections = asyncio.run(run())
