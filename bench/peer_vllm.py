@@ -102,8 +102,9 @@ class Run:
 class Found:
     """The rows by their cases; those of a file to begin with, if parts of it are measured again."""
 
-    def __init__(self, path: Path | None, keep: bool) -> None:
+    def __init__(self, path: Path | None, keep: bool, peer_name: str = peer_env.NAME) -> None:
         self._path = path
+        self._peer_name = peer_name
         self.rows: dict[str, Row] = {}
         if keep and path is not None and path.exists():
             for row in json.loads(path.read_text())["rows"]:
@@ -115,7 +116,7 @@ class Found:
         self.rows.pop(case, None)
         if not math.isnan(ours):
             peer = None if theirs is None or math.isnan(theirs) else theirs
-            self.rows[case] = Row(case, ours, peer, peer_env.NAME, unit, higher)
+            self.rows[case] = Row(case, ours, peer, self._peer_name, unit, higher)
 
     def load(self, case: str, ours: Run, theirs: Run) -> None:
         """All figures of a load."""
@@ -290,11 +291,12 @@ def main() -> None:
     env = peer_env.directory(args.env)
     if args.setup:
         peer_env.setup(env, progress)
-    found = Found(Path(args.json) if args.json else None, keep)
     if why := peer_env.missing(env):
         progress(why)
-        found.emit()
+        Found(None, keep=False).emit()
         sys.exit(0 if args.quick else 3)
+    peer_name = f"{peer_env.NAME}{', nothing compiled' if args.eager else ''}; both sides in {args.dtype}"
+    found = Found(Path(args.json) if args.json else None, keep, peer_name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends this ends all that it started
     with contextlib.ExitStack() as stack:
         scratch = Path(args.logs or stack.enter_context(tempfile.TemporaryDirectory()))

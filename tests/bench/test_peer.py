@@ -9,6 +9,7 @@ import math
 import signal
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,6 +37,7 @@ class Fake:
     reply: Callable[[Fake, dict[str, Any], asyncio.StreamWriter], Any]
     asked: list[dict[str, Any]] = field(default_factory=list)
     connections: int = 0
+    came: asyncio.Event = field(default_factory=asyncio.Event)
     left: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -44,6 +46,7 @@ class Fake:
             while (head := await read_head(reader)) is not None:
                 body = b"".join([data async for data in read_parts(reader, head)])
                 self.asked.append(json.loads(body))
+                self.came.set()
                 work = asyncio.create_task(self.reply(self, self.asked[-1], writer))
                 gone = asyncio.create_task(reader.read(1))
                 await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -203,9 +206,10 @@ def test_what_a_server_refuses_is_lost_and_the_proxy_serves_on(how, why):
 def test_who_leaves_is_told_to_the_server_that_works_for_him(how, who):
     async def run():
         async with through(**how) as side:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(follow(side, Seen(ASK)), 0.2)
-            await asyncio.wait_for(getattr(side, who).left.wait(), 5)
+            client = asyncio.create_task(follow(side, Seen(ASK)))
+            await asyncio.wait_for(getattr(side, who).came.wait(), 60)
+            client.cancel()
+            await asyncio.wait_for(getattr(side, who).left.wait(), 60)
             side.prefill.reply, side.decode.reply = keeps, streams
             return await follow(side, Seen(ASK))
 
@@ -216,7 +220,7 @@ def test_a_client_that_leaves_after_some_tokens_is_no_loss():
     async def run():
         async with through(decode=begins) as side:
             seen = await follow(side, Seen(ASK), leave_after=1)
-            await asyncio.wait_for(side.decode.left.wait(), 5)
+            await asyncio.wait_for(side.decode.left.wait(), 60)
             return seen
 
     seen = asyncio.run(run())
@@ -332,11 +336,17 @@ def test_so_many_clients_have_one_request_each():
 
 
 def test_open_requests_come_at_their_times_whatever_became_of_others():
-    side = Paced(step_s=0.02)
-    sample = asyncio.run(opened(side, [Ask((1,), 5, at * 0.03) for at in range(4)]))
-    first = sample.seen[0].asked
-    assert [round((seen.asked - first) / 0.03) for seen in sample.seen] == [0, 1, 2, 3]
-    assert side.most > 1
+    class Patient(Paced):
+        all_asked = asyncio.Barrier(4)
+
+        async def stream(self, ask: Ask) -> AsyncIterator[list[int]]:
+            await self.all_asked.wait()
+            yield [0]
+
+    began = time.perf_counter()
+    sample = asyncio.run(opened(Patient(), [Ask((1,), 1, at * 0.03) for at in range(4)]))
+    assert all(seen.asked - began >= at * 0.03 - 0.002 for at, seen in enumerate(sample.seen))
+    assert len(sample.good) == 4, "nobody gets a token before all have asked"
 
 
 def test_a_client_loses_patience():
@@ -435,7 +445,7 @@ def test_who_loses_everything_is_reported_so_and_is_back_when_it_was_started_aga
     assert side.signals == want
     assert side.restarts == (deed == "kill")
     assert outcome.lost == 12
-    assert 0 < outcome.back_s < 5
+    assert 0 < outcome.back_s < peer_faults.BACK_S
     assert outcome.held == 0
     assert (fault == "stop-decode") <= outcome.later_lost <= 10
     table = peer_faults.table(fault, outcome, outcome)
@@ -452,7 +462,7 @@ def test_who_loses_nothing_is_reported_so(hasty):
 
     outcome = asyncio.run(disturb(Sound(lapses=2), "kill-decode", 500))
     assert (outcome.lost, outcome.later_lost, outcome.lapsed) == (0, 0, 2)
-    assert outcome.pause_s < 1
+    assert 0 < outcome.pause_s < 60
 
 
 def test_what_clients_leave_behind_is_counted(hasty):
