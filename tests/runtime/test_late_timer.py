@@ -9,7 +9,7 @@ import pytest
 
 from core.worker import Identity
 from runtime.driver import STALL_S, Driver
-from scheduler.liveness import Connected, Heard, Liveness, Lost
+from scheduler.liveness import Connected, Heard, How, Liveness, Lost
 
 A, B = Identity("a", 1), Identity("b", 2)
 SILENCE_S = 3.5
@@ -92,7 +92,7 @@ def test_who_says_nothing_even_then_is_lost():
         clock.stand_still(STALL_S / 2)
         await turns(5)
 
-    assert play(scene) == [Lost(B, "silent")]
+    assert play(scene) == [Lost(B, How.SILENT)]
 
 
 def test_a_process_that_is_always_late_still_judges():

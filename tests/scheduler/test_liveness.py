@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.worker import Identity
-from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
+from scheduler.liveness import Connected, Disconnected, Heard, How, Liveness, Lost
 from tests.cast import D1, P1, P2, efforts
 
 
@@ -27,21 +27,21 @@ def test_a_silent_peer_is_lost_when_its_time_is_up():
     assert machine.on(Heard(P1), 12.0) == []
     assert machine.deadline() == 15.5
     assert machine.on(None, 15.4) == []
-    assert machine.on(None, 15.5) == [Lost(P1, "silent")]
+    assert machine.on(None, 15.5) == [Lost(P1, How.SILENT)]
     assert machine.alive() == ()
 
 
 def test_a_goodbye_is_a_loss_at_once():
     machine = live()
     machine.on(Connected(P1), 0.0)
-    assert machine.on(Disconnected(P1, goodbye=True), 1.0) == [Lost(P1, "said goodbye")]
+    assert machine.on(Disconnected(P1, goodbye=True), 1.0) == [Lost(P1, How.GOODBYE)]
     assert machine.on(Disconnected(P1), 1.0) == []
 
 
 def test_without_grace_a_broken_stream_is_a_loss_at_once():
     machine = live(grace_s=0.0)
     machine.on(Connected(P1), 0.0)
-    assert machine.on(Disconnected(P1), 1.0) == [Lost(P1, "stream broke")]
+    assert machine.on(Disconnected(P1), 1.0) == [Lost(P1, How.BROKE)]
 
 
 def test_a_life_that_comes_back_on_a_new_stream_starts_anew():
@@ -50,7 +50,7 @@ def test_a_life_that_comes_back_on_a_new_stream_starts_anew():
     assert machine.on(Disconnected(P1), 1.0) == []
     assert machine.alive() == (P1,)
     assert machine.deadline() == 3.0
-    assert machine.on(Connected(P1), 2.9) == [Lost(P1, "came back on a new stream")]
+    assert machine.on(Connected(P1), 2.9) == [Lost(P1, How.RETURNED)]
     assert machine.alive() == (P1,)
     assert machine.on(None, 3.0) == []
     assert machine.deadline() == 6.4
@@ -61,7 +61,7 @@ def test_a_second_break_report_does_not_lengthen_the_grace():
     machine.on(Connected(P1), 0.0)
     machine.on(Disconnected(P1), 1.0)
     machine.on(Disconnected(P1), 2.5)
-    assert machine.on(None, 3.0) == [Lost(P1, "stream broke and did not come back")]
+    assert machine.on(None, 3.0) == [Lost(P1, How.AWAY)]
 
 
 def test_silence_counts_during_grace_too():
@@ -75,7 +75,7 @@ def test_a_new_incarnation_ends_the_old_one():
     machine, again = live(), Identity(P1.name, 0x99)
     machine.on(Connected(P1), 0.0)
     machine.on(Connected(P2), 0.0)
-    assert machine.on(Connected(again), 1.0) == [Lost(P1, "replaced by a new incarnation")]
+    assert machine.on(Connected(again), 1.0) == [Lost(P1, How.REPLACED)]
     assert machine.on(Heard(P1), 1.0) == []
     assert set(machine.alive()) == {P2, again}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -37,12 +38,16 @@ def ask(tokens: int, most: int = 8, n: int = 1) -> Request:
 def placed(machine: Router, counter: int, request: Request, cached: int = 0) -> tuple[Prompt, Offer]:
     """Accepted by the first that is asked."""
     (offer,) = machine.on(Arrived(counter, request), 1.0)
+    assert isinstance(offer, ToOne)
+    assert isinstance(offer.message, Offer)
     return accepted(machine, offer, cached), offer.message
 
 
-def accepted(machine: Router, offer: ToOne, cached: int = 0) -> Prompt:
+def accepted(machine: Router, offer: Any, cached: int = 0) -> Prompt:
     (sent,) = machine.on(Accept(offer.message.ticket, cached), 1.0)
     machine.check()
+    assert isinstance(sent, ToOne)
+    assert isinstance(sent.message, Prompt)
     return sent.message
 
 

@@ -185,7 +185,9 @@ class Theirs(Policy):
     prompt_tokens: int = ENDLESS
     real: bool = False
 
-    def prefill(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> PrefillPolicy:
+    def prefill(
+        self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel, *, fetch: bool = False
+    ) -> PrefillPolicy:
         """Ours, unless there are stages."""
         kind = PrefillPolicy if self.stages == 1 else Ahead
         return kind(me, shape, ledger, self.prefill_config)
