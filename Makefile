@@ -10,7 +10,7 @@ help:
 	@echo "make test    all tests that take seconds"
 	@echo "make check   formatting, lint, types, protocol compatibility"
 	@echo "make slow    the tests that take minutes"
-	@echo "make chaos   load while workers are killed, for MINUTES=10"
+	@echo "make chaos   load while processes are killed, for MINUTES=10 and a bit; the paced engine, then a real one"
 	@echo "make bench   the quick form of every benchmark"
 	@echo "make compiled  the simulator and its machines through a C compiler, into build/compiled"
 	@echo "make protos  generate the gRPC stubs anew"

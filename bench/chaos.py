@@ -147,7 +147,7 @@ async def capacity(live: Live, seconds: float, draw: random.Random) -> float:
 async def load(
     live: Live, rate: float, seconds: float, timeout_s: float, draw: random.Random, doomed: bool = False
 ) -> list[Asked]:
-    """Poisson arrivals for so long, half of them through a `doomed` gateway; returns when all have ended."""
+    """Poisson arrivals for so long, half of them through a gateway that is `doomed`; returns when all have ended."""
     asked: list[Asked] = []
     tasks: list[asyncio.Task[None]] = []
     address = live.deployment.running[DOOMED].address

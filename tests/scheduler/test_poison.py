@@ -258,7 +258,7 @@ def test_the_same_life_on_a_new_stream_has_not_crashed():
         sink = scene.ticket.sink
         scene.give(WorkerDown(sink, True))
         scene.up(sink)
-    assert not any(prompt.request.alone for prompt in scene.prompts)
+    assert [prompt.request.alone for prompt in scene.prompts] == [False] * 5, "placed at once each time"
 
 
 def test_a_prefill_worker_counts_from_the_prompt_to_the_end_of_the_hand_over():
