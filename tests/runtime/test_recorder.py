@@ -52,7 +52,7 @@ def test_a_recording_begins_with_head_and_state_and_ends_with_its_reason(tmp_pat
     assert isinstance(one, Took)
     assert (one.number, one.machine, one.commands) == (1, "peers", [])
     assert one.event["@"] == "scheduler.liveness:Connected"
-    assert two.commands[0]["reason"] == "said goodbye"
+    assert two.commands[0]["reason"] == {"enum": ["scheduler.liveness:How", "said goodbye"]}
     assert two.at >= one.at
     assert end == Ended(5, "the process ended")
     (path,) = tmp_path.iterdir()
