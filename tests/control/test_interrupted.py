@@ -109,7 +109,7 @@ def joining(up: Up) -> None:
 @pytest.mark.live
 @pytest.mark.parametrize(
     ("number", "stage"),
-    [(signal.SIGINT, spawned), (signal.SIGTERM, loading), (signal.SIGINT, joining)],
+    [(signal.SIGINT, spawned), (signal.SIGTERM, loading), pytest.param(signal.SIGINT, joining, marks=pytest.mark.slow)],
 )
 def test_an_interrupted_start_leaves_nothing(tmp_path, start, number, stage):
     state.write(tmp_path, state.State(2**22 + 1, "", [], "", ""))  # a dead one's word
@@ -125,7 +125,7 @@ def test_an_interrupted_start_leaves_nothing(tmp_path, start, number, stage):
 
 
 @pytest.mark.live
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_so_does_an_interrupted_start_behind(tmp_path, start, number):
     """The process behind is in a session of its own: it hears of this from the one in front only."""
     up = start("--detach")

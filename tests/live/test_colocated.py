@@ -21,7 +21,9 @@ def definition(model):
     return Chain.of(model, 320, 8192, (0, *ENDS), 0.0)
 
 
-@pytest.fixture(scope="module", params=["colocated-chunked", "colocated-prefill-first"])
+@pytest.fixture(
+    scope="module", params=["colocated-chunked", pytest.param("colocated-prefill-first", marks=pytest.mark.slow)]
+)
 def colocated(launch, model, request):
     """Two workers of 61 pages each, without memory for what the tests ask of them at once."""
     live = launch(request.param, model, mixed=2, policy=request.param, kv_memory="256K", **SMALL)

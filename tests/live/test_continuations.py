@@ -87,6 +87,7 @@ def test_a_stop_string_ends_its_own_continuation_only(forks, reference, tokenize
     forks.wait_empty()
 
 
+@pytest.mark.slow
 def test_a_decode_worker_killed_in_mid_stream_changes_no_continuation(forks, reference):
     tokens = prompt(90, 65)
     sampling = Sampling(600, n=3, ignore_eos=True, **SEEDED)

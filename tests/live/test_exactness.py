@@ -58,7 +58,7 @@ def exact(request, launch, model):
     live.stop()
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def fast(request, launch, model, live):
     """The same in fast mode; one engine of the same kind; and the truth, plain fp32."""
     dtype = request.param

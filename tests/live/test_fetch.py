@@ -155,6 +155,7 @@ def test_a_turn_that_is_all_there_waits_for_no_fetch(live, reference):
     assert reply.last.cached_tokens == whole(len(second.prompt) - 1)
 
 
+@pytest.mark.slow
 def test_what_two_dead_workers_leave_is_computed_no_further_than_no_one_has_it(live, reference):
     """A turn that runs at one pair of workers loses both: a decode worker has the turn before it."""
     second, known, kept = turns(live, reference, 5)
@@ -208,7 +209,10 @@ def test_a_prefix_comes_from_another_prefill_worker(live, reference):
     assert reply.last.cached_tokens == whole(1200)
 
 
-@pytest.mark.parametrize(("number", "event"), [(30, "hear Fetch"), (40, "sent Ready")], ids=["asked", "read"])
+@pytest.mark.parametrize(
+    ("number", "event"),
+    [pytest.param(30, "hear Fetch", marks=pytest.mark.slow, id="asked"), pytest.param(40, "sent Ready", id="read")],
+)
 def test_a_source_that_dies_in_the_middle_costs_no_token(live, reference, number, event):
     second, _, kept = turns(live, reference, number)
     rules = [Rule(event, "kill")]

@@ -130,6 +130,7 @@ def test_what_raises_in_three_steps_is_refused_and_workers_go_on(crashing, refer
     assert len(crashing.acted()) == 3
 
 
+@pytest.mark.slow
 def test_workers_that_an_operator_kills_are_nobodys_fault(crashing, reference):
     """Five times a worker is killed from outside whenever it steps one request, which then ends as it should."""
     names = ("decode-0", "decode-1")

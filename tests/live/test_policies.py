@@ -78,6 +78,7 @@ def test_a_short_prompt_passes_long_ones_that_came_before_it(ours, reference):
     assert [name for name in ended if name != "short"] == ["long 0", "long 1", "long 2"]
 
 
+@pytest.mark.slow
 def test_the_deployment_says_which_policy_and_first_come_first_served_is_another(launch, model, reference):
     live = launch("fcfs", model, **SLOW, policy="fcfs")
     assert order(live, reference) == ["long 0", "long 1", "long 2", "short"]

@@ -112,7 +112,7 @@ def again(live: Live, *names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [n if n in (4, 8) else pytest.param(n, marks=pytest.mark.slow) for n in range(len(SOURCES))]
+    "number", [n if n == 4 else pytest.param(n, marks=pytest.mark.slow) for n in range(len(SOURCES))]
 )
 def test_a_killed_source_and_a_killed_sink(faulty, reference, number):
     """One after the other."""
