@@ -200,7 +200,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         driver.seat("costs", self._learning, self._reprice)
         self._ways = Lanes(LANES)
         driver.seat("lanes", self._ways, self._lay)
-        self._gateways = Gateways(self._base, driver, self._gateway_heard, self._gateway_lost)
+        self._gateways = Gateways(self._base, driver, self._gateway_came, self._gateway_heard, self._gateway_lost)
         self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
         self._handoff = HandOffShell(
             self._me,
@@ -445,6 +445,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                     self._driver.post("prefill", message)
                 if self._decode is not None:
                     self._driver.post("decode", message)
+
+    def _gateway_came(self, gateway: Identity) -> None:
+        if self._decode is not None:
+            self._driver.post("decode", decode_policy.GatewayCame(gateway))
 
     def _gateway_lost(self, gateway: Identity) -> None:
         if self._mixed is not None:

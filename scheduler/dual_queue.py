@@ -214,15 +214,7 @@ class DualQueue:
     def wait_s(self, new: int, cached: int, now: float, wanted_s: float = math.inf, suspendable: bool = False) -> float:
         rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
         if new > self.short_tokens:
-            own = self._due(Job("", new, cached, now, now + wanted_s))
-            own_s, slack_s = self._by_deadline(now, own)
-            if wanted_s < math.inf:
-                alone_s = self._alone_s(own)
-                filled = min(1.0, (own_s - alone_s) / wanted_s) if wanted_s > 0 else 1.0
-                lacking_s = self._set.headroom * filled**2 * alone_s - slack_s
-                if lacking_s > 0:
-                    return max(own_s, wanted_s + lacking_s)
-            return own_s
+            return self._by_deadline(now, self._due(Job("", new, cached, now, now + wanted_s)))[0]
         own_s = self._pace.seconds(self._short_backlog, new, cached)
         if suspendable and rest_s > self._set.suspend_s and self._can_spare(own_s, now):
             rest_s = self._set.suspend_s
@@ -232,6 +224,15 @@ class DualQueue:
             if job.wanted_by - now - self._alone_s(job) < rest_s + own_s:
                 rest_s += self._chunk_s(job)
         return max(rest_s, self._gather.longest) + own_s
+
+    def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
+        if new <= self.short_tokens or wanted_s == math.inf:
+            return 0.0
+        own = self._due(Job("", new, cached, now, now + wanted_s))
+        own_s, slack_s = self._by_deadline(now, own)
+        alone_s = self._alone_s(own)
+        filled = min(1.0, (own_s - alone_s) / wanted_s) if wanted_s > 0 else 1.0
+        return max(0.0, self._set.headroom * filled**2 * alone_s - slack_s)
 
     # Steps.
     def next(self, now: float, start: Start) -> Sequence[Take]:

@@ -293,7 +293,7 @@ class MixedPolicy:
         if wait_s > offer.wait_s:
             self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
             why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
-            commands.append(Answer(Reject(ticket, why, wait_s)))
+            commands.append(Answer(Reject(ticket, why, wait_s, wait_s - offer.wait_s)))
             return
         job = Job(ticket, prefix, now)
         row = job.rows[0] = Row(ticket.key, job, prompt, offer.max_tokens, prompt)

@@ -472,7 +472,8 @@ def test_an_offer_is_accepted_if_its_first_token_will_be_soon_enough():
     queued(machine, 1, 40)
     # 40 and 24 tokens are four full steps of 3 s.
     told = give(machine, Offer(ticket(2), 24, 8, 11.9))
-    assert told == [Answer(Reject(ticket(2), "first token in 12.00 s, wanted in 11.90 s", 12.0))]
+    late_s = 12.0 - 11.9
+    assert told == [Answer(Reject(ticket(2), "first token in 12.00 s, wanted in 11.90 s", 12.0, late_s))]
     assert give(machine, Offer(ticket(3), 24, 8, 12.0)) == [Answer(Accept(ticket(3), 0, 12.0))]
 
 
