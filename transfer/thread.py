@@ -434,7 +434,7 @@ class TransferThread:
             self._bell.ring()  # there may be more
 
     def _wait_s(self) -> float:
-        if self._jobs:
+        if self._jobs or self._open().more:
             return 0.0
         if self._open().busy or self._probes:
             self._pause_s = min(self._pause_s * 1.5, LIVELY_S)

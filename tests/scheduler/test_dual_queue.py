@@ -75,6 +75,23 @@ STORIES = {
         86.9 run long:191
         """,
     ),
+    "long prompts whose steps would take as long alone do not wait for each other": (
+        DualQueue(1000, 4, COST, PLAIN),
+        [Arrival(0.0, "a", 150, 4.0), Arrival(0.0, "b", 200, 5.0)],
+        """
+        0 run a:150
+        15 run b:200
+        """,
+    ),
+    "the last tokens of one wait for another one's if that saves all behind them more": (
+        DualQueue(256, 4, COST, PLAIN),
+        [Arrival(0.0, "a", 286, 4.0), Arrival(0.0, "b", 150, 5.0), Arrival(0.0, "c", 150, 6.0)],
+        """
+        0 run a:256
+        25.6 run a:30 b:150
+        43.6 run c:150
+        """,
+    ),
     "a chunk ends with the window of those who gather": (
         DualQueue(1024, 4, COST, DualQueueSettings(fill=False, gather=GatherSettings(0.01555, 0.01555))),
         [Arrival(0.0, "s0", 20, 0.4), Arrival(0.0, "long", 2000, 5.0)],
