@@ -273,7 +273,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         """Steps take another time than the policies here, or those who choose workers, have been told."""
         match command:
             case Repriced():
-                for seat, shell in (("prefill", self._prefill), ("decode", self._decode)):
+                for seat, shell in (("prefill", self._prefill), ("decode", self._decode), ("mixed", self._mixed)):
                     if shell is not None:
                         self._driver.post(seat, command)
             case Announce(cost):

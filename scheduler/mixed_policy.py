@@ -43,7 +43,7 @@ from core.request import Stage
 from core.sampling import MAX_N
 from core.standing import Standing
 from core.worker import Identity
-from scheduler.cost import CostModel
+from scheduler.cost import CostModel, Repriced
 from scheduler.mixed_batch import Batch, Job, Row, State
 from scheduler.mixed_chunk import Chunks
 from scheduler.mixed_events import (
@@ -199,6 +199,10 @@ class MixedPolicy:
                     self._cancel(job, now, commands)
             case StepFailed():
                 self._step_failed(event, now, commands)
+            case Repriced(cost):
+                self._waits.reprice(cost)
+                self._chunks.reprice(cost)
+                self._eased = True
         if self._step is None:
             self._plan(commands, now)
         else:
