@@ -37,7 +37,8 @@ from bench.report import Row, emit, median, parser, progress
 from core.kv import PageRun
 from transfer import nixl
 from transfer.inprocess import InProcess
-from transfer.thread import Event, TransferThread
+from transfer.thread import TransferThread
+from transfer.thread_events import Event
 from transfer.transport import Card, Transport
 from transfer.zeromq import ZeroMq
 

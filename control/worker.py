@@ -53,7 +53,7 @@ from scheduler.learning import Announce, Learning, LearningCommand, StepTook
 from scheduler.migration import MigrationConfig
 from scheduler.past_future import PastFuture
 from scheduler.policies import Policy
-from transfer import thread as lanes
+from transfer import thread_events as lanes
 from transfer.digest import Sums
 from transfer.sink import Sink
 from transfer.source import Source
