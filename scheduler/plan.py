@@ -56,12 +56,17 @@ ASKED = Change()
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """A command: what share of requests is good with this layout at this rate? Ends in one `Evaluated`."""
+    """A command: what share of requests is good with this layout at this rate? Ends in one `Evaluated`.
+
+    Unless it is to be `exact`, a share below the one that was asked for may be given as any number between: it is
+    enough to know that it is missed.
+    """
 
     number: int
     layout: Layout
     rate: float
     change: Change = ASKED
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

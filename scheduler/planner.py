@@ -51,7 +51,7 @@ from scheduler.plan import (
 )
 
 T = TypeVar("T")
-Question = tuple[Layout, float, Change]
+Question = tuple[Layout, float, Change, bool]
 Search = Generator[Question, float, T]
 """Asks, is told, and returns."""
 
@@ -247,7 +247,7 @@ class Planner:
         (equal,) = yield from self._together([self._apart(rate, limit, equal=True)])
         self._stage = "what if"
         top, *cases = yield from self._together([self._highest(best.layout, rate), *self._cases(best.layout, rate)])
-        assert not isinstance(top, Case)
+        assert isinstance(top, float)
         return self._written(rate, best, mixed, apart, segments, equal, top, [c for c in cases if isinstance(c, Case)])
 
     @staticmethod
@@ -308,7 +308,7 @@ class Planner:
                 yield from self._try_pool(rate, "decode", pair.decode, max(decodes, second.middle(most)))
             else:
                 layout = Layout(Pool(pair.prefill, prefills), Pool(pair.decode, decodes))
-                attained = yield layout, rate, ASKED
+                attained = yield layout, rate, ASKED, False
                 if attained >= self._ask.share:
                     return Found(layout, devices, attained)
                 for more in (
@@ -341,12 +341,12 @@ class Planner:
                 layout = replace(segment.layout, times=need.least)
                 return Found(layout, devices, need.attained.get(need.least))
             times = need.middle((lines[0][0] if lines else limit) // each)
-            attained = yield replace(segment.layout, times=times), rate, ASKED
+            attained = yield replace(segment.layout, times=times), rate, ASKED, False
             need.learn(times, attained, self._ask.share)
             heapq.heappush(lines, (each * need.least, segment))
         return Found(None, 0)
 
-    def _highest(self, layout: Layout, rate: float) -> Search[float]:
+    def _highest(self, layout: Layout, rate: float) -> Search[float | Case]:
         """The highest rate of a grid from `rate` on that it sustains."""
         steps = max(1, math.floor(math.log(max(1.0, self._bound(layout) / rate)) / math.log1p(self._ask.precision)))
         low, high, step = 0, steps + 1, 1
@@ -357,14 +357,14 @@ class Planner:
             if asked > self._bound(layout):
                 high = middle
                 continue
-            attained = yield layout, asked, ASKED
+            attained = yield layout, asked, ASKED, False
             if attained >= self._ask.share:
                 low = middle
             else:
                 high = middle
         return rate * (1 + self._ask.precision) ** low
 
-    def _cases(self, layout: Layout, rate: float) -> Iterator[Search[Case]]:
+    def _cases(self, layout: Layout, rate: float) -> Iterator[Search[float | Case]]:
         """How the plan fares when it was asked for the wrong thing."""
         x = self._ask.off
         slo = self._ask.slo
@@ -378,11 +378,11 @@ class Planner:
             if (change.ttft == 1 or slo.ttft_s) and (change.gap == 1 or slo.gap_s):
                 yield self._case(layout, rate, change)
 
-    def _case(self, layout: Layout, rate: float, change: Change) -> Search[Case]:
+    def _case(self, layout: Layout, rate: float, change: Change) -> Search[float | Case]:
         factor = next(
             value for value in (change.rate, change.prompt, change.output, change.ttft, change.gap) if value != 1
         )
-        attained = yield layout, rate * change.rate, replace(change, rate=1.0)
+        attained = yield layout, rate * change.rate, replace(change, rate=1.0, name=""), True
         name = f"{change.name} {100 * (factor - 1):+.0f} %"
         return Case(name, rate * change.rate, attained, attained >= self._ask.share)
 
@@ -410,7 +410,7 @@ class Planner:
         return self._needs[key]
 
     def _try_pool(self, rate: float, use: str, cell: Cell, count: int) -> Search[None]:
-        attained = yield self._of(use, cell, count), rate, ASKED
+        attained = yield self._of(use, cell, count), rate, ASKED, False
         self._pool(rate, use, cell).learn(count, attained, self._ask.share)
 
     def _least(self, rate: float, pair: Apart) -> int:

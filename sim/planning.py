@@ -13,7 +13,7 @@
 A request counts if its first token, the 99th percentile of its gaps and their mean are within the goals: a long wait for a decode
 worker is a single gap, which no percentile shows and the mean does. Requests of the first `WARM` of the time are simulated and
 not judged; there are enough of them for the longest answers to end several times over, `LEAST` at least and `MOST` at most.
-The same layout, rate and change always give the same share.
+The same layout, rate and change always give the same share. A run that can no longer reach the share that was asked for is stopped, unless the exact share is wanted.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from scheduler.cost import CostModel
 from scheduler.fluid import Bound, Load, decode_bound, mixed_bound, prefill_bound
 from scheduler.layout import Cell, Cluster, Layout, Memory, Pool, cells, memory, misfit, rest_s, staged
 from scheduler.plan import ASKED, Ask, Change, Evaluate, Fit
-from scheduler.policies import Policy, policy
+from scheduler.policies import BATON, Policy, policy
 from scheduler.roofline import LANES, Hardware, Sizes, over
 from sim.fleet import SHIPPED, Build
 from sim.outcome import Outcome
-from sim.run import Settings, simulate
-from sim.workload import Arrival, Workload
+from sim.run import Settings, Simulation, simulate
+from sim.workload import Workload
 
+COLOCATED = policy("colocated-chunked")
 POOL = 6
 LEAST, MOST = 800, 6000
 WARM = 0.2
@@ -112,8 +113,8 @@ class Site:
 
     cluster: Cluster
     costs: Costs
-    apart: Policy = policy("baton")
-    mixed: Policy = policy("colocated-chunked")
+    apart: Policy = BATON
+    mixed: Policy = COLOCATED
     page_tokens: int = 64
     seed: int = 1
 
@@ -126,7 +127,9 @@ class Site:
 class Trials:
     """Evaluates layouts of one site with one workload; remembers what cells cost."""
 
-    def __init__(self, site: Site, ask: Ask, make: Make, load: Load, over: Callable[[Outcome], None] | None = None) -> None:
+    def __init__(
+        self, site: Site, ask: Ask, make: Make, load: Load, over: Callable[[Outcome], None] | None = None
+    ) -> None:
         self._site, self._ask, self._make, self._load, self._over = site, ask, make, load, over
         self._costs: dict[int, CostModel] = {}
         self._staged: dict[Cell, CostModel] = {}
@@ -190,7 +193,9 @@ class Trials:
     def attained(self, evaluate: Evaluate) -> float:
         """The share of requests that are good."""
         layout, rate, change = evaluate.layout, evaluate.rate, evaluate.change
-        if any(pool.count * self._bound(use, pool.cell, change).rate * layout.times < rate for use, pool in _pools(layout)):
+        if any(
+            pool.count * self._bound(use, pool.cell, change).rate * layout.times < rate for use, pool in _pools(layout)
+        ):
             return 0.0
         answer_s = self._answer_s(layout)
         layout, rate = self._part(layout, rate, answer_s)
@@ -199,19 +204,28 @@ class Trials:
         span_s = made.arrivals[-1].at_s - made.arrivals[0].at_s
         since = made.arrivals[0].at_s + WARM * span_s
         judged = good = 0
+        allowed = math.inf
+        total = sum(each.at_s >= since for each in made.arrivals)
+        if not evaluate.exact and all(each.gap_s is None for each in made.arrivals):
+            allowed = (1 - self._ask.share) * total + 1e-6
+        running: list[Simulation] = []
 
         def count_in(one: Outcome) -> None:
             nonlocal judged, good
             if one.at_s >= since:
                 judged += 1
                 good += one.good and one.good_by_mean
+                if judged - good > allowed:
+                    running[0].loop.stopped = True  # whatever becomes of the others
             if self._over is not None:
                 self._over(one)
 
         self.requests += len(made)
         chosen = self._policy(layout, change)
         settings = Settings(slo=_judged(layout, _goals(self._ask.slo, change)), lane=self._site.cluster.lane(layout))
-        simulate(made, list(self._builds(layout)), chosen, settings, over=count_in)
+        simulate(made, list(self._builds(layout)), chosen, settings, over=count_in, watch=running.append)
+        if judged - good > allowed:
+            return 1 - (judged - good) / total
         return good / judged if judged else 0.0
 
     def _part(self, layout: Layout, rate: float, answer_s: float) -> tuple[Layout, float]:
@@ -220,8 +234,9 @@ class Trials:
         prefill, decode = layout.prefill, layout.decode
         alone = [pool for pool in (prefill, decode, layout.mixed) if pool is not None]
         if len(alone) == 1 and alone[0].count > POOL:
-            use, _ = next(_pools(layout))
-            return replace(layout, **{use: Pool(alone[0].cell, POOL)}), rate * POOL / alone[0].count
+            few = Pool(alone[0].cell, POOL)
+            smaller = Layout(prefill and few, decode and few, layout.mixed and few)
+            return smaller, rate * POOL / alone[0].count
         if prefill is not None and decode is not None and SPANS * answer_s * rate > MOST:
             common = math.gcd(prefill.count, decode.count)
             one, other = Pool(prefill.cell, prefill.count // common), Pool(decode.cell, decode.count // common)
@@ -268,7 +283,9 @@ class Trials:
         if not gap_s or config.order != "chunked":
             return self._site.mixed
         # As Sarathi-Serve's section 4.3 has it: the budget is what the gap's goal leaves room for.
-        return replace(self._site.mixed, mixed_config=replace(config, budget_tokens=self._site.step_tokens, gap_s=gap_s))
+        return replace(
+            self._site.mixed, mixed_config=replace(config, budget_tokens=self._site.step_tokens, gap_s=gap_s)
+        )
 
     def _builds(self, layout: Layout) -> Iterator[Build]:
         sizes = self._site.costs.sizes
