@@ -61,7 +61,7 @@ def prepared(args: argparse.Namespace) -> tuple[Trials, Planner]:
         raise SetupError(f"lane: got {args.lane!r}, want one of {', '.join(lanes)}")
     name, sizes = model(args.model)
     ask = Ask(args.rate, slo(args.slo), args.share, args.gpu_hour, args.off, segments=args.segments)
-    cluster = Cluster(args.gpus, args.per_node, far=args.lane)
+    cluster = Cluster(args.gpus, args.per_node, args.stages, far=args.lane)
     make = workloads(args)
     known = load(make(args.rate, SAMPLE))
     apart, mixed = find(args.policy), find(args.mixed_policy)

@@ -112,11 +112,13 @@ class Cluster:
     |---|---|---|
     | devices | | in all |
     | per_node | | in one node |
+    | most_stages | | pipelines are no longer; None: as long as layers and devices let them be |
     | near, far | | lanes of KV within a node and between nodes, by the cost model's names |
     """
 
     devices: int
     per_node: int = 8
+    most_stages: int | None = None
     near: str = "nvlink"
     far: str = "rdma-400g"
 
@@ -145,7 +147,7 @@ class Memory:
 
 def cells(cluster: Cluster, sizes: Sizes, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> Iterator[Cell]:
     """All that the cluster can hold: ranks divide heads and stay in a node, stages divide layers (DistServe 4.1)."""
-    for stages in range(1, cluster.devices + 1):
+    for stages in range(1, min(cluster.devices, cluster.most_stages or cluster.devices) + 1):
         for each in ranks:
             fits = each <= cluster.per_node and each * stages <= cluster.devices
             if fits and not sizes.heads % each and not sizes.layers % stages:

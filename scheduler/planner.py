@@ -54,10 +54,14 @@ T = TypeVar("T")
 Question = tuple[Layout, float, Change, bool]
 Search = Generator[Question, float, T]
 """Asks, is told, and returns."""
+Rounds = Generator[list[Question], Mapping[Question, float], T]
+"""Asks several at a time."""
 
 ROUNDING = 1e-9
 LEAP = 1.35
 """How much more than what it needs at least a pool is given in a question, at most."""
+DROP = 0.85
+"""What is tried next of a rate that no layout sustains, at most."""
 LEAST = 1e-3
 """Of the rate that was asked for: below, nothing is planned any more."""
 
@@ -148,6 +152,8 @@ class Planner:
         self._ask, self._cluster, self._load = ask, cluster, load
         self._fits = {use: {fit.cell: fit for fit in found} for use, found in fits.items()}
         self._needs: dict[tuple[float, Layout], Need] = {}
+        self._rates: list[float] = []
+        """That layouts were searched for."""
         self._known: dict[Question, float] = {}
         self._out: dict[int, Question] = {}
         self._answers: dict[Question, float] = {}
@@ -203,7 +209,7 @@ class Planner:
             commands.append(Evaluate(self._count, *question))
         return commands
 
-    def _together(self, searches: Sequence[Search[T]]) -> Generator[list[Question], Mapping[Question, float], list[T]]:
+    def _together(self, searches: Sequence[Search[T]]) -> Rounds[list[T]]:
         """All searches side by side, a question of each at a time; what is known already is not asked."""
         results: dict[int, T] = {}
         waiting: dict[int, Question] = {}
@@ -226,29 +232,49 @@ class Planner:
 
     # The plan.
 
-    def _planned(self) -> Generator[list[Question], Mapping[Question, float], Plan]:
-        rate, limit = self._ask.rate, self._cluster.devices
+    def _planned(self) -> Rounds[Plan]:
+        rate, failed = self._ask.rate, math.inf
+        kept: tuple[float, Found, dict[str, Found]] | None = None
         while True:
+            self._rates.append(rate)
             self._stage = f"{rate:.4g}/s"
-            mixed, apart = yield from self._together([self._mixed(rate, limit), self._apart(rate, limit, equal=False)])
-            best = self._better(mixed, apart)
-            segments = Found(None, 0)
-            if self._ask.segments and self._cluster.nodes > 1:
-                (segments,) = yield from self._together([self._segments(rate, best.devices if best.layout else limit)])
-                best = self._better(best, segments)
+            best, families = yield from self._fewest(rate)
             if best.layout is not None:
+                kept = rate, best, families
+            else:
+                failed = rate
+            if kept is not None and (failed == math.inf or failed <= kept[0] * (1 + self._ask.precision)):
                 break
-            least = min((each.devices for each in (mixed, apart, segments) if each.devices), default=0)
-            if not least or rate < LEAST * self._ask.rate:
-                return self._nothing()
-            # What needs at least that many for the rate needs all of ours for no more than this.
-            rate *= min(1 / (1 + self._ask.precision), limit / least)
+            if kept is None:
+                least = min((each.devices for each in families.values() if each.devices), default=0)
+                if not least or rate < LEAST * self._ask.rate:
+                    return self._nothing()
+                # What needs at least that many for the rate needs all of ours for no more than this.
+                rate *= min(DROP, self._cluster.devices / least)
+            else:
+                rate = math.sqrt(kept[0] * failed)
+        rate, best, families = kept
+        layout = best.layout
+        assert layout is not None
         self._stage = f"alternatives at {rate:.4g}/s"
-        (equal,) = yield from self._together([self._apart(rate, limit, equal=True)])
+        (equal,) = yield from self._together([self._apart(rate, self._cluster.devices, equal=True)])
         self._stage = "what if"
-        top, *cases = yield from self._together([self._highest(best.layout, rate), *self._cases(best.layout, rate)])
+        top, *cases = yield from self._together([self._highest(layout, rate), *self._cases(layout, rate)])
         assert isinstance(top, float)
-        return self._written(rate, best, mixed, apart, segments, equal, top, [c for c in cases if isinstance(c, Case)])
+        return self._written(rate, best, families, equal, top, [each for each in cases if isinstance(each, Case)])
+
+    def _fewest(self, rate: float) -> Rounds[tuple[Found, dict[str, Found]]]:
+        """The best layout for a rate, and what every family came to."""
+        limit = self._cluster.devices
+        mixed, apart = yield from self._together([self._mixed(rate, limit), self._apart(rate, limit, equal=False)])
+        families, best = {"mixed": mixed, "apart": apart}, self._better(mixed, apart)
+        if self._ask.segments:
+            families["segments"] = Found(None, 0)
+            if self._cluster.nodes > 1:
+                most = best.devices if best.layout is not None else limit
+                (families["segments"],) = yield from self._together([self._segments(rate, most)])
+            best = self._better(best, families["segments"])
+        return best, families
 
     @staticmethod
     def _better(first: Found, second: Found) -> Found:
@@ -406,8 +432,20 @@ class Planner:
         """How many workers of one use."""
         key = rate, self._of(use, cell, 1)
         if key not in self._needs:
-            self._needs[key] = Need(_below(rate, self._fits[use][cell].bound))
+            self._needs[key] = self._begun_at(key, _below(rate, self._fits[use][cell].bound))
         return self._needs[key]
+
+    def _begun_at(self, key: tuple[float, Layout], short: int) -> Need:
+        """What is known from other rates: what is short at a lower one is short, what is enough at a higher one is."""
+        rate, subject = key
+        enough = math.inf
+        for other in self._rates:
+            need = self._needs.get((other, subject))
+            if need is not None and other < rate:
+                short = max(short, need.short)
+            elif need is not None and other > rate:
+                enough = min(enough, need.enough)
+        return Need(short, enough if enough > short else math.inf)
 
     def _try_pool(self, rate: float, use: str, cell: Cell, count: int) -> Search[None]:
         attained = yield self._of(use, cell, count), rate, ASKED, False
@@ -426,14 +464,14 @@ class Planner:
         decode = self._pool(rate, "decode", Cell(segment.stages, segment.decode_ranks))
         short = max((prefill.least - 1) // segment.prefills, (decode.least - 1) // segment.decodes)
         if key not in self._needs:
-            self._needs[key] = Need(short)
+            self._needs[key] = self._begun_at(key, short)
         need = self._needs[key]
         if need.short < short < need.enough:
             need.short = short
         return need
 
     def _drawn(self) -> Iterator[Segment]:
-        """All segments whose stages fit into nodes; those that are two equal ones beside each other are left out."""
+        """All segments whose stages fit into nodes."""
         node = min(self._cluster.per_node, self._cluster.devices)
         prefills = {fit.cell for fit in self._usable("prefill")}
         decodes = {fit.cell for fit in self._usable("decode")}
@@ -443,8 +481,7 @@ class Planner:
                     continue
                 for count in range(1, node // one.ranks + 1):
                     for beside in range(1, (node - count * one.ranks) // other.ranks + 1):
-                        if math.gcd(count, beside) == 1:
-                            yield Segment(one.stages, one.ranks, other.ranks, count, beside)
+                        yield Segment(one.stages, one.ranks, other.ranks, count, beside)
 
     def _bound(self, layout: Layout) -> float:
         """Units a second that it cannot pass."""
@@ -467,19 +504,14 @@ class Planner:
         self,
         rate: float,
         best: Found,
-        mixed: Found,
-        apart: Found,
-        segments: Found,
+        families: Mapping[str, Found],
         equal: Found,
         top: float,
         cases: Sequence[Case],
     ) -> Plan:
         layout = best.layout
         assert layout is not None
-        families = [("mixed", mixed), ("apart", apart)]
-        if self._ask.segments:
-            families.append(("segments", segments))
-        options = tuple(self._family(name, found, best) for name, found in families)
+        options = tuple(self._family(name, found, best) for name, found in families.items())
         short = "" if rate == self._ask.rate else (
             f"{self._cluster.devices} devices do not sustain {self._ask.rate:g}/s; the most that was found is "
             f"{rate:.4g}/s: "
