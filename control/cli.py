@@ -261,6 +261,7 @@ def _planning(plan: Verb) -> None:
     add("--gpu-hour", type=_more_than_0, metavar="X", help="what an hour of one device costs: adds money a token")
     add("--off", type=_more_than_0, default=0.2, metavar="X", help="by how much rate, lengths, goals may be off")
     add("--segments", action=argparse.BooleanOptionalAction, default=True, help="phases that share nodes, too")
+    add("--requests", type=_count, metavar="N", help="of each simulation (default: 800 to 6000, as the rate wants)")
     add("--stages", type=_count, metavar="N", help="no pipeline is longer (default: any that divides the layers)")
     add("--lane", default="rdma-400g", metavar="NAME", help="how KV moves between nodes (default %(default)s)")
     add("--policy", default="baton", metavar="NAME", help="of prefill and decode workers (default %(default)s)")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -27,10 +28,12 @@ from sim.workload import Workload
 
 SAMPLE = 1000
 """Requests that bounds are computed from."""
-ROUND = 200
+ROUND = 100
 """Numbers of requests are multiples of it, so that workloads are made once."""
 QUIET_S = 10.0
 BAR = 24
+SHOWN = 6
+"""Dominated options of a table; JSON has all."""
 
 
 def run(args: argparse.Namespace, *, as_json: bool) -> int:
@@ -70,6 +73,8 @@ def prepared(args: argparse.Namespace) -> tuple[Trials, Planner]:
         want = "one for prefill and decode workers" if apart.colocated else "one for colocated workers"
         raise SetupError(f"{wrong}: got {got!r}, want {want}")
     site = Site(cluster, Costs(f"{args.gpu}-{name}", sizes, DEVICES[args.gpu]), apart, mixed, args.page_tokens)
+    if args.requests is not None:
+        site = replace(site, least=args.requests, most=args.requests)
     trials = Trials(site, ask, make, known)
     return trials, Planner(ask, cluster, known, trials.fits())
 
@@ -207,6 +212,11 @@ def tables(plan: Plan) -> Iterator[str]:
 
 
 def _options(title: str, options: Sequence[Option]) -> str:
+    """A line each; of cells that need many more devices than others only how many there are."""
+    kept = [each for each in options if each.why != "dominated"]
+    kept += sorted((each for each in options if each.why == "dominated"), key=lambda each: each.devices)[:SHOWN]
+    left = len(options) - len(kept)
+    options = [each for each in options if each in kept]
     rows = [(title.upper(), "DEVICES", "GOOD %", "")]
     for each in options:
         devices = "" if not each.devices else f"{'' if each.exact else '>='}{each.devices}"
@@ -214,4 +224,5 @@ def _options(title: str, options: Sequence[Option]) -> str:
         rows.append((each.name, devices, good, each.why))
     said = aligned(rows).splitlines()
     width = max(map(len, said))
-    return "\n".join([said[0], *(f"{line:<{width}}  {o.reason}" for line, o in zip(said[1:], options, strict=True))])
+    lines = [said[0], *(f"{line:<{width}}  {o.reason}" for line, o in zip(said[1:], options, strict=True))]
+    return "\n".join([*lines, *([f"{left} more that need as many or more"] if left else [])])

@@ -7,12 +7,12 @@
 | prefill alone | every request ends with its first token |
 | decode alone | prompts take no time, and the goal for the first token is none |
 | segments side by side | one of them, at its part of the rate |
-| a pool of more than `POOL` workers, alone | that many, at their part of the rate |
-| prefill and decode pools with a common divisor, where there would be more than `MOST` requests | one part, at its part of the rate |
+| a pool of more than `POOL` workers or stages, alone | that many, at their part of the rate |
+| prefill and decode pools with a common divisor, where there would be too many requests | one part, at its part of the rate |
 
 A request counts if its first token, the 99th percentile of its gaps and their mean are within the goals: a long wait for a decode
 worker is a single gap, which no percentile shows and the mean does. Requests of the first `WARM` of the time are simulated and
-not judged; there are enough of them for the longest answers to end several times over, `LEAST` at least and `MOST` at most.
+not judged; there are enough of them for the longest answers to end several times over, within the site's limits.
 The same layout, rate and change always give the same share. A run that can no longer reach the share that was asked for is stopped, unless the exact share is wanted.
 """  # noqa: E501
 
@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from core.errors import SetupError
 from core.kv import KvShape
@@ -41,7 +42,6 @@ from sim.workload import Workload
 
 COLOCATED = policy("colocated-chunked")
 POOL = 6
-LEAST, MOST = 800, 6000
 WARM = 0.2
 SPANS = 4.0
 """Times that an answer of average length takes, in a run."""
@@ -86,7 +86,7 @@ class Costs:
         )
 
     def _roofline(self, ranks: int) -> CostModel:
-        return roofline.roofline(f"{self.name}-tp{ranks}", over(self.sizes, ranks), self.hardware)
+        return _guess(self.name, self.sizes, ranks, self.hardware)
 
     def _table(self, ranks: int) -> CostModel | None:
         for name in (f"{self.name}-tp{ranks}", *((self.name,) if ranks == 1 else ())):
@@ -108,7 +108,7 @@ class Site:
     | apart | baton | policy of prefill and decode workers |
     | mixed | colocated-chunked | of mixed workers; chunks are cut to the gap's goal |
     | page_tokens | 64 | in a page of KV |
-    | seed | 1 | of the workload |
+    | least, most | 800, 6000 | requests of a simulation |
     """
 
     cluster: Cluster
@@ -116,7 +116,8 @@ class Site:
     apart: Policy = BATON
     mixed: Policy = COLOCATED
     page_tokens: int = 64
-    seed: int = 1
+    least: int = 800
+    most: int = 6000
 
     @property
     def step_tokens(self) -> int:
@@ -199,7 +200,10 @@ class Trials:
             return 0.0
         answer_s = self._answer_s(layout)
         layout, rate = self._part(layout, rate, answer_s)
-        count = min(MOST, max(LEAST, math.ceil(SPANS * answer_s * rate * len(self._load.rows) / self._load.units)))
+        count = min(
+            self._site.most,
+            max(self._site.least, math.ceil(SPANS * answer_s * rate * len(self._load.rows) / self._load.units)),
+        )
         made = self._changed(self._make(rate, count), layout, change)
         span_s = made.arrivals[-1].at_s - made.arrivals[0].at_s
         since = made.arrivals[0].at_s + WARM * span_s
@@ -233,11 +237,12 @@ class Trials:
         layout, rate = replace(layout, times=1), rate / layout.times
         prefill, decode = layout.prefill, layout.decode
         alone = [pool for pool in (prefill, decode, layout.mixed) if pool is not None]
-        if len(alone) == 1 and alone[0].count > POOL:
-            few = Pool(alone[0].cell, POOL)
+        most = max(2, POOL // alone[0].cell.stages)
+        if len(alone) == 1 and alone[0].count > most:
+            few = Pool(alone[0].cell, most)
             smaller = Layout(prefill and few, decode and few, layout.mixed and few)
-            return smaller, rate * POOL / alone[0].count
-        if prefill is not None and decode is not None and SPANS * answer_s * rate > MOST:
+            return smaller, rate * most / alone[0].count
+        if prefill is not None and decode is not None and SPANS * answer_s * rate > self._site.most:
             common = math.gcd(prefill.count, decode.count)
             one, other = Pool(prefill.cell, prefill.count // common), Pool(decode.cell, decode.count // common)
             return replace(layout, prefill=one, decode=other), rate / common
@@ -311,6 +316,11 @@ class Trials:
                 yield Build(f"{use}-{number}", role, cost, shape, pages, devices)
 
 
+@lru_cache(maxsize=32)
+def _guess(name: str, sizes: Sizes, ranks: int, hardware: Hardware) -> CostModel:
+    return roofline.roofline(f"{name}-tp{ranks}", over(sizes, ranks), hardware)
+
+
 def load(made: Workload) -> Load:
     """Requests of a workload as a plan sees them; what an earlier prompt had counts as cached."""
     seen: set[int] = set()
@@ -348,8 +358,3 @@ def _judged(layout: Layout, slo: Slo) -> Slo:
             return Slo(0.0, slo.gap_s)
         case _:
             return slo
-
-
-def answers(trials: Trials, commands: Sequence[Evaluate]) -> list[tuple[int, float]]:
-    """Of all commands, one after the other."""
-    return [(command.number, trials.attained(command)) for command in commands]
