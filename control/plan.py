@@ -92,7 +92,9 @@ def model(name: str) -> tuple[str, Sizes]:
     sizes = Sizes(
         config.layers, config.hidden, config.intermediate, config.heads, config.kv_heads, config.head_dim, config.vocab
     )
-    return Path(name).resolve().name.lower(), sizes
+    # Tables go by name: only what has a known model's sizes may have its name.
+    known = next((each for each, other in MODELS.items() if other == sizes), None)
+    return known or f"config of {Path(name).resolve().name}", sizes
 
 
 def workloads(args: argparse.Namespace) -> Callable[[float, int], Workload]:

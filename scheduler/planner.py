@@ -524,7 +524,7 @@ class Planner:
         equal_option = self._family("apart with equal cells", equal, best)
         choices = [Choice("disaggregate?", answer, reason, options)]
         for use, pool in (("mixed", layout.mixed), ("prefill", layout.prefill), ("decode", layout.decode)):
-            choices.append(self._cells(rate, use, pool))
+            choices.append(self._cells(rate, use, pool, layout.times))
         return Plan(
             self._ask, rate, layout, verdict, split, best.attained, top * (1 + self._ask.precision),
             self._next(layout), equal_option, equal.layout, tuple(choices), tuple(cases),
@@ -547,7 +547,7 @@ class Planner:
             return Option(name, "cluster", 0, True, "one node: KV never leaves it")
         return Option(name, "slo", 0, True, "no cell of a phase can be used")
 
-    def _cells(self, rate: float, use: str, pool: Pool | None) -> Choice:
+    def _cells(self, rate: float, use: str, pool: Pool | None, times: int = 1) -> Choice:
         """Every cell for one use, with what became of it."""
         options = []
         for fit in self._fits.get(use, {}).values():
@@ -558,15 +558,15 @@ class Planner:
             devices, exact = need.least * fit.cell.devices, need.least == need.enough
             attained = need.attained.get(need.least)
             if pool is not None and pool.cell == fit.cell:
-                said = f"{pool.count} of them, {need.least} for this phase alone"
-                options.append(Option(fit.cell.name, "chosen", pool.devices, True, said, attained))
+                said = f"{pool.count * times} of them" + ("" if use == "mixed" else f", {need.least} for this phase alone")
+                options.append(Option(fit.cell.name, "chosen", pool.devices * times, True, said, attained))
                 continue
             about = "" if exact else "at least "
             says = f"needs {about}{need.least} of them, {devices} devices"
             if use != "mixed":
                 says += ", for this phase alone"
             options.append(Option(fit.cell.name, "dominated", devices, exact, says, attained))
-        answer = "none" if pool is None else f"{pool.count} x {pool.cell.name}"
+        answer = "none" if pool is None else f"{pool.count * times} x {pool.cell.name}"
         reason = "not in the plan" if pool is None else "the fewest devices, both phases together"
         return Choice(f"{use} workers", answer, reason, tuple(options))
 

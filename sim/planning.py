@@ -2,19 +2,21 @@
 
 | of a layout | here |
 |---|---|
-| a prefill worker with stages | steps take their part of one stage; what the other stages take is taken off the goal for the first token, request by request |
+| a prefill worker with stages | steps take one stage's part; the other stages' is taken off each request's TTFT goal |
 | a decode or mixed worker with stages | as many workers as stages, which share its memory |
 | prefill alone | every request ends with its first token |
 | decode alone | prompts take no time, and the goal for the first token is none |
 | segments side by side | one of them, at its part of the rate |
-| a pool of more than `POOL` workers or stages, alone | that many, at their part of the rate |
-| prefill and decode pools with a common divisor, where there would be too many requests | one part, at its part of the rate |
+| more than `POOL` workers or stages of one phase, or mixed | so many, at their part of the rate |
+| pools with a common divisor, where it would take too many requests | one part, at its part of the rate |
 
-A request counts if its first token, the 99th percentile of its gaps and their mean are within the goals: a long wait for a decode
-worker is a single gap, which no percentile shows and the mean does. Requests of the first `WARM` of the time are simulated and
-not judged; there are enough of them for the longest answers to end several times over, within the site's limits.
-The same layout, rate and change always give the same share. A run that can no longer reach the share that was asked for is stopped, unless the exact share is wanted.
-"""  # noqa: E501
+A request counts if its first token, the 99th percentile of its gaps and their mean are within the goals: a long wait
+for a decode worker is a single gap, which no percentile of a long answer shows and the mean does. Requests of the first
+`WARM` of the time are simulated and not judged; there are enough of them, within the site's limits, for answers of
+average length to end several times over. The same layout, rate and change always give the same share. A run that can no
+longer reach the share that was asked for is stopped, unless the exact share is wanted: what is given then is the share
+that would be left if all others were good.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,15 @@ from scheduler.roofline import LANES, Hardware, Sizes, over
 from sim.fleet import SHIPPED, Build
 from sim.outcome import Outcome
 from sim.run import Settings, Simulation, simulate
-from sim.workload import Workload
+from sim.workload import Arrival, Workload, blocks_of
 
 COLOCATED = policy("colocated-chunked")
 POOL = 6
 WARM = 0.2
 SPANS = 4.0
 """Times that an answer of average length takes, in a run."""
+MORE = 10**5
+"""More blocks than any prompt has."""
 ROOM = 10**6
 """Pages of a worker whose memory is not looked at."""
 REFERENCE = ([(2048, 0)], 64, 64 * 1024)
@@ -268,10 +272,8 @@ class Trials:
         if not alone and stages == 1 and change.prompt == change.output == 1:
             return made
         arrivals = []
-        for each in made.arrivals:
-            arrival = each
-            if change.prompt != 1 and not each.block_tokens:
-                arrival = replace(arrival, prompt=max(1, round(each.prompt * change.prompt)), history=0)
+        for number, each in enumerate(made.arrivals):
+            arrival = each if change.prompt == 1 else _resized(each, change.prompt, number)
             output = 1 if alone else max(1, round(each.output * change.output))
             slo = arrival.slo
             if stages > 1 and goals.ttft_s and cost is not None:
@@ -337,6 +339,15 @@ def load(made: Workload) -> Load:
     if not rows:
         raise SetupError("requests: got none, want at least one to plan for")
     return Load(tuple(rows), len({each.session or str(number) for number, each in enumerate(made.arrivals)}))
+
+
+def _resized(arrival: Arrival, factor: float, number: int) -> Arrival:
+    """With a longer or shorter prompt; nobody else has the blocks that come to it."""
+    prompt = max(1, round(arrival.prompt * factor))
+    count = blocks_of(prompt, arrival.block_tokens)
+    more = (-1 - number * MORE - at for at in range(count - len(arrival.blocks)))
+    blocks = (*arrival.blocks[:count], *more)
+    return replace(arrival, prompt=prompt, blocks=blocks, history=min(arrival.history, prompt))
 
 
 def _pools(layout: Layout) -> Iterator[tuple[str, Pool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def test_a_model_is_known_or_a_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     name, sizes = plan.model(str(tmp_path))
     assert sizes == plan.model("llama-3.1-8b")[1]
-    assert name == tmp_path.name.lower()
+    assert name == "llama-3.1-8b"
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 30}))
+    assert plan.model(str(tmp_path)) == (f"config of {tmp_path.name}", replace(sizes, layers=30))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SetupError):
         plan.model(str(tmp_path))

@@ -25,7 +25,7 @@ from scheduler.router import RouterConfig
 from sim import traces
 from sim.generators import AZURE_CONV, generate
 from sim.outcome import Outcome
-from sim.planning import Costs, Site, Trials, load
+from sim.planning import Costs, Site, Trials, _resized, load
 from sim.workload import Arrival, Workload, scale
 from tests.sim import peer
 
@@ -187,6 +187,13 @@ def test_a_change_is_a_workload_or_goals_of_another_size() -> None:
         assert attained(layout, 55.0, change) < base - 0.02
     assert attained(layout, 55.0, Change(output=0.5)) >= base - 0.02
     assert attained(layout, 40.0, Change(prompt=0.5)) >= 0.99
+
+
+@pytest.mark.parametrize(("factor", "blocks"), [(1.0, (7, 8)), (0.5, (7,)), (2.0, (7, 8, -300_001, -300_002))])
+def test_prompts_of_another_size_share_what_they_shared(factor: float, blocks: tuple[int, ...]) -> None:
+    found = _resized(Arrival(1.0, 128, 9, blocks=(7, 8), block_tokens=64, history=100), factor, 3)
+    assert (found.prompt, found.blocks, found.history) == (128 * factor, blocks, min(100, 128 * factor))
+    assert _resized(Arrival(1.0, 3, 9), 0.1, 3).prompt == 1
 
 
 def test_the_same_question_has_the_same_answer() -> None:
