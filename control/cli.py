@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--kv-memory", default="256M", help="KV cache of a worker (default %(default)s)")
     doctor.add_argument("--port", type=int, default=50051, help="gateway port to look at (default %(default)s)")
     _simulation(verbs.add_parser("simulate", help="what a deployment would do with a workload, without one"))
+    _planning(verbs.add_parser("plan", help="how many devices a workload needs, in which pools, and why"))
     for verb in verbs.choices.values():
         verb.add_argument("-o", "--output", choices=("table", "json"), default="table")
     return top
@@ -150,6 +151,10 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
             from control.simulate import run
 
             return run(args, as_json=as_json)
+        case "plan":
+            from control.plan import run as plan
+
+            return plan(args, as_json=as_json)
         case _:
             from control.doctor import doctor
 
@@ -234,6 +239,36 @@ def _simulation(simulate: Verb) -> None:
         help="the deployment that `baton up --record DIR` wrote of: percentiles as measured in it, and as predicted",
     )
     add("--out", metavar="DIR", help="write report.html, summary.json, requests.csv and timeline.csv there")
+
+
+def _planning(plan: Verb) -> None:
+    """Flags of `baton plan` (docs/planner.md)."""
+    add = plan.add_argument
+    add("--model", required=True, metavar="NAME|DIR", help="a known model, or a directory with a config.json")
+    add("--gpus", type=_count, required=True, metavar="N", help="devices that there are")
+    add("--gpu", default="h200", metavar="NAME", help="what they are: a100, h100, h200 (default %(default)s)")
+    add("--per-node", type=_count, default=8, metavar="N", help="in a node (default %(default)s)")
+    add("--rate", type=_more_than_0, required=True, metavar="R", help="requests (or sessions) a second to sustain")
+    add("--slo", default="ttft=0.4,gap=0.05", metavar="GOALS", help="seconds; empty for none (default %(default)s)")
+    add("--share", type=_more_than_0, default=0.9, metavar="X", help="of requests that are good (default %(default)s)")
+    what = "a shipped generator, a file, or a file's name among the public traces (default %(default)s)"
+    add("--trace", "--workload", default="azure-conv", metavar="NAME|FILE", help=what)
+    add("--cv", type=_at_least_0, metavar="X", help="variation of the gaps between arrivals, drawn anew; 1: Poisson")
+    add("--window", metavar="START:STOP", help="this part of a file with times, in seconds")
+    add("--jitter", type=_more_than_0, metavar="S", help="spread stamps that are rounded to S seconds")
+    add("--think", type=_at_least_0, metavar="S", help="rows of a length file are turns of sessions with this pause")
+    add("--agent", metavar="NAME", help="one kind of a file of agents")
+    add("--gpu-hour", type=_more_than_0, metavar="X", help="what an hour of one device costs: adds money a token")
+    add("--off", type=_more_than_0, default=0.2, metavar="X", help="by how much rate, lengths, goals may be off")
+    add("--segments", action=argparse.BooleanOptionalAction, default=True, help="phases that share nodes, too")
+    add("--requests", type=_count, metavar="N", help="of each simulation (default: 800 to 6000, as the rate wants)")
+    add("--stages", type=_count, metavar="N", help="no pipeline is longer (default: any that divides the layers)")
+    add("--lane", default="rdma-400g", metavar="NAME", help="how KV moves between nodes (default %(default)s)")
+    add("--policy", default="baton", metavar="NAME", help="of prefill and decode workers (default %(default)s)")
+    add("--mixed-policy", default="colocated-chunked", metavar="NAME", help="of mixed ones (default %(default)s)")
+    add("--page-tokens", type=_count, default=64, metavar="N", help="tokens in a page of KV (default %(default)s)")
+    add("--seed", type=int, default=1, metavar="N", help="of the workload (default %(default)s)")
+    add("--jobs", type=_count, metavar="N", help="evaluations side by side (default: as many as cores)")
 
 
 def _policies() -> str:

@@ -47,6 +47,7 @@ from tests.sim.turns import Ahead, AheadEngine, Turns, TurnsEngine
 
 REQUESTS = "reference_simdistserve_requests_seed0.csv"
 ANSWERS = "reference_simdistserve_opt13b_seed0.csv"
+PLAN = "reference_simdistserve_plan_opt13b_4gpu.csv"
 CAPACITY = "distserve_max_num_tokens.csv"
 TTFT_S, TPOT_S = 0.2, 0.1
 ENDLESS = 10**7
@@ -184,6 +185,7 @@ class Theirs(Policy):
     stages: int = 1
     prompt_tokens: int = ENDLESS
     real: bool = False
+    decode_stages: int = 1
 
     def prefill(
         self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel, *, fetch: bool = False
@@ -196,7 +198,7 @@ class Theirs(Policy):
         """Of a decode worker."""
         if self.real:
             return DecodePolicy(me, shape, ledger, self.decode_config)
-        return Turns(1, 0, shape, ledger)  # type: ignore[return-value]
+        return Turns(self.decode_stages, 0, shape, ledger)  # type: ignore[return-value]
 
     def mixed(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> MixedPolicy:
         """Of a colocated worker."""
@@ -205,10 +207,16 @@ class Theirs(Policy):
         return Turns(self.stages, self.prompt_tokens, shape, ledger)  # type: ignore[return-value]
 
 
-def run(folder: Path, placement: Placement, rate: float, *, real: bool = False) -> tuple[Answer, list[Outcome]]:
-    """Their requests at so many a second and device; `real`: without taking turns, which only some rates allow."""
+def run(
+    folder: Path, placement: Placement, rate: float, *, real: bool = False, count: int | None = None
+) -> tuple[Answer, list[Outcome]]:
+    """Their requests, or the first `count`, at so many a second and device.
+
+    `real`: without taking turns, which only some rates allow.
+    """
     arrivals = [
-        Arrival(at_s / rate / placement.devices, prompt, output + 1) for at_s, prompt, output in requests(folder)
+        Arrival(at_s / rate / placement.devices, prompt, output + 1)
+        for at_s, prompt, output in requests(folder)[:count]
     ]
     stages, tokens = placement.pp_p, capacity(folder, placement.tp_p, placement.pp_p)
     policy = Theirs(
@@ -222,15 +230,21 @@ def run(folder: Path, placement: Placement, rate: float, *, real: bool = False) 
         stages=stages,
         prompt_tokens=tokens,
         real=real,
+        decode_stages=placement.pp_d,
     )
     shape = KvShape(1, 1, 2, 16, "bfloat16")
     prompts = [
         published(folder, placement.backend, placement.tp_p, pp=stages, first=stage == 0) for stage in range(stages)
     ]
-    if placement.tp_d:
-        assert placement.pp_d == 1
-        rows = published(folder, placement.backend, placement.tp_d)
-        builds = [Build("p", Role.PREFILL, prompts[0], shape, ENDLESS), Build("d", Role.DECODE, rows, shape, ENDLESS)]
+    rows = [
+        published(folder, placement.backend, placement.tp_d, pp=placement.pp_d, first=stage == 0)
+        for stage in range(placement.pp_d)
+    ]
+    if rows:
+        builds = [
+            Build("p", Role.PREFILL, prompts[0], shape, ENDLESS),
+            Build("d", Role.DECODE, rows[0], shape, ENDLESS),
+        ]
     else:
         builds = [Build("m", Role.MIXED, prompts[0], shape, ENDLESS)]
     outcomes: list[Outcome] = []
@@ -241,7 +255,7 @@ def run(folder: Path, placement: Placement, rate: float, *, real: bool = False) 
             if worker.prefill is not None and stages > 1:
                 AheadEngine(worker, prompts)
             if (worker.decode or worker.mixed) and not real:
-                TurnsEngine(worker, [rows] if worker.decode else prompts)
+                TurnsEngine(worker, rows if worker.decode else prompts)
                 machines.append((worker.decode or worker.mixed).policy)
 
     settings = Settings(hop_s=0.0, lane="none", timeout_s=1e7, check_every=10**9)
@@ -260,6 +274,29 @@ def _answer(rate: float, outcomes: Sequence[Outcome], turns: bool) -> Answer:
     half = len(outcomes) // 2
     medians = [1e3 * (values[half - 1] + values[half]) / 2 for values in (ttft, tpot)]
     return Answer(rate, met[0], met[1], met[2], medians[0], medians[1], turns)
+
+
+def planned(folder: Path) -> dict[Placement, float]:
+    """What their placement search found a device to sustain, by placement."""
+    with (folder / PLAN).open(encoding="utf-8", newline="") as text:
+        found = {}
+        for row in csv.DictReader(text):
+            sizes = [int(row[key]) for key in ("tp_prefill", "pp_prefill", "tp_decode", "pp_decode")]
+            found[Placement(row["backend"], *sizes)] = float(row["best_per_gpu_rate"])
+        return found
+
+
+def sustained(folder: Path, placement: Placement) -> float:
+    """The same by their rules: 300 requests, 90 % within each goal by itself, halved from 5/s until 0.0625 is left."""
+    low, high = 0.0, 5.0
+    while high - low >= 0.0625:
+        middle = (low + high) / 2
+        answer, _ = run(folder, placement, middle, count=300)
+        if min(answer.ttft, answer.tpot) >= 90:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def knee(found: Sequence[Answer], share: float = 90.0) -> float:

@@ -1,0 +1,615 @@
+"""How many devices, in which pools, with how many ranks and stages: the fewest that sustain a rate. Pure.
+
+DistServe (OSDI'24), section 4: each phase gets its own tensor and pipeline parallelism, found by simulated goodput.
+
+| family | what is in it | after |
+|---|---|---|
+| mixed | every worker does both phases; the plan may say: do not disaggregate | APEX searches both alike |
+| apart | phases planned apart, KV between nodes | DistServe's algorithm 1, high node affinity |
+| segments | stages of both phases share nodes: KV stays within, sets side by side | algorithm 2, low affinity |
+
+What a layout attains is not computed here: `Evaluate` asks whoever drives this machine, which simulates. A layout
+*sustains* a rate if no bound of fluid.py forbids it and the share of good requests reaches what was asked.
+
+The search is exact under one assumption: more workers of a kind never sustain less. It goes through layouts by the
+number of devices that they need *at least*, and tightens that until the first one in line is known to sustain the rate:
+by bounds that cost nothing; by how many workers one phase needs, the other one having all it wants; then by both
+together. Nothing is asked twice. A question about the first in line is put so that "no" puts it behind the second.
+Unlike DistServe's, a pool is simulated as a pool: ten workers behind one router sustain more than ten times what one
+does. Of layouts with equally many devices the simpler wins: mixed, apart, segments; then fewer stages, fewer ranks,
+fewer prefill workers.
+
+What was not needed to find the fewest is known as "at least so many". Where even all devices do not sustain the rate,
+the plan is for the highest rate that was found which they do sustain, and says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from core.errors import LocalError
+from scheduler.fluid import Load
+from scheduler.layout import Cell, Cluster, Layout, Pool
+from scheduler.plan import (
+    ASKED,
+    Ask,
+    Case,
+    Change,
+    Choice,
+    Cost,
+    Evaluate,
+    Evaluated,
+    Fit,
+    Option,
+    Plan,
+    Planned,
+    Why,
+)
+
+T = TypeVar("T")
+Question = tuple[Layout, float, Change, bool]
+Search = Generator[Question, float, T]
+"""Asks, is told, and returns."""
+Rounds = Generator[list[Question], Mapping[Question, float], T]
+"""Asks several at a time."""
+
+ROUNDING = 1e-9
+LEAP = 1.35
+"""How much more than what it needs at least a pool is given in a question, at most."""
+DROP = 0.85
+"""What is tried next of a rate that no layout sustains, at most."""
+LEAST = 1e-3
+"""Of the rate that was asked for: below, nothing is planned any more."""
+
+
+@dataclass(slots=True)
+class Need:
+    """How many of a kind a rate needs: more than `short`, and no more than `enough`."""
+
+    short: int
+    enough: float = math.inf
+    attained: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def least(self) -> int:
+        return self.short + 1
+
+    def middle(self, most: int) -> int:
+        """What to ask about next, `most` being the first number that would no longer be of interest."""
+        if self.enough < math.inf:
+            return (self.least + int(self.enough)) // 2 if self.least < self.enough else self.least
+        return max(self.least, min(most, math.ceil(self.least * LEAP)))
+
+    def learn(self, count: int, attained: float, share: float) -> None:
+        """What so many attain."""
+        self.attained[count] = attained
+        if attained >= share:
+            self.enough = min(self.enough, count)
+        else:
+            self.short = max(self.short, count)
+            if self.enough <= self.short:  # more did worse than fewer: noise; the larger number decides
+                self.enough = math.inf
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Apart:
+    """Cells of both phases; at least so many workers each."""
+
+    prefill: Cell
+    decode: Cell
+    prefills: int = 1
+    decodes: int = 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Segment:
+    """Pools that share a node's devices, stage by stage."""
+
+    stages: int
+    prefill_ranks: int
+    decode_ranks: int
+    prefills: int
+    decodes: int
+
+    @property
+    def layout(self) -> Layout:
+        prefill = Pool(Cell(self.stages, self.prefill_ranks), self.prefills)
+        return Layout(prefill, Pool(Cell(self.stages, self.decode_ranks), self.decodes), near=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search came to: a layout, or the number of devices that it takes at least."""
+
+    layout: Layout | None
+    devices: int
+    attained: float | None = None
+
+
+class Planner:
+    """Asks for evaluations until it has a plan.
+
+    | parameter | unit | default | meaning |
+    |---|---|---|---|
+    | ask | | | what is to be sustained |
+    | cluster | | | devices and nodes |
+    | load | tokens | | requests as they will come |
+    | fits | units/s | | by use ("prefill", "decode", "mixed"): every cell with its bound, or why it cannot be used |
+
+    `on(None)` begins and gives the first `Evaluate`s; each is answered by an `Evaluated`, in any order. When all that
+    are out are answered come the next ones, and at last a `Planned`. Nothing depends on the order of answers.
+    """
+
+    def __init__(self, ask: Ask, cluster: Cluster, load: Load, fits: Mapping[str, Sequence[Fit]]) -> None:
+        if not 0 < ask.rate < math.inf:
+            raise LocalError(f"rate: got {ask.rate!r}, want a finite number above 0")
+        if cluster.devices < 1:
+            raise LocalError(f"devices: got {cluster.devices}, want at least 1")
+        self._ask, self._cluster, self._load = ask, cluster, load
+        self._fits = {use: {fit.cell: fit for fit in found} for use, found in fits.items()}
+        self._needs: dict[tuple[float, Layout], Need] = {}
+        self._rates: list[float] = []
+        """That layouts were searched for."""
+        self._known: dict[Question, float] = {}
+        self._out: dict[int, Question] = {}
+        self._answers: dict[Question, float] = {}
+        self._count = 0
+        self._stage = "planning"
+        self._ended = False
+        self._threads = self._planned()
+        self._begun = False
+
+    # The machine.
+
+    def on(self, event: Evaluated | None, now: float) -> list[Evaluate | Planned]:
+        """Begin, or take an answer; the next questions, when all answers are there."""
+        if event is None:
+            if self._begun:
+                return []
+            self._begun = True
+            return self._resume(None)
+        question = self._out.get(event.number)
+        if question is None:
+            raise LocalError(f"evaluated: got number {event.number}, want one of {sorted(self._out)}")
+        if not 0 <= event.attained <= 1:
+            raise LocalError(f"attained: got {event.attained!r}, want a share from 0 to 1")
+        del self._out[event.number]
+        self._known[question] = event.attained
+        return [] if self._out else self._resume(self._known)
+
+    def deadline(self) -> None:
+        """None: it waits for answers only."""
+        return None
+
+    def check(self) -> None:
+        """Raise AssertionError if what is known contradicts itself."""
+        for (rate, layout), need in self._needs.items():
+            assert 0 <= need.short < need.enough, f"{layout.name} at {rate:g}/s: {need}"
+        assert not self._ended or not self._out
+
+    @property
+    def progress(self) -> str:
+        """What is being looked for, and how many evaluations are over."""
+        return f"{self._stage}: {len(self._known)} evaluations"
+
+    def _resume(self, known: Mapping[Question, float] | None) -> list[Evaluate | Planned]:
+        try:
+            questions = next(self._threads) if known is None else self._threads.send(known)
+        except StopIteration as end:
+            self._ended = True
+            return [Planned(end.value)]
+        commands: list[Evaluate | Planned] = []
+        for question in questions:
+            self._count += 1
+            self._out[self._count] = question
+            commands.append(Evaluate(self._count, *question))
+        return commands
+
+    def _together(self, searches: Sequence[Search[T]]) -> Rounds[list[T]]:
+        """All searches side by side, a question of each at a time; what is known already is not asked."""
+        results: dict[int, T] = {}
+        waiting: dict[int, Question] = {}
+        told: dict[int, float | None] = dict.fromkeys(range(len(searches)))
+        while True:
+            for at in sorted(told):
+                answer = told.pop(at)
+                try:
+                    question = next(searches[at]) if answer is None else searches[at].send(answer)
+                    while question in self._known:
+                        question = searches[at].send(self._known[question])
+                    waiting[at] = question
+                except StopIteration as end:
+                    results[at] = end.value
+            if not waiting:
+                return [results[at] for at in range(len(searches))]
+            known = yield list(dict.fromkeys(waiting[at] for at in sorted(waiting)))
+            told = {at: known[question] for at, question in waiting.items()}
+            waiting.clear()
+
+    # The plan.
+
+    def _planned(self) -> Rounds[Plan]:
+        rate, failed = self._ask.rate, math.inf
+        kept: tuple[float, Found, dict[str, Found]] | None = None
+        while True:
+            self._rates.append(rate)
+            self._stage = f"{rate:.4g}/s"
+            best, families = yield from self._fewest(rate)
+            if best.layout is not None:
+                kept = rate, best, families
+            else:
+                failed = rate
+            if kept is not None and (failed == math.inf or failed <= kept[0] * (1 + self._ask.precision)):
+                break
+            if kept is None:
+                least = min((each.devices for each in families.values() if each.devices), default=0)
+                if not least or rate < LEAST * self._ask.rate:
+                    return self._nothing()
+                # What needs at least that many for the rate needs all of ours for no more than this.
+                rate *= min(DROP, self._cluster.devices / least)
+            else:
+                rate = math.sqrt(kept[0] * failed)
+        rate, best, families = kept
+        layout = best.layout
+        assert layout is not None
+        self._stage = f"alternatives at {rate:.4g}/s"
+        (equal,) = yield from self._together([self._apart(rate, self._cluster.devices, equal=True)])
+        self._stage = "what if"
+        top, *cases = yield from self._together([self._highest(layout, rate), *self._cases(layout, rate)])
+        assert isinstance(top, float)
+        return self._written(rate, best, families, equal, top, [each for each in cases if isinstance(each, Case)])
+
+    def _fewest(self, rate: float) -> Rounds[tuple[Found, dict[str, Found]]]:
+        """The best layout for a rate, and what every family came to."""
+        limit = self._cluster.devices
+        mixed, apart = yield from self._together([self._mixed(rate, limit), self._apart(rate, limit, equal=False)])
+        families, best = {"mixed": mixed, "apart": apart}, self._better(mixed, apart)
+        if self._ask.segments:
+            families["segments"] = Found(None, 0)
+            if self._cluster.nodes > 1:
+                most = best.devices if best.layout is not None else limit
+                (families["segments"],) = yield from self._together([self._segments(rate, most)])
+            best = self._better(best, families["segments"])
+        return best, families
+
+    @staticmethod
+    def _better(first: Found, second: Found) -> Found:
+        """The one with fewer devices, the first if they need equally many."""
+        if second.layout is None:
+            return first
+        return first if first.layout is not None and first.devices <= second.devices else second
+
+    def _mixed(self, rate: float, limit: int) -> Search[Found]:
+        """The fewest that do both phases."""
+        lines = [
+            (fit.cell.devices * self._pool(rate, "mixed", fit.cell).least, fit.cell) for fit in self._usable("mixed")
+        ]
+        heapq.heapify(lines)
+        while lines:
+            _, cell = heapq.heappop(lines)
+            need = self._pool(rate, "mixed", cell)
+            devices = cell.devices * need.least
+            if lines and (devices, cell) > lines[0]:
+                heapq.heappush(lines, (devices, cell))
+                continue
+            if devices > limit:
+                return Found(None, devices)
+            if need.least == need.enough:
+                return Found(self._of("mixed", cell, need.least), devices, need.attained.get(need.least))
+            most = (lines[0][0] if lines else limit) // cell.devices
+            yield from self._try_pool(rate, "mixed", cell, need.middle(most))
+            heapq.heappush(lines, (cell.devices * need.least, cell))
+        return Found(None, 0)
+
+    def _apart(self, rate: float, limit: int, *, equal: bool) -> Search[Found]:
+        """The fewest with the phases apart; `equal`: with equal cells."""
+        lines: list[tuple[int, Apart]] = []
+        for prefill in self._usable("prefill"):
+            for decode in self._usable("decode"):
+                if not equal or prefill.cell == decode.cell:
+                    pair = Apart(prefill.cell, decode.cell)
+                    lines.append((self._least(rate, pair), pair))
+        heapq.heapify(lines)
+        seen = {pair for _, pair in lines}
+        while lines:
+            _, pair = heapq.heappop(lines)
+            devices = self._least(rate, pair)
+            if lines and (devices, pair) > lines[0]:
+                heapq.heappush(lines, (devices, pair))
+                continue
+            if devices > limit:
+                return Found(None, devices)
+            first, second = self._pool(rate, "prefill", pair.prefill), self._pool(rate, "decode", pair.decode)
+            prefills, decodes = max(pair.prefills, first.least), max(pair.decodes, second.least)
+            slack = max(0, (lines[0][0] if lines else limit) - devices)
+            if prefills < first.enough:
+                most = prefills + slack // pair.prefill.devices
+                yield from self._try_pool(rate, "prefill", pair.prefill, max(prefills, first.middle(most)))
+            elif decodes < second.enough:
+                most = decodes + slack // pair.decode.devices
+                yield from self._try_pool(rate, "decode", pair.decode, max(decodes, second.middle(most)))
+            else:
+                layout = Layout(Pool(pair.prefill, prefills), Pool(pair.decode, decodes))
+                attained = yield layout, rate, ASKED, False
+                if attained >= self._ask.share:
+                    return Found(layout, devices, attained)
+                for more in (
+                    replace(pair, prefills=prefills + 1, decodes=decodes),
+                    replace(pair, prefills=prefills, decodes=decodes + 1),
+                ):
+                    if more not in seen:
+                        seen.add(more)
+                        heapq.heappush(lines, (self._least(rate, more), more))
+                continue
+            heapq.heappush(lines, (self._least(rate, pair), pair))
+        return Found(None, 0)
+
+    def _segments(self, rate: float, limit: int) -> Search[Found]:
+        """The fewest in segments; ended without one as soon as they would be more than `limit`."""
+        lines: list[tuple[int, Segment]] = []
+        for segment in self._drawn():
+            lines.append((self._sets(rate, segment).least * segment.layout.devices, segment))
+        heapq.heapify(lines)
+        while lines:
+            _, segment = heapq.heappop(lines)
+            need, each = self._sets(rate, segment), segment.layout.devices
+            devices = each * need.least
+            if lines and (devices, segment) > lines[0]:
+                heapq.heappush(lines, (devices, segment))
+                continue
+            if devices > limit:
+                return Found(None, devices)
+            if need.least == need.enough:
+                layout = replace(segment.layout, times=need.least)
+                return Found(layout, devices, need.attained.get(need.least))
+            times = need.middle((lines[0][0] if lines else limit) // each)
+            attained = yield replace(segment.layout, times=times), rate, ASKED, False
+            need.learn(times, attained, self._ask.share)
+            heapq.heappush(lines, (each * need.least, segment))
+        return Found(None, 0)
+
+    def _highest(self, layout: Layout, rate: float) -> Search[float | Case]:
+        """The highest rate of a grid from `rate` on that it sustains."""
+        steps = max(1, math.floor(math.log(max(1.0, self._bound(layout) / rate)) / math.log1p(self._ask.precision)))
+        low, high, step = 0, steps + 1, 1
+        while high - low > 1:
+            middle = min(low + step, high - 1) if high == steps + 1 else (low + high) // 2
+            step *= 2
+            asked = rate * (1 + self._ask.precision) ** middle
+            if asked > self._bound(layout):
+                high = middle
+                continue
+            attained = yield layout, asked, ASKED, False
+            if attained >= self._ask.share:
+                low = middle
+            else:
+                high = middle
+        return rate * (1 + self._ask.precision) ** low
+
+    def _cases(self, layout: Layout, rate: float) -> Iterator[Search[float | Case]]:
+        """How the plan fares when it was asked for the wrong thing."""
+        x = self._ask.off
+        slo = self._ask.slo
+        for change in (
+            Change("rate", rate=1 + x),
+            Change("prompts", prompt=1 + x),
+            Change("outputs", output=1 + x),
+            Change("TTFT goal", ttft=1 - x),
+            Change("gap goal", gap=1 - x),
+        ):
+            if (change.ttft == 1 or slo.ttft_s) and (change.gap == 1 or slo.gap_s):
+                yield self._case(layout, rate, change)
+
+    def _case(self, layout: Layout, rate: float, change: Change) -> Search[float | Case]:
+        factor = next(
+            value for value in (change.rate, change.prompt, change.output, change.ttft, change.gap) if value != 1
+        )
+        attained = yield layout, rate * change.rate, replace(change, rate=1.0, name=""), True
+        name = f"{change.name} {100 * (factor - 1):+.0f} %"
+        return Case(name, rate * change.rate, attained, attained >= self._ask.share)
+
+    # What is known.
+
+    def _usable(self, use: str) -> list[Fit]:
+        return [fit for fit in self._fits.get(use, {}).values() if fit.bound > 0]
+
+    @staticmethod
+    def _of(use: str, cell: Cell, count: int) -> Layout:
+        pool = Pool(cell, count)
+        match use:
+            case "prefill":
+                return Layout(prefill=pool)
+            case "decode":
+                return Layout(decode=pool)
+            case _:
+                return Layout(mixed=pool)
+
+    def _pool(self, rate: float, use: str, cell: Cell) -> Need:
+        """How many workers of one use."""
+        key = rate, self._of(use, cell, 1)
+        if key not in self._needs:
+            self._needs[key] = self._begun_at(key, _below(rate, self._fits[use][cell].bound))
+        return self._needs[key]
+
+    def _begun_at(self, key: tuple[float, Layout], short: int) -> Need:
+        """What is known from other rates: what is short at a lower one is short, what is enough at a higher one is."""
+        rate, subject = key
+        enough = math.inf
+        for other in self._rates:
+            need = self._needs.get((other, subject))
+            if need is not None and other < rate:
+                short = max(short, need.short)
+            elif need is not None and other > rate:
+                enough = min(enough, need.enough)
+        return Need(short, enough if enough > short else math.inf)
+
+    def _try_pool(self, rate: float, use: str, cell: Cell, count: int) -> Search[None]:
+        attained = yield self._of(use, cell, count), rate, ASKED, False
+        self._pool(rate, use, cell).learn(count, attained, self._ask.share)
+
+    def _least(self, rate: float, pair: Apart) -> int:
+        """Devices that a pair takes at least."""
+        prefills = max(pair.prefills, self._pool(rate, "prefill", pair.prefill).least)
+        decodes = max(pair.decodes, self._pool(rate, "decode", pair.decode).least)
+        return prefills * pair.prefill.devices + decodes * pair.decode.devices
+
+    def _sets(self, rate: float, segment: Segment) -> Need:
+        """How many segments, by what is known of them and of their phases."""
+        key = rate, segment.layout
+        prefill = self._pool(rate, "prefill", Cell(segment.stages, segment.prefill_ranks))
+        decode = self._pool(rate, "decode", Cell(segment.stages, segment.decode_ranks))
+        short = max((prefill.least - 1) // segment.prefills, (decode.least - 1) // segment.decodes)
+        if key not in self._needs:
+            self._needs[key] = self._begun_at(key, short)
+        need = self._needs[key]
+        if need.short < short < need.enough:
+            need.short = short
+        return need
+
+    def _drawn(self) -> Iterator[Segment]:
+        """All segments whose stages fit into nodes."""
+        node = min(self._cluster.per_node, self._cluster.devices)
+        prefills = {fit.cell for fit in self._usable("prefill")}
+        decodes = {fit.cell for fit in self._usable("decode")}
+        for one in sorted(prefills):
+            for other in sorted(decodes):
+                if one.stages != other.stages or one.stages > self._cluster.nodes:
+                    continue
+                for count in range(1, node // one.ranks + 1):
+                    for beside in range(1, (node - count * one.ranks) // other.ranks + 1):
+                        yield Segment(one.stages, one.ranks, other.ranks, count, beside)
+
+    def _bound(self, layout: Layout) -> float:
+        """Units a second that it cannot pass."""
+        uses = (("prefill", layout.prefill), ("decode", layout.decode), ("mixed", layout.mixed))
+        return layout.times * min(pool.count * self._fits[use][pool.cell].bound for use, pool in uses if pool)
+
+    # The record.
+
+    def _nothing(self) -> Plan:
+        choices = tuple(self._cells(self._ask.rate, use, None) for use in ("mixed", "prefill", "decode"))
+        reasons = {option.reason for choice in choices for option in choice.options}
+        why = "; ".join(sorted(reasons)[:3]) or "no cell fits the cluster"
+        none = Option("none", "none", 0, True, "nothing can serve these requests")
+        return Plan(
+            self._ask, 0.0, None, f"nothing serves these requests here, at any rate: {why}", None, None, None, "", none,
+            None, choices, (), (), len(self._known),
+        )  # fmt: skip
+
+    def _written(
+        self,
+        rate: float,
+        best: Found,
+        families: Mapping[str, Found],
+        equal: Found,
+        top: float,
+        cases: Sequence[Case],
+    ) -> Plan:
+        layout = best.layout
+        assert layout is not None
+        options = tuple(self._family(name, found, best) for name, found in families.items())
+        short = "" if rate == self._ask.rate else (
+            f"{self._cluster.devices} devices do not sustain {self._ask.rate:g}/s; the most that was found is "
+            f"{rate:.4g}/s: "
+        )  # fmt: skip
+        split = layout.mixed is None
+        answer = f"disaggregate: {layout.name}" if split else f"do not disaggregate: {layout.name}"
+        verdict = f"{short}{answer}, {layout.devices} device{'s' * (layout.devices > 1)}"
+        other = min((o for o in options if o.why != "chosen" and o.devices), key=lambda o: o.devices, default=None)
+        reason = "nothing else can serve these requests" if other is None else _against(layout, other)
+        equal_option = self._family("apart with equal cells", equal, best)
+        choices = [Choice("disaggregate?", answer, reason, options)]
+        for use, pool in (("mixed", layout.mixed), ("prefill", layout.prefill), ("decode", layout.decode)):
+            choices.append(self._cells(rate, use, pool, layout.times))
+        return Plan(
+            self._ask, rate, layout, verdict, split, best.attained, top * (1 + self._ask.precision),
+            self._next(layout), equal_option, equal.layout, tuple(choices), tuple(cases),
+            tuple(self._costs(layout, rate, top)), len(self._known),
+        )  # fmt: skip
+
+    def _family(self, name: str, found: Found, best: Found) -> Option:
+        if found.layout is not None:
+            if found.layout == best.layout:
+                return Option(
+                    found.layout.name, "chosen", found.devices, True, "needs the fewest devices", found.attained
+                )
+            more = found.devices - best.devices
+            reason = f"needs {more} more" if more else "needs as many, and is less simple"
+            return Option(found.layout.name, "dominated", found.devices, True, reason, found.attained)
+        if found.devices:
+            why: Why = "cluster" if found.devices > self._cluster.devices else "dominated"
+            return Option(name, why, found.devices, False, f"needs at least {found.devices}")
+        if name == "segments" and self._cluster.nodes == 1:
+            return Option(name, "cluster", 0, True, "one node: KV never leaves it")
+        return Option(name, "slo", 0, True, "no cell of a phase can be used")
+
+    def _cells(self, rate: float, use: str, pool: Pool | None, times: int = 1) -> Choice:
+        """Every cell for one use, with what became of it."""
+        options = []
+        for fit in self._fits.get(use, {}).values():
+            if fit.bound <= 0:
+                options.append(Option(fit.cell.name, fit.why, 0, True, fit.reason))
+                continue
+            need = self._pool(rate, use, fit.cell)
+            devices, exact = need.least * fit.cell.devices, need.least == need.enough
+            attained = need.attained.get(need.least)
+            if pool is not None and pool.cell == fit.cell:
+                said = f"{pool.count * times} of them" + ("" if use == "mixed" else f", {need.least} for this phase alone")
+                options.append(Option(fit.cell.name, "chosen", pool.devices * times, True, said, attained))
+                continue
+            about = "" if exact else "at least "
+            says = f"needs {about}{need.least} of them, {devices} devices"
+            if use != "mixed":
+                says += ", for this phase alone"
+            options.append(Option(fit.cell.name, "dominated", devices, exact, says, attained))
+        answer = "none" if pool is None else f"{pool.count * times} x {pool.cell.name}"
+        reason = "not in the plan" if pool is None else "the fewest devices, both phases together"
+        return Choice(f"{use} workers", answer, reason, tuple(options))
+
+    def _next(self, layout: Layout) -> str:
+        """What is needed next: one more of what has the least room."""
+        if layout.near:
+            return f"another segment, {layout.devices // layout.times} devices"
+        pools = [(use, pool) for use, pool in self._pools(layout)]
+        use, pool = min(pools, key=lambda each: each[1].count * self._fits[each[0]][each[1].cell].bound)
+        return f"another {use} worker, {pool.cell.name}"
+
+    @staticmethod
+    def _pools(layout: Layout) -> Iterator[tuple[str, Pool]]:
+        for use, pool in (("prefill", layout.prefill), ("decode", layout.decode), ("mixed", layout.mixed)):
+            if pool is not None:
+                yield use, pool
+
+    def _costs(self, layout: Layout, rate: float, top: float) -> Iterator[Cost]:
+        if self._ask.gpu_hour is None:
+            return
+        load = self._load
+        for each in dict.fromkeys((rate, top)):
+            second = layout.devices * self._ask.gpu_hour / 3600 / each
+            both = load.prompt_tokens + load.output_tokens
+            yield Cost(each, 1e6 * second / load.output_tokens, 1e6 * second / both)
+
+
+def plan(planner: Planner, evaluate: Callable[[Evaluate], float]) -> Plan:
+    """Drive a planner by a function that knows what a layout attains."""
+    waiting = planner.on(None, 0.0)
+    while waiting:
+        command = waiting.pop(0)
+        if isinstance(command, Planned):
+            return command.plan
+        waiting += planner.on(Evaluated(command.number, evaluate(command)), 0.0)
+    raise LocalError("a planner ended without a plan")
+
+
+def _below(rate: float, bound: float) -> int:
+    """The most workers whose bound is below the rate."""
+    return max(0, math.ceil(rate / bound * (1 - ROUNDING)) - 1)
+
+
+def _against(layout: Layout, other: Option) -> str:
+    about = "" if other.exact else "at least "
+    return f"{layout.devices} device{'s' * (layout.devices > 1)} against {about}{other.devices} of {other.name}"
