@@ -147,6 +147,10 @@ class Router:
         """Of the gateway, as it stands in stages."""
         return self._me.name
 
+    def knows(self, identity: Identity) -> bool:
+        """True of a worker whose session stands."""
+        return identity in self._workers
+
     def phases(self) -> dict[Phase, int]:
         """Live placements in each phase."""
         counts = {phase: 0 for phase in Phase if not phase.ended}

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from core.kv import KvShape
 from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, ProcessEnded, Role
+from scheduler.alike import mismatch, stranger
 from scheduler.membership import (
     Admitted,
     Joining,
@@ -19,8 +20,6 @@ from scheduler.membership import (
     Renewed,
     Turned,
     Unknown,
-    mismatch,
-    stranger,
 )
 from tests.cast import D1, GATEWAY, P1, P2, SHAPE, efforts, worker
 
