@@ -11,7 +11,7 @@ import grpc
 
 from core.errors import RemoteError
 from core.messages import Message, ToPeer
-from core.worker import Greeting, Identity, Lane, Member, Part, Role
+from core.worker import Greeting, Identity, Lane, Member, Part, Role, Way
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import rpc, streams, wire
@@ -130,15 +130,17 @@ class Peers:
         self._lost = lost
         self._streams: dict[Identity, Stream] = {}
         self._wanted: dict[Identity, Member] = {}
+        self._said: tuple[Way, ...] = ()
+        """By the map that was logged last."""
         self._dials = Dials(self._dial)
         driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
         driver.seat("ways", self.ways, self._go)
 
     def mapped(self, part: Part, members: tuple[Member, ...]) -> None:
         """The coordinator says who may exchange KV with us."""
-        before = self.ways.version
         self._driver.post("ways", Told(part, tuple([member.identity for member in members])))
-        if part.version != before:
+        if part.ways != self._said:
+            self._said = part.ways
             log.info("transfer map %d: %s", part.version, ", ".join(way.peer.name for way in part.ways) or "nobody")
 
     def members_changed(self, members: tuple[Member, ...]) -> None:

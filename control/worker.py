@@ -658,6 +658,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             yield "lane_latency_seconds", "Measured latency of a lane.", labels, lane.latency_us / 1e6
             fell = float(peer in self._fallen)
             yield "lane_fallback", "1: UCX reads over TCP from a worker of the same host.", labels, fell
+        yield "transfer_map_version", "Of who may pull KV from whom.", {}, float(self._map.version)
+        yield "ways", "Workers that this one exchanges KV with.", {}, float(len(self._map))
         yield "lanes_remade", "Lanes that broke and were made anew.", {}, float(self._ways.remade)
         yield "pulled_bytes", "KV bytes pulled.", {}, float(self._handoff.pulled_nbytes)
         yield "digest_mismatches", "Pages that differed from their digest.", {}, float(self._handoff.sink.mismatches)

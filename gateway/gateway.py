@@ -81,11 +81,6 @@ def token_logprobs(known: Logprobs | None) -> inference_pb2.TokenLogprobs:
     )
 
 
-def _labelled(group: str) -> dict[str, str]:
-    """Prometheus takes an empty label for none; so do readers here."""
-    return {"group": group} if group else {}
-
-
 def vllm_door() -> ModuleType | None:
     """The front door for OpenAI HTTP servers, if its stubs are installed."""
     try:
@@ -416,13 +411,12 @@ class Gateway:
     def _gauges(self) -> Gauges:
         for group in self._router.names:
             for phase, count in self._router.phases(group).items():
-                labels = {"phase": phase, **_labelled(group)}
-                yield "requests_live", "Live requests by phase.", labels, float(count)
+                yield "requests_live", "Live requests by phase.", {"phase": phase, "group": group}, float(count)
         for worker in self._sessions.members:
             yield (
                 "worker_ready",
                 "Workers that the gateway knows.",
-                {"worker": worker.identity.name, **_labelled(worker.group)},
+                {"worker": worker.identity.name, "group": worker.group},
                 float(worker.ready),
             )
         yield "ignored_messages", "Late or unknown messages.", {"machine": "router"}, float(self._router.ignored)

@@ -20,7 +20,6 @@ those who register which version they were told last, and goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from core.worker import Identity, Member, Part, Role, Use, Way
@@ -79,31 +78,26 @@ class TransferMap:
         """A member is there, or says something else of itself; True if anybody's part has changed."""
         if member.role is Role.GATEWAY:
             return self.drop(member.identity)
-        kind, before = _kind(member), self._kind_of.get(member.identity)
-        if kind == before:
+        kind, former = _kind(member), self._kind_of.get(member.identity)
+        if kind == former:
             return False
-        changed = self.drop(member.identity)
+        before = self._peers(member.identity)
+        if former is not None:
+            self._forget(member.identity, former)
         if kind not in self._kinds:
             self._uses |= self._between(kind, member)
         self._kinds.setdefault(kind, {})[member.identity] = member
         self._kind_of[member.identity] = kind
-        if not changed and self._connected(member.identity, kind):
-            self.version += 1
-            return True
-        return changed
+        return self._changed(before != self._peers(member.identity))
 
     def drop(self, identity: Identity) -> bool:
         """A member is not there any more; True if anybody's part has changed."""
         kind = self._kind_of.get(identity)
         if kind is None:
             return False
-        changed = self._connected(identity, kind)
-        del self._kind_of[identity], self._kinds[kind][identity]
-        if not self._kinds[kind]:
-            del self._kinds[kind]
-            self._uses = {pair: known for pair, known in self._uses.items() if kind not in pair}
-        self.version += changed
-        return changed
+        changed = bool(self._peers(identity))
+        self._forget(identity, kind)
+        return self._changed(changed)
 
     def part(self, identity: Identity) -> Part | None:
         """What one worker is told; None if it is no member."""
@@ -138,16 +132,24 @@ class TransferMap:
             found[other, kind] = uses(like, member)
         return found
 
-    def _connected(self, identity: Identity, kind: Kind) -> bool:
-        """True if it has a peer."""
-        return any(
-            (self._uses[kind, other] or self._uses[other, kind]) and _others(peers, identity)
-            for other, peers in self._kinds.items()
-        )
+    def _peers(self, identity: Identity) -> dict[Kind, tuple[tuple[Use, ...], tuple[Use, ...]]]:
+        """What it may pull from whom, and they from it, by kinds of which there is somebody else."""
+        kind = self._kind_of.get(identity)
+        if kind is None:
+            return {}
+        found = {other: (self._uses[kind, other], self._uses[other, kind]) for other in self._kinds}
+        alone = len(self._kinds[kind]) == 1
+        return {other: both for other, both in found.items() if any(both) and not (alone and other == kind)}
 
+    def _forget(self, identity: Identity, kind: Kind) -> None:
+        del self._kind_of[identity], self._kinds[kind][identity]
+        if not self._kinds[kind]:
+            del self._kinds[kind]
+            self._uses = {pair: known for pair, known in self._uses.items() if kind not in pair}
 
-def _others(peers: Iterable[Identity], identity: Identity) -> bool:
-    return any(peer != identity for peer in peers)
+    def _changed(self, anything: bool) -> bool:
+        self.version += anything
+        return anything
 
 
 def _kind(member: Member) -> Kind:

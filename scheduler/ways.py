@@ -125,7 +125,7 @@ class Ways:
         self._peers: dict[Identity, _Peer] = {}
         """Those to whom a stream stands."""
         self._told: dict[Identity, Way] = {}
-        self._listed: frozenset[Identity] = frozenset()
+        self._listed: set[Identity] = set()
         self._due = Ranked()
         """The next look at each that may do less than it does, by the peer's identity as text."""
         self.version = 0
@@ -172,7 +172,7 @@ class Ways:
                 if part.version < self.version:
                     return self._ignore()
                 before = {peer: self._way(peer) for peer in self._peers}
-                self.version, self._listed = part.version, frozenset(listed)
+                self.version, self._listed = part.version, set(listed)
                 self._told = {each.peer: each for each in part.ways}
                 turned = [peer for peer, was in before.items() if self._way(peer) != was]
                 return [command for peer in turned for command in (Turn(peer), *self._settle(peer, now))]
