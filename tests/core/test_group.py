@@ -70,7 +70,7 @@ def test_a_file_has_a_table_a_group_and_other_settings_are_refused():
     config = build(DeploymentConfig, {"model": "m", "group": [table]}, "x.toml")
     assert config.groups == (Group("", 1, 1), CHAT)
     assert config.workers == 5
-    with pytest.raises(SetupError, match="x.toml: group: got unknown setting 'rows', want one of decode, gap_s"):
+    with pytest.raises(SetupError, match=r"x\.toml: group: got unknown setting 'rows', want one of decode, gap_s"):
         build(DeploymentConfig, {"model": "m", "group": [{"name": "a", "rows": 3}]}, "x.toml")
     for wrong in ("chat", [1], {"name": "a"}):
         with pytest.raises(SetupError, match=r"x.toml: group: got .*, want \[\[group\]\] tables"):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from control.client import members
+from control.state import State
 from control.status import get_workers
 from core.group import Group
 from tests.engine.chain import Chain
@@ -114,7 +114,7 @@ def test_one_groups_workers_may_go_and_the_others_serve_on(grouped, reference):
 
 def test_workers_are_shown_by_group(grouped, capsys):
     until(lambda: all(m.ready for m in members(grouped.deployment.coordinator)), "all are ready")
-    where = SimpleNamespace(coordinator=grouped.deployment.coordinator, http="")
+    where = State(0, grouped.deployment.coordinator, [], "tiny", "")
     assert get_workers(where, as_json=True) == 0
     found = json.loads(capsys.readouterr().out)["workers"]
     assert [(each["group"], each["name"]) for each in found] == [

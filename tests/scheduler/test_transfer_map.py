@@ -213,7 +213,12 @@ def test_the_same_members_give_the_same_map_whatever_hashes_are():
 def test_a_change_costs_as_many_steps_as_there_are_kinds_not_members(monkeypatch):
     """`uses` is asked for kinds alone: once for each pair of them, however many members there are."""
     asked = []
-    monkeypatch.setattr("scheduler.transfer_map.uses", lambda *pair: asked.append(pair) or uses(*pair))
+
+    def counted(reader, source):
+        asked.append((reader, source))
+        return uses(reader, source)
+
+    monkeypatch.setattr("scheduler.transfer_map.uses", counted)
     whole = TransferMap()
     for number in range(200):
         whole.put(worker(Identity(f"p-{number}", number), Role.PREFILL))
