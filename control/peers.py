@@ -249,6 +249,7 @@ class Peers:
             case Close(_, reason):
                 log.info("closing the stream to %s: %s", peer, reason)
                 self._wanted.pop(peer, None)
+                self._dials.leave(peer)
                 if (stream := self._streams.get(peer)) is not None:
                     stream.close(reason)
             case _:

@@ -540,8 +540,8 @@ class Router:
         return commands
 
     def _call_any(self, tokens: int, now: float) -> list[RouterCommand]:
-        """Call all that said they have room for so many new tokens, the largest first, until nobody waits who would fit:
-        who has less room than that would not help, either."""
+        """Call all that said they have room for so many new tokens, the largest first, until nobody who waits fits:
+        whoever has less room would not help, either."""
         commands: list[RouterCommand] = []
         for post in self._workers.free(tokens):
             if self._parked.first(post.free) is None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 
+import grpc
 import pytest
 
 from control.client import members
 from control.state import State
 from control.status import get_workers
 from core.group import Group
+from protos.baton.v1 import registry_pb2, registry_pb2_grpc
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, case
 from tests.live.cluster import Client, until
@@ -109,6 +111,39 @@ def test_one_groups_workers_may_go_and_the_others_serve_on(grouped, reference):
     grouped.restart("code-decode-0")
     again, _ = asyncio.run(run())
     lone.check(again, reference)
+    grouped.wait_empty()
+
+
+def test_a_worker_that_the_map_takes_elsewhere_is_parted_with_and_met_again(grouped, reference):
+    """Somebody registers decode-0 for another group, and for its own again: streams and lanes follow the map."""
+    coordinator = grouped.deployment.coordinator
+    (own,) = [each for each in members(coordinator) if each.identity.startswith("decode-0#")]
+    other = type(own)()
+    other.CopyFrom(own)
+    other.group = "elsewhere"
+    version = grouped.metric("coordinator", "baton_transfer_map_version")
+
+    def register(member):
+        with grpc.insecure_channel(coordinator) as channel:
+            registry_pb2_grpc.RegistryServiceStub(channel).Register(registry_pb2.RegisterRequest(member=member))
+
+    def ways():
+        return [grouped.metric(name, "baton_ways") for name in ("prefill-0", "decode-0", "chat-prefill-0")]
+
+    async def ask():
+        async with Client(grouped.gateway) as client:
+            return await client.generate(case(50, 8, 5).request)
+
+    register(other)
+    until(lambda: ways() == [0, 0, 2], "they have parted", more=ways)
+    assert grouped.metric("coordinator", "baton_transfer_map_version") > version
+    assert grouped.metric("decode-0", "baton_transfer_map_version") > version
+    refused = asyncio.run(ask())
+    assert (refused.code, refused.details) == ("UNAVAILABLE", "no prefill and no decode worker is ready")
+    register(own)
+    until(lambda: ways() == [1, 1, 2], "they have met again", more=ways)
+    grouped.wait_ready()
+    case(50, 8, 5).check(asyncio.run(ask()), reference)
     grouped.wait_empty()
 
 
