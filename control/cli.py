@@ -61,12 +61,15 @@ def parser() -> argparse.ArgumentParser:
     matches.add_argument("--regex", metavar="REGEX", help="the whole text must match this regular expression")
     matches.add_argument("--grammar", metavar="FILE", help="the text must match this grammar (Lark's notation or GBNF)")
     generate.add_argument("--request-id", default="")
+    generate.add_argument("--group", default="", metavar="NAME", help="whose workers are to serve it")
     generate.add_argument("--timeout", type=float, metavar="SECONDS")
     generate.add_argument("--waterfall", action="store_true", help="show where the time went")
 
     verbs.add_parser("status", help="who is there, ready or not, over which lanes")
-    get = verbs.add_parser("get", help="what is in flight: who has each request, and what it waits for")
-    get.add_argument("what", choices=("requests",))
+    get = verbs.add_parser(
+        "get", help="requests: who has each that is in flight, and what it waits for; workers: group, role, lanes"
+    )
+    get.add_argument("what", choices=("requests", "workers"))
     get.add_argument(
         "--older", type=_duration, default=0.0, metavar="TIME", help="of at least this age: 10s, 500ms, 2m"
     )
@@ -128,6 +131,10 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
             return status(state.read(where), as_json=as_json)
         case "get":
+            if args.what == "workers":
+                from control.status import get_workers
+
+                return get_workers(state.read(where), as_json=as_json)
             from control.requests import get_requests
 
             return get_requests(state.read(where), older_s=args.older, as_json=as_json)
@@ -175,6 +182,10 @@ def _settings(up: argparse.ArgumentParser) -> None:
         if field.type == "bool":
             up.add_argument(
                 flag, dest=field.name, action=argparse.BooleanOptionalAction, default=None, help=texts[field.name]
+            )
+        elif field.type == "tuple[Group, ...]":
+            up.add_argument(
+                flag, dest=field.name, type=_group, action="append", help=texts[field.name], metavar="NAME: WORKERS"
             )
         else:
             kind = {"int": int, "float": float, "str": str}[str(field.type)]
@@ -277,6 +288,15 @@ def _policies() -> str:
     return about()
 
 
+def _group(text: str) -> Any:
+    from core.group import Group
+
+    try:
+        return Group.parse(text)
+    except SetupError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _duration(text: str) -> float:
     """Seconds; a bare number is one of seconds."""
     number = text.rstrip("hms")
@@ -352,7 +372,7 @@ def _generate(args: argparse.Namespace, gateway: str, *, as_json: bool) -> int:
     names = ("model", "max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "ignore_eos")
     options = {name: getattr(args, name) for name in names}
     options |= {"json_schema": _text(args.json_schema), "regex": args.regex, "grammar": _text(args.grammar)}
-    ask = Ask(text, args.chat, args.request_id, options)
+    ask = Ask(text, args.chat, args.request_id, options, args.group)
     try:
         request = ask.request()
     except (ValueError, TypeError) as error:

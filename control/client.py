@@ -21,6 +21,8 @@ class Ask:
     request_id: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     """Other fields of GenerateRequest by name."""
+    group: str = ""
+    """Whose workers are to serve it; empty: those of requests that name none."""
 
     def request(self) -> inference_pb2.GenerateRequest:
         """The message for it."""
@@ -32,6 +34,8 @@ class Ask:
                 getattr(request, name).extend(value)
             else:
                 setattr(request, name, value)
+        if self.group:
+            request.hints.group = self.group
         if self.chat:
             request.chat.messages.append(inference_pb2.ChatMessage(role="user", content=self.text))
         else:

@@ -67,7 +67,8 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
 
     def _perform(self, command: MembershipCommand) -> None:
         if isinstance(command, Publish):
-            log.info("membership %d: %s", command.epoch, ", ".join(m.identity.name for m in command.members))
+            names = ", ".join(m.identity.name for m in command.members)
+            log.info("membership %d, transfer map %d: %s", command.epoch, self._membership.map_version, names)
             for watcher in self._watchers:
                 watcher.set()
         else:
@@ -82,7 +83,7 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
         self, request: registry_pb2.RegisterRequest, context: grpc.aio.ServicerContext
     ) -> registry_pb2.RegisterResponse:
         try:
-            verdict = self._ask(Joining(wire.member_from(request.member)))
+            verdict = self._ask(Joining(wire.member_from(request.member), request.map_version))
         except RemoteError as error:
             log.warning("turned %r away: %s", request.member.identity[:99], error)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
@@ -129,6 +130,10 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
     async def Watch(
         self, request: registry_pb2.WatchRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[registry_pb2.WatchResponse]:
+        try:
+            who = wire.identity(request.identity) if request.identity else None
+        except RemoteError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
@@ -136,12 +141,19 @@ class Coordinator(registry_pb2_grpc.RegistryServiceServicer):
                 changed.clear()
                 members = [wire.registry_member(member) for member in self._membership.members]
                 ended = [wire.registry_ended(each) for each in self._membership.ended]
-                yield registry_pb2.WatchResponse(members=members, epoch=self._membership.epoch, ended=ended)
+                part = self._membership.part(who) if who is not None else None
+                yield registry_pb2.WatchResponse(
+                    members=members,
+                    epoch=self._membership.epoch,
+                    ended=ended,
+                    part=wire.registry_part(part) if part is not None else None,
+                )
                 await changed.wait()
         finally:
             self._watchers.discard(changed)
 
     def _gauges(self) -> Gauges:
+        yield "transfer_map_version", "Of who may pull KV from whom.", {}, float(self._membership.map_version)
         members = self._membership.members
         for role in sorted({member.role for member in members}):
             ready = [member.ready for member in members if member.role is role]

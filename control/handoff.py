@@ -22,7 +22,7 @@ from core.messages import (
     ToPeer,
 )
 from core.request import Stage
-from core.worker import Identity, Lane
+from core.worker import Identity, Lane, Use
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone, Withdrawn
 from scheduler.prefill_policy import FetchOver, Granted, HandOffOver
@@ -35,6 +35,8 @@ from transfer.transport import ReadFailed, ReadFenced
 log = logging.getLogger("baton.handoff")
 
 SOURCE, SINK, DECODE = "source", "sink", "decode"
+BEGINS = {Reserve: Use.HAND_OFF, OfferMigration: Use.MOVE}
+"""What a source says first, and what for."""
 
 
 class HandOffShell:
@@ -42,7 +44,8 @@ class HandOffShell:
 
     `moves`: the policy in the seat "decode" gives and takes running rows. `fetches`: that in "prefill" has pages
     fetched. `away`: whether nothing can be read from a
-    peer for now, though it is there.
+    peer for now, though it is there. `pulls` and `serves`: whether we may begin to read from a peer, or it from us, for
+    a use; what has begun goes on whatever they say.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class HandOffShell:
         moves: bool = False,
         fetches: bool = False,
         away: Callable[[Identity], bool] = lambda peer: False,
+        pulls: Callable[[Identity, Use], bool] = lambda peer, use: True,
+        serves: Callable[[Identity, Use], bool] = lambda peer, use: True,
     ) -> None:
         self.source = source
         self.sink = sink
@@ -71,6 +76,8 @@ class HandOffShell:
         self._moves = moves
         self._fetches = fetches
         self._away = away
+        self._pulls = pulls
+        self._serves = serves
         self._lively = False
         self._jobs: dict[int, tuple[str, int]] = {}
         """Digests under way: ticket and first page."""
@@ -93,10 +100,15 @@ class HandOffShell:
         ticket = message.ticket
         ends = ticket.source, ticket.sink
         if isinstance(message, Reserve | Ready | OfferMigration | Refuse) and ends == (peer, self._me):
-            if isinstance(message, Reserve | OfferMigration) and self._away(peer):
+            use = BEGINS.get(type(message))
+            if use is not None and not self._pulls(peer, use):
+                self._send(peer, Refuse(ticket, self._unmapped(use, peer)))
+            elif use is not None and self._away(peer):
                 self._send(peer, Refuse(ticket, f"the lane from {peer.name} is away"))
             else:
                 self._driver.post(SINK, message)
+        elif isinstance(message, Fetch) and ends == (self._me, peer) and not self._serves(peer, Use.FETCH):
+            self._send(peer, Refuse(ticket, self._unmapped(Use.FETCH, peer)))
         elif isinstance(message, Grant | Refuse | CaughtUp | Taken | Fetch) and ends == (self._me, peer):
             self._driver.post(SOURCE, message)
         elif isinstance(message, Release) and peer in ends:
@@ -117,6 +129,13 @@ class HandOffShell:
         self.parted(peer)
         self._driver.post(SOURCE, giving.SinkLost(peer))
         self._driver.post(SINK, taking.SourceLost(peer))
+
+    def busy(self, peer: Identity) -> bool:
+        """Whether a ticket between a peer and us still runs."""
+        return self.source.serves(peer) or self.sink.pulls(peer)
+
+    def _unmapped(self, use: Use, peer: Identity) -> str:
+        return f"the transfer map has no {use} between {peer.name} and {self._me.name}"
 
     def completed(self, completion: Digested | DigestFailed | Pulled | ReadFailed | ReadFenced) -> None:
         """The transfer thread finished something; on the loop's thread."""
@@ -144,6 +163,8 @@ class HandOffShell:
                 self._progress()
                 if ticket.sink == self._me:
                     self._driver.post(SINK, message)
+                elif isinstance(message, Reserve) and not self._serves(ticket.sink, Use.HAND_OFF):
+                    self._driver.post(SOURCE, Refuse(ticket, self._unmapped(Use.HAND_OFF, ticket.sink)))
                 elif not self._send(ticket.sink, message) and isinstance(message, Reserve):
                     self._driver.post(SOURCE, Refuse(ticket, f"no lane to {ticket.sink.name}"))
             case giving.Digest(key, first_page, pages, tokens):
@@ -152,7 +173,9 @@ class HandOffShell:
                 self._transfer.digest(self._next_job, pages, first_page, tokens)
             case giving.SendOffer(offer):
                 self._progress()
-                if not self._send(offer.ticket.sink, offer):
+                if not self._serves(offer.ticket.sink, Use.MOVE):
+                    self._driver.post(SOURCE, Refuse(offer.ticket, self._unmapped(Use.MOVE, offer.ticket.sink)))
+                elif not self._send(offer.ticket.sink, offer):
                     self._driver.post(SOURCE, Refuse(offer.ticket, f"no lane to {offer.ticket.sink.name}"))
             case giving.MoveAsked(key):
                 self._driver.post(DECODE, MoveAsked(key))
@@ -177,6 +200,8 @@ class HandOffShell:
                 ticket = message.ticket
                 if ticket.source == self._me:
                     self._driver.post(SOURCE, message)
+                elif isinstance(message, Fetch) and not self._pulls(ticket.source, Use.FETCH):
+                    self._driver.post(SINK, Refuse(ticket, self._unmapped(Use.FETCH, ticket.source)))
                 elif not self._send(ticket.source, message) and isinstance(message, Fetch):
                     self._driver.post(SINK, Refuse(ticket, f"no lane to {ticket.source.name}"))
             case taking.AskForMore(message):

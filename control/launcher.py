@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,7 @@ from core.config import (
     to_json,
 )
 from core.errors import SetupError
+from core.group import Group
 from core.worker import Role
 from runtime import log as logs
 from scheduler import policies
@@ -201,7 +202,8 @@ class Deployment:
         worker_entry: str = "control.process",
     ) -> None:
         self.config = config
-        self._policy = policies.live(config.policy, config.prefill + config.decode)
+        split = sum(group.prefill + group.decode for group in config.groups)
+        self._policy = policies.live(config.policy, split)
         self._model = model
         self._served_name = served_name
         self._say = say
@@ -318,6 +320,7 @@ class Deployment:
                 gap_s=c.gap_s,
                 prefix_cache=c.prefix_cache,
                 policy=c.policy,
+                group=c.groups,
                 check=c.check,
                 record=self._record,
             )
@@ -326,15 +329,13 @@ class Deployment:
 
     def _workers(self) -> list[WorkerConfig]:
         c = self.config
-        roles = [Role.PREFILL] * c.prefill + [Role.DECODE] * c.decode + [Role.MIXED] * c.mixed
-        counts: dict[Role, int] = {}
         workers = []
-        for role in roles:
-            number = counts[role] = counts.get(role, -1) + 1
+        for name, group, role in _seats(c.groups):
             workers.append(
                 WorkerConfig(
-                    name=f"{role}-{number}",
+                    name=name,
                     role=role,
+                    group=group,
                     coordinator=self.coordinator,
                     model=str(self._model),
                     served_name=self._served_name,
@@ -431,6 +432,15 @@ class Deployment:
                 raise SetupError(f"{name}: {word['error']}", exit_code=int(word["exit_code"]))
             each.address, each.metrics = word["address"], word["metrics"]
             self._say(f"{name} on {each.address}")
+
+
+def _seats(groups: Sequence[Group]) -> Iterator[tuple[str, str, Role]]:
+    """Name, group and role of every worker."""
+    for group in groups:
+        pools = (Role.PREFILL, group.prefill), (Role.DECODE, group.decode), (Role.MIXED, group.mixed)
+        for role, count in pools:
+            for number in range(count):
+                yield f"{group.name}{'-' if group.name else ''}{role}-{number}", group.name, role
 
 
 def _bracketed(host: str) -> str:

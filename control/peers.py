@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import cast
+from typing import assert_never, cast
 
 import grpc
 
 from core.errors import RemoteError
 from core.messages import Message, ToPeer
-from core.worker import Greeting, Identity, Lane, Member, Role
+from core.worker import Greeting, Identity, Lane, Member, Part, Role, Way
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import rpc, streams, wire
 from runtime.driver import Driver
 from runtime.streams import SILENCE_S, Dials, Stream
+from scheduler.alike import stranger
 from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
-from scheduler.membership import mismatch, stranger
+from scheduler.ways import Close, Lay, Lift, Look, Looked, Opened, Parted, Told, Turn, Ways, WaysCommand
 
 log = logging.getLogger("baton.peers")
 
@@ -100,10 +101,10 @@ class Gateways:
 
 
 class Peers:
-    """One stream to every worker of the other phase, to every decode worker that rows may move to or come from, and to
-    every prefill worker that pages may be fetched from.
+    """One stream to every worker that the transfer map lets exchange KV with us. Its seat is "ways".
 
-    Of two, the one whose name sorts first dials.
+    Of two, the one whose name sorts first dials. `lay` and `lift` have lanes made and given up; `turned` hears with
+    whom other things may be begun than before; `busy` says whether something that was begun with a peer still runs.
     """
 
     def __init__(
@@ -114,21 +115,40 @@ class Peers:
         opened: Callable[[Greeting], None],
         heard: Callable[[Identity, ToPeer | Lane], None],
         lost: Callable[[Identity, str], None],
+        lay: Callable[[Identity], None],
+        lift: Callable[[Identity], None],
+        turned: Callable[[Identity], None],
+        busy: Callable[[Identity], bool],
     ) -> None:
         self._me = me
         self._greeting = greeting
         self._driver = driver
+        self.ways = Ways(me)
+        self._lay = lay
+        self._lift = lift
+        self._turned = turned
+        self._busy = busy
         self._opened = opened
         self._heard = heard
         self._lost = lost
         self._streams: dict[Identity, Stream] = {}
         self._wanted: dict[Identity, Member] = {}
+        self._said: tuple[Way, ...] = ()
+        """By the map that was logged last."""
         self._dials = Dials(self._dial)
         driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
+        driver.seat("ways", self.ways, self._go)
+
+    def mapped(self, part: Part, members: tuple[Member, ...]) -> None:
+        """The coordinator says who may exchange KV with us."""
+        self._driver.post("ways", Told(part, tuple([member.identity for member in members])))
+        if part.ways != self._said:
+            self._said = part.ways
+            log.info("transfer map %d: %s", part.version, ", ".join(way.peer.name for way in part.ways) or "nobody")
 
     def members_changed(self, members: tuple[Member, ...]) -> None:
         """The coordinator's list changed. A peer that the list lost is kept while its stream stands."""
-        wanted = {m.identity: m for m in members if self._pair(m) and self._me.identity < m.identity}
+        wanted = {m.identity: m for m in members if self.ways.wanted(m.identity) and self._me.identity < m.identity}
         kept = {who: member for who, member in self._wanted.items() if who in self._streams}
         self._wanted = {**kept, **wanted}
         self._dials.want(self._wanted)
@@ -170,13 +190,14 @@ class Peers:
     def opened(self, stream: Stream) -> None:
         assert stream.peer is not None
         member = stream.peer.member
-        if (why := mismatch(self._me, member)) is not None:
+        if (why := self.ways.refusal(member)) is not None:
             raise RemoteError(why)
         if member.identity in self._streams:
             raise RemoteError(f"{member.identity} has a stream already")
         self._streams[member.identity] = stream
         self._driver.post("peers", Connected(member.identity))
         self._opened(stream.peer)
+        self._driver.post("ways", Opened(member))
 
     def heard(self, stream: Stream, frame: Frame) -> None:
         assert stream.peer is not None
@@ -200,14 +221,6 @@ class Peers:
             del self._streams[peer]
             self._driver.post("peers", Disconnected(peer, goodbye))
 
-    def _pair(self, other: Member) -> bool:
-        if other.identity == self._me.identity:
-            return False
-        mine, its = self._me.role, other.role
-        if (self._me.migrates and other.migrates) or (self._me.fetches and other.fetches):
-            return True
-        return (mine.prefills and its.decodes) or (mine.decodes and its.prefills)
-
     async def _dial(self, member: Member) -> None:
         channel = rpc.channel(member.address)
         try:
@@ -222,3 +235,25 @@ class Peers:
         if stream is not None:
             stream.close(f"you are lost to us: {command.reason}")
         self._lost(command.identity, command.reason)
+        if command.identity in self.ways:
+            self._driver.post("ways", Parted(command.identity))
+
+    def _go(self, command: WaysCommand) -> None:
+        peer = command.peer
+        match command:
+            case Lay():
+                self._lay(peer)
+            case Lift():
+                self._lift(peer)
+            case Turn():
+                self._turned(peer)
+            case Look():
+                self._driver.post("ways", Looked(peer, self._busy(peer)))
+            case Close(_, reason):
+                log.info("closing the stream to %s: %s", peer, reason)
+                self._wanted.pop(peer, None)
+                self._dials.leave(peer)
+                if (stream := self._streams.get(peer)) is not None:
+                    stream.close(reason)
+            case _:
+                assert_never(command)

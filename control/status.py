@@ -10,7 +10,7 @@ from google.protobuf.json_format import MessageToDict
 from control import http
 from control.client import members
 from control.state import State
-from core.worker import fell_back
+from core.worker import Role, fell_back
 from protos.baton.v1 import registry_pb2
 
 
@@ -36,6 +36,35 @@ def status(state: State, *, as_json: bool) -> int:
     if state.http:
         print(f"{'http':<14} {'':<8} {'yes' if serves else 'no':<6} {state.http}")
     return 0 if ready else 1
+
+
+def get_workers(state: State, *, as_json: bool) -> int:
+    """Print the workers by group: what each does, whom it reads from, and over what; exit code 0."""
+    known = [member for member in members(state.coordinator) if member.role != Role.GATEWAY]
+    known.sort(key=lambda member: (member.group, member.identity))
+    if as_json:
+        rows = [
+            {
+                "name": member.identity.split("#")[0],
+                "identity": member.identity,
+                "group": member.group,
+                "role": member.role,
+                "ready": member.ready,
+                "address": member.address,
+                "kv_tokens": member.pages * member.kv.page_tokens,
+                "reads_from": [lane.source.split("#")[0] for lane in member.lanes],
+            }
+            for member in known
+        ]
+        print(json.dumps({"workers": rows}))
+        return 0
+    print(f"{'GROUP':<14} {'NAME':<24} {'ROLE':<8} {'READY':<6} {'KV TOKENS':>10}  READS FROM")
+    for member in known:
+        name, ready = member.identity.split("#")[0], "yes" if member.ready else "no"
+        tokens = f"{member.pages * member.kv.page_tokens:,}"
+        sources = ", ".join(lane.source.split("#")[0] for lane in member.lanes)
+        print(f"{member.group or '-':<14} {name:<24} {member.role:<8} {ready:<6} {tokens:>10}  {sources}")
+    return 0
 
 
 def fallback(lane: registry_pb2.Lane, reader: registry_pb2.Member, known: Iterable[registry_pb2.Member]) -> bool:

@@ -18,7 +18,7 @@ from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
 from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Reserve, ToPeer
 from core.pages import Owner, Pages
-from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, fell_back
+from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, Use, fell_back
 from decode.mixed_shell import MixedShell
 from decode.shell import DecodeShell
 from engine.api import Engine
@@ -184,11 +184,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             fetches=config.fetch and role.prefills,
             costs=Costs(cost.prefill, cost.decode),
             grammar=engine.grammar,
+            group=config.group,
         )
         self._greeting = Greeting(self._base, metadata, scratch)
         self._seat(engine, role, cost)
         await self._server.start()
-        self._registry = Registry(config.coordinator, self.member, self._members_changed)
+        self._registry = Registry(config.coordinator, self.member, self._members_changed, mapped=self._peers.mapped)
         self._tasks = [asyncio.create_task(self._registered()), asyncio.create_task(self._watch_lag())]
         if role is Role.MIXED:
             self._driver.post("lanes", Met(self._me))
@@ -201,7 +202,19 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._ways = Lanes(LANES)
         driver.seat("lanes", self._ways, self._lay)
         self._gateways = Gateways(self._base, driver, self._gateway_came, self._gateway_heard, self._gateway_lost)
-        self._peers = Peers(self._base, self._greeting, driver, self._peer_opened, self._peer_heard, self._peer_lost)
+        self._peers = Peers(
+            self._base,
+            self._greeting,
+            driver,
+            self._peer_opened,
+            self._peer_heard,
+            self._peer_lost,
+            lay=lambda peer: driver.post("lanes", Met(peer)),
+            lift=lambda peer: driver.post("lanes", Parted(peer)),
+            turned=self._turned,
+            busy=lambda peer: self._handoff.busy(peer),
+        )
+        self._map = self._peers.ways
         self._handoff = HandOffShell(
             self._me,
             Source(engine.kv, self._ledger),
@@ -214,6 +227,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             moves=self._base.migrates,
             fetches=self._base.fetches,
             away=self._ways.away,
+            pulls=self._map.pulls,
+            serves=self._map.serves,
         )
         self._prefill: PrefillShell | None = None
         self._decode: DecodeShell | None = None
@@ -388,33 +403,27 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if role is Role.MIXED:
             return self._me in self._lanes
         if role is Role.PREFILL:
-            return any(self._hands_to(peer) for peer in self._readers)
-        return any(not self._moves_to(peer) for peer in self._lanes)
-
-    def _hands_to(self, peer: Identity) -> bool:
-        """Whether a peer takes what is prefilled here."""
-        greeting = self._peers.greeting(peer)
-        return greeting is not None and greeting.member.role.decodes
-
-    def _fetches_from(self, greeting: Greeting) -> bool:
-        """Whether we may want a peer's pages; names of pages of another size would say nothing of them."""
-        return self._base.fetches and greeting.member.kv == self._engine.kv
-
-    def _moves_to(self, peer: Identity) -> bool:
-        """Whether rows may move between us and a peer: it is not one that prompts come from."""
-        greeting = self._peers.greeting(peer)
-        return self._base.migrates and greeting is not None and greeting.member.migrates
+            return any(self._map.serves(peer, Use.HAND_OFF) for peer in self._readers)
+        return any(self._map.pulls(peer, Use.HAND_OFF) for peer in self._lanes)
 
     def _met(self, peer: Identity) -> None:
         """Rows can move once either has measured its way to read the other's pages."""
-        if peer in self._lanes and peer in self._readers and self._moves_to(peer):
+        if peer in self._lanes and peer in self._readers and self._map.pulls(peer, Use.MOVE):
             self._handoff.met(peer)
 
     def _reach(self, lane: Lane) -> None:
         """Pages can be fetched over a lane from now on, or not any more."""
-        greeting = self._peers.greeting(lane.source)
-        if self._base.fetches and (not lane.transport or (greeting is not None and self._fetches_from(greeting))):
+        if self._base.fetches and (not lane.transport or self._map.pulls(lane.source, Use.FETCH)):
             self._driver.post("prefill", lane)
+
+    def _turned(self, peer: Identity) -> None:
+        """The transfer map allows other things with a peer than before."""
+        if not self._map.pulls(peer, Use.MOVE):
+            self._handoff.parted(peer)
+        self._met(peer)
+        away = peer not in self._lanes or not self._map.pulls(peer, Use.FETCH)
+        self._reach(Lane(peer, "") if away else self._lanes[peer])
+        self._changed()
 
     def _changed(self) -> None:
         """Readiness or lanes changed: tell those who route."""
@@ -464,10 +473,6 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _peer_opened(self, greeting: Greeting) -> None:
         self._transfer.boost(1.0)
-        member = greeting.member
-        takes = (self._config.role.decodes and member.role.prefills) or self._moves_to(member.identity)
-        if takes or self._fetches_from(greeting):
-            self._driver.post("lanes", Met(member.identity))
 
     def _lay(self, command: LanesCommand) -> None:
         """Do what is decided about the lanes that we read over."""
@@ -657,6 +662,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             yield "lane_latency_seconds", "Measured latency of a lane.", labels, lane.latency_us / 1e6
             fell = float(peer in self._fallen)
             yield "lane_fallback", "1: UCX reads over TCP from a worker of the same host.", labels, fell
+        yield "transfer_map_version", "Of who may pull KV from whom.", {}, float(self._map.version)
+        yield "ways", "Workers that this one exchanges KV with.", {}, float(len(self._map))
         yield "lanes_remade", "Lanes that broke and were made anew.", {}, float(self._ways.remade)
         yield "pulled_bytes", "KV bytes pulled.", {}, float(self._handoff.pulled_nbytes)
         yield "digest_mismatches", "Pages that differed from their digest.", {}, float(self._handoff.sink.mismatches)

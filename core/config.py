@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from core.errors import SetupError
+from core.group import Group
 from core.worker import Role
 
 T = TypeVar("T")
@@ -80,6 +81,8 @@ class WorkerConfig:
     """Chance that the paced engine's next token is an end or stop token; 0: texts end by their length."""
     check: bool = False
     """Check every machine's invariants at every step; for tests."""
+    group: str = ""
+    """Whose requests it serves, and with whom alone it exchanges KV; empty: of those that name no group."""
     record: str = ""
     """Directory to record in what the machines hear and decide, prompts included; empty: nothing is recorded."""
 
@@ -116,6 +119,8 @@ class GatewayConfig:
     """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
     check: bool = False
     """Check the router's invariants at every step; for tests."""
+    group: tuple[Group, ...] = ()
+    """The groups that there are, with their goals; none: only that of requests that name no group."""
     record: str = ""
     """Directory to record in what the machines hear and decide, prompts included; empty: nothing is recorded."""
 
@@ -180,6 +185,9 @@ class DeploymentConfig:
     """Decode workers."""
     mixed: int = 0
     """Workers that do both."""
+    group: tuple[Group, ...] = ()
+    """Further workers that serve requests of their group alone, "chat: 1 prefill, 2 decode, ttft_s=0.4"; may be
+    repeated. Those above serve requests that name no group."""
     gateways: int = 1
     """Gateways; each takes the next port."""
     port: int = 50051
@@ -256,7 +264,8 @@ class DeploymentConfig:
         for field in ("prefill", "decode", "mixed"):
             if getattr(self, field) < 0:
                 raise bad(field, "at least 0")
-        if not self.mixed and not (self.prefill and self.decode):
+        bare = self.group and not (self.prefill or self.decode or self.mixed)
+        if not bare and not self.mixed and not (self.prefill and self.decode):
             raise SetupError(
                 f"workers: got {self.prefill} prefill, {self.decode} decode, {self.mixed} mixed; "
                 "want a prefill and a decode worker, or a mixed one"
@@ -296,10 +305,22 @@ class DeploymentConfig:
         nbytes(self.kv_memory)
         nbytes(self.host_memory, "host_memory", least=0)
 
+        names = [group.name for group in self.group]
+        for name in names:
+            if not name or names.count(name) > 1:
+                raise SetupError(f"group: got the name {name!r} {names.count(name)} times, want a name once")
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """All of them, the one of requests that name none first, if it has workers."""
+        if not (self.prefill or self.decode or self.mixed):
+            return self.group
+        return (Group("", self.prefill, self.decode, self.mixed), *self.group)
+
     @property
     def workers(self) -> int:
         """Engine processes."""
-        return self.prefill + self.decode + self.mixed
+        return sum(group.workers for group in self.groups)
 
 
 def nbytes(text: str, setting: str = "kv_memory", least: int = 1) -> int:
@@ -329,7 +350,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             if field.default is MISSING:
                 raise SetupError(f"{where}: {name} is missing")
             continue
-        value, kind = values[name], wanted[str(field.type)]
+        value = values[name]
+        if field.type == "tuple[Group, ...]":
+            clean[name] = _groups(value, where)
+            continue
+        kind = wanted[str(field.type)]
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if kind is Role and isinstance(value, str) and value in list(Role):
@@ -338,6 +363,18 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
             raise SetupError(f"{where}: {name}: got {value!r}, want {field.type}")
         clean[name] = value
     return cls(**clean)
+
+
+def _groups(values: object, where: str) -> tuple[Group, ...]:
+    """Tables of a file, or groups that flags gave."""
+    if not isinstance(values, list | tuple):
+        raise SetupError(f"{where}: group: got {values!r}, want [[group]] tables")
+    found = []
+    for each in values:
+        if not isinstance(each, Group | dict):
+            raise SetupError(f"{where}: group: got {each!r}, want [[group]] tables")
+        found.append(each if isinstance(each, Group) else build(Group, each, f"{where}: group"))
+    return tuple(found)
 
 
 def to_json(config: ProcessConfig) -> str:

@@ -76,6 +76,37 @@ class Numerics:
     """Instruction set and the engine's operations, such as "AVX512_BF16 AMX, native"; or another engine's name."""
 
 
+class Use(StrEnum):
+    """What one worker reads another's pages for."""
+
+    HAND_OFF = "hand_off"
+    """Of a prompt, by who decodes it."""
+    MOVE = "move"
+    """Of a row that runs."""
+    FETCH = "fetch"
+    """A prefix that the reader will use, or an answer that the session's next turn goes on from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What two workers may do with each other's KV, as one of them sees it."""
+
+    peer: Identity
+    pulls: tuple[Use, ...] = ()
+    """What we may read of the peer."""
+    serves: tuple[Use, ...] = ()
+    """What the peer may read of us."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One worker's part of the transfer map: everyone that it may exchange KV with."""
+
+    version: int
+    ways: tuple[Way, ...]
+    """By peer, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """The measured way from one worker's memory into another's."""
@@ -139,6 +170,8 @@ class Member:
     """As it said last, which it does seldom; None if it did not."""
     grammar: str = ""
     """What a worker compiles constraints with, and its version, such as "llguidance 1.9.1"; empty if it cannot."""
+    group: str = ""
+    """Of a worker: whose requests it serves, and with whom alone it exchanges KV."""
 
     @property
     def kv_tokens(self) -> int:

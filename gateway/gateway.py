@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from runtime.inspection import Inspection
 from runtime.metrics import Gauges, Metrics
 from runtime.registry import Registry
 from scheduler import policies
+from scheduler.groups import Groups
 from scheduler.router_events import Arrived, ClientGone, Complete, Deliver, End, RouterCommand, Satisfied, ToOne
 
 log = logging.getLogger("baton.gateway")
@@ -145,7 +147,8 @@ class Gateway:
         self._driver = Driver(bug, check=config.check)
         chosen = policies.live(config.policy)
         waits = replace(chosen.router_config, max_queue_s=config.max_queue_s)
-        self._router = replace(chosen, router_config=waits).router(me, None, mixed_alone=chosen.colocated)
+        pattern = replace(chosen, router_config=waits).router(me, None, mixed_alone=chosen.colocated)
+        self._router = Groups(pattern, [group.name for group in config.group] or [""])
         self._driver.seat("router", self._router, self._perform)
         self._traces = Traces(self._router, self._driver.now)
         self.inspection = Inspection(str(me), self._driver, more=self._unread, trace=self._traced, here_only=True)
@@ -183,10 +186,12 @@ class Gateway:
         counter = self._next = self._next + 1
         arrived_at = self._driver.now()
         try:
-            most = self._router.most_tokens()
-            pages = self._router.page_tokens if self._config.prefix_cache else 0
+            if (why := self._router.unknown(group := asked.hints.group)) is not None:
+                raise RequestError("NOT_FOUND", why)
+            most = self._router.most_tokens(group)
+            pages = self._router.page_tokens(group) if self._config.prefix_cache else 0
             if (constraint := self.intake.constraint(asked)) is not None:
-                self._constrains(constraint)
+                self._constrains(constraint, group)
             request, stops = await self.aside(asked, self.intake.request, asked, remaining_s, most, pages)
             if request.id in self._names:
                 raise RequestError("ALREADY_EXISTS", f"request_id: {request.id!r} is live")
@@ -222,7 +227,7 @@ class Gateway:
     @property
     def constrains(self) -> bool:
         """True if all workers can make texts match a schema or grammar, and so can we."""
-        return available() and not self._cannot_constrain()
+        return available() and not self._cannot_constrain(None)
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
@@ -230,7 +235,8 @@ class Gateway:
 
     def phases(self) -> dict[Phase, int]:
         """Live requests by phase."""
-        return self._router.phases()
+        counts = [Counter(self._router.phases(group)) for group in self._router.names]
+        return {phase: sum(each[phase] for each in counts) for phase in Phase if not phase.ended}
 
     def abort(self, request_id: str) -> bool:
         """End a live request by its caller's name for it; False if there is none."""
@@ -258,14 +264,16 @@ class Gateway:
             return read(*arguments, **named)
         return await asyncio.to_thread(read, *arguments, **named)
 
-    def _constrains(self, constraint: Constraint) -> None:
-        """Refuse what a text must match, if some worker cannot see to it: the request may come to any of them."""
-        if cannot := self._cannot_constrain():
+    def _constrains(self, constraint: Constraint, group: str) -> None:
+        """Refuse what a text must match, if some worker cannot see to it: the request may come to any of its group."""
+        if cannot := self._cannot_constrain(group):
             why = "needs workers that compile grammars (the extra grammar; never the paced engine)"
             raise RequestError("UNIMPLEMENTED", f"{constraint.language}: {why}, and {', '.join(cannot)} cannot")
 
-    def _cannot_constrain(self) -> list[str]:
+    def _cannot_constrain(self, group: str | None) -> list[str]:
+        """Workers of a group, or of all."""
         workers = [member for member in self._sessions.members if member.role is not Role.GATEWAY]
+        workers = [member for member in workers if group is None or member.group == group]
         return sorted(member.identity.name for member in workers if not member.grammar)
 
     def _perform(self, command: RouterCommand) -> None:
@@ -401,13 +409,14 @@ class Gateway:
             self._health_task = asyncio.create_task(self._server.healthy(ready))
 
     def _gauges(self) -> Gauges:
-        for phase, count in self._router.phases().items():
-            yield "requests_live", "Live requests by phase.", {"phase": phase}, float(count)
+        for group in self._router.names:
+            for phase, count in self._router.phases(group).items():
+                yield "requests_live", "Live requests by phase.", {"phase": phase, "group": group}, float(count)
         for worker in self._sessions.members:
             yield (
                 "worker_ready",
                 "Workers that the gateway knows.",
-                {"worker": worker.identity.name},
+                {"worker": worker.identity.name, "group": worker.group},
                 float(worker.ready),
             )
         yield "ignored_messages", "Late or unknown messages.", {"machine": "router"}, float(self._router.ignored)

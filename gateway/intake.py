@@ -168,7 +168,7 @@ class Intake:
                     f"prompt_logprobs: got {sampling.prompt_logprobs}, want {want} for {len(prompt)} tokens",
                 )
         timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
-        slo = Slo(asked.slo.ttft_s or self._config.ttft_s, asked.slo.gap_s or self._config.gap_s)
+        slo = self._goals(asked)
         for field, goal_s in (("ttft_s", slo.ttft_s), ("gap_s", slo.gap_s)):
             if not 0 <= goal_s < math.inf:
                 raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
@@ -183,6 +183,14 @@ class Intake:
         known = wire.hints_from(hints)
         request = Request(name, prompt, sampling, timeout_s, slo, known, 0, prefix, page_tokens if prefix else 0)
         return request, stops
+
+    def _goals(self, asked: inference_pb2.GenerateRequest) -> Slo:
+        """What the request brings, else its group's, else the deployment's."""
+        config, ttft_s, gap_s = self._config, asked.slo.ttft_s, asked.slo.gap_s
+        own = next((group for group in config.group if group.name == asked.hints.group), None)
+        if own is not None:
+            ttft_s, gap_s = ttft_s or own.ttft_s, gap_s or own.gap_s
+        return Slo(ttft_s or config.ttft_s, gap_s or config.gap_s)
 
     def constraint(self, asked: inference_pb2.GenerateRequest) -> Constraint | None:
         """What the text must match, not compiled yet."""

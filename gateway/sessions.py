@@ -14,8 +14,8 @@ from protos.baton.v1.worker_pb2 import Frame
 from runtime import rpc, streams, wire
 from runtime.driver import Driver
 from runtime.streams import SILENCE_S, Dials, Stream
+from scheduler.alike import stranger
 from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
-from scheduler.membership import stranger
 from scheduler.router_events import WorkerDown, WorkerUp
 
 log = logging.getLogger("baton.sessions")

@@ -11,7 +11,7 @@ from core.request import Request, Stage
 from gateway.replies import Replies
 from protos.baton.v1 import inference_pb2, inspect_pb2
 from runtime import wire
-from scheduler.router import Router
+from scheduler.groups import Groups
 from scheduler.router_events import End
 
 KEPT = 1000
@@ -32,7 +32,7 @@ class _Past:
 class Traces:
     """A ring of the last ends by the clients' names for them; a name that is used again takes the older's place."""
 
-    def __init__(self, router: Router, now: Callable[[], float], kept: int = KEPT) -> None:
+    def __init__(self, router: Groups, now: Callable[[], float], kept: int = KEPT) -> None:
         self._router = router
         self._now = now
         self._kept = kept

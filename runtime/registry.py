@@ -10,7 +10,7 @@ from collections.abc import Callable
 import grpc
 
 from core.errors import RemoteError, SetupError
-from core.worker import Member, ProcessEnded
+from core.worker import Member, Part, ProcessEnded
 from protos.baton.v1 import registry_pb2, registry_pb2_grpc
 from runtime import rpc, wire
 
@@ -21,6 +21,7 @@ class Registry:
     """Keeps `member()` registered, calls `changed` with every new membership, and `ended` once with each process's end.
 
     `member` is asked at each heartbeat, so readiness and lanes travel within `heartbeat_s`, or at once after `renew`.
+    `mapped` is called before `changed`, with a worker's part of the transfer map and all that are listed.
     """
 
     def __init__(
@@ -29,11 +30,15 @@ class Registry:
         member: Callable[[], Member],
         changed: Callable[[tuple[Member, ...]], None],
         ended: Callable[[ProcessEnded], None] = lambda ended: None,
+        mapped: Callable[[Part, tuple[Member, ...]], None] | None = None,
     ) -> None:
         self._address = address
         self._member = member
         self._changed = changed
         self._ended = ended
+        self._mapped = mapped
+        self._version = 0
+        """Of the map that we were told last."""
         self._told: set[ProcessEnded] = set()
         self._soon = asyncio.Event()
         self._channel = rpc.channel(address)
@@ -63,7 +68,9 @@ class Registry:
 
     async def _register(self) -> float:
         while True:
-            request = registry_pb2.RegisterRequest(member=wire.registry_member(self._member()))
+            request = registry_pb2.RegisterRequest(
+                member=wire.registry_member(self._member()), map_version=self._version
+            )
             try:
                 response = await self._stub.Register(request, timeout=5.0)
                 return float(response.heartbeat_s)
@@ -100,9 +107,15 @@ class Registry:
         said = ""
         while True:
             try:
-                async for response in self._stub.Watch(registry_pb2.WatchRequest()):
+                me = str(self._member().identity) if self._mapped is not None else ""
+                async for response in self._stub.Watch(registry_pb2.WatchRequest(identity=me)):
                     said = ""
-                    self._changed(tuple(wire.member_from(member) for member in response.members))
+                    members = tuple(wire.member_from(member) for member in response.members)
+                    if self._mapped is not None and response.HasField("part"):
+                        part = wire.part_from(response.part)
+                        self._version = part.version
+                        self._mapped(part, members)
+                    self._changed(members)
                     ends = [wire.ended_from(each) for each in response.ended]
                     for end in ends:
                         if end not in self._told:

@@ -226,6 +226,7 @@ class Dials:
     def __init__(self, live: Callable[[Member], Awaitable[None]]) -> None:
         self._live = live
         self._tasks: dict[Identity, asyncio.Task[None]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def want(self, members: dict[Identity, Member]) -> None:
         """Dial those that are new, hang up on those that are gone."""
@@ -235,9 +236,16 @@ class Dials:
             if identity not in self._tasks:
                 self._tasks[identity] = asyncio.create_task(self._keep(member))
 
+    def leave(self, identity: Identity) -> None:
+        """Dial it no more once the stream that stands has ended by itself."""
+        task = self._tasks.pop(identity, None)
+        if task is not None:
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
     async def close(self) -> None:
         """Hang up on everybody."""
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._leaving]
         self._tasks.clear()
         for task in tasks:
             task.cancel()

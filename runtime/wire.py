@@ -12,7 +12,20 @@ from core.errors import LocalError, RemoteError, RequestError
 from core.kv import KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, ProcessEnded, Role
+from core.worker import (
+    PROTOCOL_VERSION,
+    Costs,
+    Greeting,
+    Identity,
+    Lane,
+    Member,
+    Numerics,
+    Part,
+    ProcessEnded,
+    Role,
+    Use,
+    Way,
+)
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 
@@ -39,6 +52,7 @@ def hello(greeting: Greeting) -> Frame:
         scratch_pages=greeting.scratch_pages,
         migrates=member.migrates,
         fetches=member.fetches,
+        group=member.group,
     )
     return Frame(hello=body)
 
@@ -65,6 +79,7 @@ def greeting(frame: Frame) -> Greeting:
         transport=body.transport,
         migrates=body.migrates,
         fetches=body.fetches,
+        group=body.group,
     )
     return Greeting(member, body.transport_metadata, body.scratch_pages)
 
@@ -112,6 +127,7 @@ def registry_member(member: Member) -> registry_pb2.Member:
         ready=member.ready,
         migrates=member.migrates,
         fetches=member.fetches,
+        group=member.group,
         lanes=[registry_lane(lane) for lane in member.lanes],
         costs=registry_costs(member.costs),
         grammar=member.grammar,
@@ -138,10 +154,30 @@ def member_from(body: registry_pb2.Member) -> Member:
         ready=body.ready,
         migrates=body.migrates,
         fetches=body.fetches,
+        group=body.group,
         lanes=tuple(lane_from(lane) for lane in body.lanes),
         costs=costs_from(body.costs) if body.HasField("costs") else None,
         grammar=body.grammar,
     )
+
+
+def registry_part(part: Part) -> registry_pb2.TransferPart:
+    """One worker's part of the transfer map."""
+    ways = [registry_pb2.Way(peer=str(each.peer), pulls=each.pulls, serves=each.serves) for each in part.ways]
+    return registry_pb2.TransferPart(version=part.version, ways=ways)
+
+
+def part_from(body: registry_pb2.TransferPart) -> Part:
+    """The inverse of `registry_part`; raises RemoteError on uses that nobody has."""
+    ways = [Way(identity(each.peer), _uses(each.pulls), _uses(each.serves)) for each in body.ways]
+    return Part(body.version, tuple(ways))
+
+
+def _uses(names: Iterable[str]) -> tuple[Use, ...]:
+    try:
+        return tuple(Use(name) for name in names)
+    except ValueError:
+        raise RemoteError(f"uses: got {', '.join(names)}, want some of {', '.join(Use)}") from None
 
 
 def registry_ended(ended: ProcessEnded) -> registry_pb2.Ended:

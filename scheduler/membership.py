@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
-from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Member, Numerics, ProcessEnded, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Member, Part, ProcessEnded, Role
+from scheduler.alike import mismatch, stranger
+from scheduler.transfer_map import TransferMap
 
-_NUMERICS = tuple(field.name for field in fields(Numerics))
 KEPT = 32
 """Ends of processes that are told to whoever watches, the last ones."""
-_SAME = ("protocol", "model", "fingerprint")
-"""What all processes of a deployment have in common."""
-_SAME_KV = (*(f"kv.{field.name}" for field in fields(KvShape) if field.name != "page_tokens"), "transport")
-"""And what all its workers have. Pages may differ in their tokens, if one is a multiple of the other."""
-
-
-def stranger(ours: Member, theirs: Member) -> str | None:
-    """Why two processes cannot be of one deployment, naming the field, got and wanted; None if they can."""
-    return _unlike(ours, theirs, _SAME)
-
-
-def mismatch(ours: Member, theirs: Member) -> str | None:
-    """Why two workers cannot exchange KV, naming the field, got and wanted; None if they can."""
-    if (why := _unlike(ours, theirs, _SAME + _SAME_KV)) is not None:
-        return why
-    if ours.kv is not None and theirs.kv is not None:
-        got, want = theirs.kv.page_tokens, ours.kv.page_tokens
-        if max(got, want) % min(got, want):
-            who, whose = theirs.identity.name, ours.identity.name
-            return f"kv.page_tokens: got {got} from {who}, want a multiple or a divisor of {want} as {whose} has"
-    if any(each.numerics is not None and each.numerics.exact for each in (ours, theirs)):
-        why = _unlike(ours, theirs, tuple(f"numerics.{name}" for name in _NUMERICS))
-        return f"{why}, because exact mode needs the same bits everywhere" if why is not None else None
-    return None
-
-
-def _unlike(ours: Member, theirs: Member, names: Iterable[str]) -> str | None:
-    """The first of these fields (or fields of fields) in which two members differ, as a sentence."""
-    for name in names:
-        outer, _, inner = name.partition(".")
-        got, want = getattr(theirs, outer), getattr(ours, outer)
-        if got != want and inner and got is not None and want is not None:
-            got, want = getattr(got, inner), getattr(want, inner)
-        if got != want:
-            name = outer if got is None or want is None else name
-            got, want = ("none" if value is None else value for value in (got, want))
-            return f"{name}: got {got} from {theirs.identity.name}, want {want} as {ours.identity.name} has"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +17,8 @@ class Joining:
     """A process asks to belong."""
 
     member: Member
+    told: int = 0
+    """Version of the transfer map that it was told last, by whatever coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +82,16 @@ class Membership:
         self._until: dict[str, float] = {}
         self._epoch = 0
         self._ended: dict[Identity, ProcessEnded] = {}
+        self._map = TransferMap()
+
+    def part(self, identity: Identity) -> Part | None:
+        """Who may exchange KV with a member, and for what; None if it is none."""
+        return self._map.part(identity)
+
+    @property
+    def map_version(self) -> int:
+        """Of the transfer map."""
+        return self._map.version
 
     @property
     def ended(self) -> tuple[ProcessEnded, ...]:
@@ -140,14 +113,19 @@ class Membership:
             case None:
                 expired = [name for name, until in self._until.items() if until <= now]
                 return self._drop(expired)
-            case Joining(member):
+            case Joining(member, told):
                 if member.identity in self._ended:
                     return [Turned(member.identity, "this life of it has ended")]
                 reason = self._objection(member)
                 if reason is not None:
                     return [Turned(member.identity, reason)]
+                former = self._members.get(member.identity.name)
+                if former is not None and former.identity != member.identity:
+                    self._map.drop(former.identity)
                 self._members[member.identity.name] = member
                 self._until[member.identity.name] = now + self._lease_s
+                self._map.at_least(told)
+                self._map.put(member)
                 return [Admitted(member.identity), self._publish()]
             case Renewed(identity, ready, lanes, costs):
                 known = self._members.get(identity.name)
@@ -182,20 +160,25 @@ class Membership:
         assert all(identity == each.identity for identity, each in self._ended.items())
         assert not self._ended.keys() & {member.identity for member in self._members.values()}
         assert all(name == member.identity.name for name, member in self._members.items())
+        self._map.check()
+        workers = {member.identity for member in self.members if member.role is not Role.GATEWAY}
+        assert all((member.identity in self._map) == (member.identity in workers) for member in self.members)
+        assert len(self._map) == len(workers)
 
     def _objection(self, member: Member) -> str | None:
         if member.protocol != PROTOCOL_VERSION:
             return f"protocol: got {member.protocol} from {member.identity.name}, want {PROTOCOL_VERSION}"
         for name, other in self._members.items():
             if name != member.identity.name:
-                why = stranger if Role.GATEWAY in (member.role, other.role) else mismatch
+                apart = Role.GATEWAY in (member.role, other.role) or member.group != other.group
+                why = stranger if apart else mismatch
                 if (reason := why(other, member)) is not None:
                     return reason
         return None
 
     def _drop(self, names: list[str]) -> list[MembershipCommand]:
         for name in names:
-            del self._members[name]
+            self._map.drop(self._members.pop(name).identity)
             del self._until[name]
         return [self._publish()] if names else []
 

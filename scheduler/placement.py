@@ -196,6 +196,8 @@ class Workers:
         self._posts: dict[Identity, Post] = {}
         self._gone: dict[Identity, Post] = {}
         """Lost while they had loads, in case they come back with these."""
+        self._sources = self._sinks = 0
+        """Those that are ready, counted at once: whether somebody is there is asked at every change."""
         self._stale = True
         self._version = 0
         self._prefills = Ranking(queue_load)
@@ -203,7 +205,6 @@ class Workers:
         self._free = Ranking(_least_free)
         self._shapes: tuple[KvShape, ...] = ()
         """Of pages that there are, the smallest first."""
-        self._missing: str | None = None
         self._prompt_room = 0
         self._rooms: tuple[tuple[int, KvShape | None, bool], ...] = ()
         """(tokens, shape, hands over to itself) of every kind of pair that there is."""
@@ -226,6 +227,10 @@ class Workers:
         """A worker's session stands, or what it says of itself has changed; it, if it takes prompts from now on."""
         post = self._posts.get(member.identity)
         took = post is not None and post.prefills and post.member.ready
+        if post is not None and _alike(post.member, member):
+            post.member = member  # it measured its lanes
+            return None
+        self._count(post, member if member.ready else None)
         if post is None:
             post = self._gone.pop(member.identity, None) or Post(member, member.identity)
             self._posts[member.identity] = post
@@ -236,8 +241,10 @@ class Workers:
 
     def down(self, identity: Identity) -> None:
         """This life of a worker cannot be used any more."""
-        post = self._posts.pop(identity, None)
+        post = self._posts.get(identity)
         if post is not None:
+            self._count(post, None)
+            del self._posts[identity]
             self._stale = True
             post.gone = True
             self._forget(post)
@@ -285,8 +292,10 @@ class Workers:
 
     def missing(self) -> str | None:
         """What the deployment lacks to serve anything, None if nothing."""
-        self._refresh()
-        return self._missing
+        if self._sources and self._sinks:
+            return None
+        lacking = [name for name, there in (("prefill", self._sources), ("decode", self._sinks)) if not there]
+        return f"no {' and no '.join(lacking)} worker is ready"
 
     def too_large(self, request: Request) -> str | None:
         """Why no worker can ever hold it, with both numbers; None if one can. Nothing may be missing."""
@@ -439,12 +448,25 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
+        assert (self._sources, self._sinks) == (len(self._prefills), len(self._decodes))
 
     def _held(self, post: Post) -> None:
         """What it decodes is not what it was, which a mixed one may also be ranked by as a prefill worker."""
         self._decodes.moved(post)
         if post.prefills:
             self._prefills.moved(post)
+
+    def _count(self, post: Post | None, member: Member | None) -> None:
+        """One that may have been ready is not, or as `member` from now on. What was there when nothing was missing last
+        is kept."""
+        sources, sinks = self._sources, self._sinks
+        if post is not None and post.member.ready:
+            sources, sinks = sources - post.prefills, sinks - post.decodes
+        if member is not None:
+            sources, sinks = sources + member.role.prefills, sinks + member.role.decodes
+        if self._sources and self._sinks and not (sources and sinks):
+            self._refresh()
+        self._sources, self._sinks = sources, sinks
 
     def _forget(self, post: Post) -> None:
         """One that is gone is kept while it has loads."""
@@ -472,8 +494,6 @@ class Workers:
         self._fetches = any(post.member.fetches for post in sources)
         shapes = {post.member.kv for post in self._posts.values() if post.member.kv is not None}
         self._shapes = tuple(sorted(shapes, key=_page_tokens))
-        lacking = [name for name, there in (("prefill", sources), ("decode", sinks)) if not there]
-        self._missing = f"no {' and no '.join(lacking)} worker is ready" if lacking else None
         self._prompt_room = max((post.room for post in sources), default=0)
         apart = any(not post.decodes for post in sources)
         kinds = [(post.room, post.member.kv, True) for post in sinks if post.prefills]
@@ -482,9 +502,21 @@ class Workers:
         else:
             kinds += [(post.room, post.member.kv, False) for post in sinks if apart or (sources and not post.prefills)]
         self._rooms = tuple(dict.fromkeys(kinds))
-        if not self._missing:
+        if sources and sinks:
             self._last_rooms = self._rooms
         self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
+
+
+def _alike(before: Member, now: Member) -> bool:
+    """True if nothing has changed that anybody here asks for."""
+    return (
+        before.ready == now.ready
+        and before.role is now.role
+        and before.pages == now.pages
+        and before.kv == now.kv
+        and before.costs == now.costs
+        and before.fetches == now.fetches
+    )
 
 
 def _least_free(post: Post) -> float:

@@ -28,9 +28,15 @@ class Ring:
 
     def set(self, names: Iterable[str]) -> None:
         """These are on it, and nobody else."""
-        self.names = tuple(sorted(set(names)))
-        self._places = {name: self._places.get(name) or _places(name, self._points) for name in self.names}
-        self._sorted = sorted((place, name) for name, places in self._places.items() for place in places)
+        now = tuple(sorted(set(names)))
+        if now == self.names:
+            return
+        there, self.names = self._places, now
+        self._places = {name: there.get(name) or _places(name, self._points) for name in now}
+        # Most stay where they are, in order: sorting that with a few more behind it takes little more than a look.
+        kept = [each for each in self._sorted if each[1] in self._places]
+        kept += sorted((place, name) for name in now if name not in there for place in self._places[name])
+        self._sorted = sorted(kept)
 
     def pair(self, key: int) -> tuple[str, ...]:
         """The two names of a 64-bit key, different ones; fewer where there are fewer names."""

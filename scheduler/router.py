@@ -134,8 +134,9 @@ class Router:
         """There may be a worker for another such one."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
-        self._roomy: list[Identity] = []
-        """Workers that may have room for someone who waits; looked at when an event has been dealt with."""
+        self._roomy: list[Identity | int] = []
+        """Workers that may have room for someone who waits, or the tokens that whoever is meant said to have room for;
+        looked at when an event has been dealt with."""
         self.ignored = 0
         """Messages about old attempts or ended requests."""
 
@@ -146,6 +147,10 @@ class Router:
     def name(self) -> str:
         """Of the gateway, as it stands in stages."""
         return self._me.name
+
+    def knows(self, identity: Identity) -> bool:
+        """True of a worker whose session stands."""
+        return identity in self._workers
 
     def phases(self) -> dict[Phase, int]:
         """Live placements in each phase."""
@@ -200,8 +205,8 @@ class Router:
             commands += self._next_suspects(now)
         if self._roomy:
             roomy, self._roomy = self._roomy, []
-            for identity in roomy:
-                commands += self._call(identity, now)
+            for each in roomy:
+                commands += self._call(each, now) if isinstance(each, Identity) else self._call_any(each, now)
         return commands
 
     def deadline(self) -> float | None:
@@ -454,7 +459,7 @@ class Router:
                 # Whoever waits was refused by others: a worker that has just come may take all that it holds.
                 self._has_room(post, post.room)
             if member.role.decodes:
-                self._roomy += [each.identity for each in self._workers.free(1)]
+                self._roomy.append(1)
         return commands
 
     def _resume(self, flight: Flight, now: float) -> list[RouterCommand]:
@@ -482,7 +487,7 @@ class Router:
         for key, flight in list(self._stranded.items()):
             if flight.alone and flight.resumes == math.inf and self._stranded.get(key) is flight:
                 commands += self._resume(flight, now)
-        self._roomy += [post.identity for post in self._workers.free(1)]
+        self._roomy.append(1)
         return commands
 
     def _release(self, flight: Flight, *workers: Identity) -> None:
@@ -500,7 +505,7 @@ class Router:
         self._alarms.put(flight.key, self._until(flight))
         tokens = self._placement.fewest(flight.need, self._workers)
         self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
-        self._roomy += [post.identity for post in self._workers.free(tokens)]
+        self._roomy.append(max(tokens, 1))
         return []
 
     def _has_room(self, post: Post, tokens: int) -> list[RouterCommand]:
@@ -532,6 +537,16 @@ class Router:
             aside.append((flight, tokens))
         for flight, tokens in aside:
             self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
+        return commands
+
+    def _call_any(self, tokens: int, now: float) -> list[RouterCommand]:
+        """Call all that said they have room for so many new tokens, the largest first, until nobody who waits fits:
+        whoever has less room would not help, either."""
+        commands: list[RouterCommand] = []
+        for post in self._workers.free(tokens):
+            if self._parked.first(post.free) is None:
+                break
+            commands += self._call(post.identity, now)
         return commands
 
     def _leave(self, flight: Flight) -> None:

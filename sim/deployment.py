@@ -163,6 +163,9 @@ def deployment(path: Path) -> Deployment:
         builds.append(build)
     if len({build.shape.page_tokens for build in builds}) > 1:
         raise SetupError(f"{path}: page_tokens: got workers with pages of unequal size, which the simulator has not")
+    if len(found_groups := sorted({members[name].group for name in names})) > 1:
+        known = ", ".join(map(repr, found_groups))
+        raise SetupError(f"{path}: group: got workers of {known}, want one group: the simulator has no others")
     begin = calls[0].at
     settings = Settings(
         slo=_commonest(call.slo for call in calls),

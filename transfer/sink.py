@@ -366,6 +366,10 @@ class Sink:
                     self._settle(read_id)
                 return []
 
+    def pulls(self, source: Identity) -> bool:
+        """True while a ticket from `source` runs. Looks at all of them."""
+        return any(taking.ticket.source == source for taking in self._taking.values())
+
     def deadline(self) -> float | None:
         due = self._deadlines.lowest() if self._taking else None
         if self._doubt and (short := self._short_since()) is not None:

@@ -39,7 +39,7 @@ from core.quick import quick_init
 from core.ranked import Ranked
 from core.request import Request, Ticket
 from core.standing import Standing
-from core.worker import Identity
+from core.worker import Identity, Use
 
 LENT = "lent/"
 """Before a ticket's key: who holds, in the ledger, what its sink fetches."""
@@ -188,17 +188,6 @@ SourceEnd = HandOffEnded | MoveEnded | FetchEnded
 SourceCommand = SendToSink | SendOffer | Digest | GrantCame | MoveAsked | SourceEnd
 
 
-class Use(StrEnum):
-    """What a ticket's pages are given for."""
-
-    HAND_OFF = "hand_off"
-    """Of a prompt, to who decodes it."""
-    MOVE = "move"
-    """Of a row that runs."""
-    FETCH = "fetch"
-    """A prefix that the sink will use, or an answer that the session's next turn goes on from."""
-
-
 class State(StrEnum):
     """Where the giving side of a ticket is."""
 
@@ -306,6 +295,10 @@ class Source:
             case SinkLost(identity):
                 lost = [giving for giving in self._giving.values() if giving.ticket.sink == identity]
                 return self._end(lost, f"{identity.name} was lost", tell=False)
+
+    def serves(self, sink: Identity) -> bool:
+        """True while a ticket to `sink` runs. Looks at all of them."""
+        return any(giving.ticket.sink == sink for giving in self._giving.values())
 
     def deadline(self) -> float | None:
         return self._deadlines.lowest() if self._giving else None

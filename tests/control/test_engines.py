@@ -12,7 +12,7 @@ from core.errors import SetupError
 from core.worker import Role
 from engine.engine import TorchEngine
 from engine.paced import PacedEngine
-from scheduler.membership import mismatch
+from scheduler.alike import mismatch
 from tests.cast import D1, P1, worker
 from tests.checkpoints import make_llama
 

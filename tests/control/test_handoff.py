@@ -20,7 +20,7 @@ from core.messages import (
     Release,
     Reserve,
 )
-from core.worker import Lane
+from core.worker import Lane, Use
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone
 from scheduler.prefill_policy import FetchOver
@@ -29,6 +29,7 @@ from tests.decode.test_shell import Scripted
 from transfer import sink as taking
 from transfer import source as giving
 
+USES = tuple(Use)
 GIVEN = ticket(1, minter=D1, source=D1, sink=D2)
 """A row of ours."""
 TAKEN = ticket(1, minter=D2, source=D2, sink=D1)
@@ -55,7 +56,9 @@ class Giving(Scripted):
 class Stage:
     """The hand-off shell of D1, between scripted machines; `reached` are those to whom a stream stands."""
 
-    def __init__(self, *, source=(), sink=(), moves=True, fetches=False, reached=(D2, P1), away=()) -> None:
+    def __init__(
+        self, *, source=(), sink=(), moves=True, fetches=False, reached=(D2, P1), away=(), pulls=USES, serves=USES
+    ) -> None:
         self.bugs: list[BaseException] = []
         self.sent: list = []
         self.driver = Driver(self.bugs.append)
@@ -82,6 +85,8 @@ class Stage:
             moves=moves,
             fetches=fetches,
             away=lambda peer: peer in away,
+            pulls=lambda peer, use: use in pulls,
+            serves=lambda peer, use: use in serves,
         )
 
 
@@ -156,6 +161,54 @@ def test_nothing_new_comes_over_a_lane_that_is_away_and_what_was_begun_goes_on()
         (D2, Refuse(TAKEN, "the lane from decode-2 is away")),
     ]
     assert stage.sink.events == [going]
+
+
+def unmapped(use, peer):
+    return f"the transfer map has no {use} between {peer} and decode-1"
+
+
+@pytest.mark.parametrize(
+    ("peer", "message", "use", "by"),
+    [
+        (P1, Reserve(ticket(sink=D1), ask()), Use.HAND_OFF, "pulls"),
+        (D2, OFFERED, Use.MOVE, "pulls"),
+        (D2, Fetch(GIVEN, (1, 2), 0, 9.0), Use.FETCH, "serves"),
+    ],
+)
+def test_what_the_map_does_not_allow_is_refused_and_what_was_begun_goes_on(peer, message, use, by):
+    going = Ready(ticket(2, sink=D1), 0, (), ()), Grant(ticket(3, minter=D1, source=D1, sink=D2))
+
+    def act(stage: Stage) -> None:
+        stage.shell.heard(peer, message)
+        stage.shell.heard(P1, going[0])
+        stage.shell.heard(D2, going[1])
+
+    others = tuple(each for each in Use if each is not use)
+    stage = play(act, **{by: others})
+    assert stage.sent == [(peer, Refuse(message.ticket, unmapped(use, peer.name)))]
+    assert stage.sink.events == [going[0]]
+    assert stage.source.events == [going[1]]
+    stage = play(act, **{"pulls": (use,), "serves": ()} if by == "pulls" else {"pulls": (), "serves": (use,)})
+    assert stage.sent == []
+
+
+@pytest.mark.parametrize(
+    ("command", "seat", "use", "by"),
+    [
+        (giving.SendToSink(Reserve(GIVEN, ask())), "source", Use.HAND_OFF, "serves"),
+        (giving.SendOffer(OfferMigration(GIVEN, ask(), ticket(), 3, 20)), "source", Use.MOVE, "serves"),
+        (taking.SendToSource(Fetch(TAKEN, (1, 2), 0, 9.0)), "sink", Use.FETCH, "pulls"),
+    ],
+)
+def test_nothing_is_begun_that_the_map_does_not_allow(command, seat, use, by):
+    others = tuple(each for each in Use if each is not use)
+    stage = play(lambda stage: stage.driver.post(seat, None), **{seat: [[command]], by: others})
+    refused = Refuse(GIVEN if seat == "source" else TAKEN, unmapped(use, "decode-2"))
+    assert getattr(stage, seat).events == [None, refused]
+    assert not stage.sent
+    stage = play(lambda stage: stage.driver.post(seat, None), **{seat: [[command]], by: (use,)})
+    assert getattr(stage, seat).events == [None]
+    assert len(stage.sent) == 1
 
 
 @pytest.mark.parametrize("moves", [True, False])

@@ -15,7 +15,20 @@ from core.errors import RemoteError
 from core.kv import ITEM_NBYTES, KvShape, PageRun
 from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import MAX_LOGPROBS, MAX_N, MAX_PENALTY, MAX_SEED, Logprobs, Sampling
-from core.worker import PROTOCOL_VERSION, Costs, Greeting, Identity, Lane, Member, Numerics, ProcessEnded, Role
+from core.worker import (
+    PROTOCOL_VERSION,
+    Costs,
+    Greeting,
+    Identity,
+    Lane,
+    Member,
+    Numerics,
+    Part,
+    ProcessEnded,
+    Role,
+    Use,
+    Way,
+)
 from protos.baton.v1 import common_pb2, registry_pb2, worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import wire
@@ -253,6 +266,22 @@ def test_what_are_no_costs_is_a_remote_error(prefill, decode):
 def test_a_member_comes_back_equal(member):
     body = registry_pb2.Member.FromString(wire.registry_member(member).SerializeToString())
     assert wire.member_from(body) == member
+
+
+uses = st.lists(st.sampled_from(Use), unique=True).map(tuple)
+
+
+@QUICK
+@given(st.builds(Part, counts, st.lists(st.builds(Way, identities, uses, uses), max_size=3).map(tuple)))
+def test_a_part_of_the_transfer_map_comes_back_equal(part):
+    body = registry_pb2.TransferPart.FromString(wire.registry_part(part).SerializeToString())
+    assert wire.part_from(body) == part
+
+
+@pytest.mark.parametrize("way", [{"peer": "nobody"}, {"peer": "d#1", "pulls": ["steal"]}])
+def test_a_part_that_makes_no_sense_is_a_remote_error(way):
+    with pytest.raises(RemoteError):
+        wire.part_from(registry_pb2.TransferPart(version=1, ways=[way]))
 
 
 @QUICK

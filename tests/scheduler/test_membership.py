@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.kv import KvShape
-from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, ProcessEnded, Role
+from core.worker import PROTOCOL_VERSION, Costs, Identity, Lane, Numerics, Part, ProcessEnded, Role, Use, Way
+from scheduler.alike import mismatch, stranger
 from scheduler.membership import (
     Admitted,
     Joining,
@@ -19,8 +20,6 @@ from scheduler.membership import (
     Renewed,
     Turned,
     Unknown,
-    mismatch,
-    stranger,
 )
 from tests.cast import D1, GATEWAY, P1, P2, SHAPE, efforts, worker
 
@@ -263,3 +262,49 @@ class Town(RuleBasedStateMachine):
 @efforts
 def test_the_list_agrees_with_a_dictionary_of_leases(effort):
     run_state_machine_as_test(Town, settings=effort)
+
+
+def test_members_are_told_their_part_of_the_transfer_map():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    assert machine.part(P1) == Part(0, ())
+    machine.on(Joining(D), 0.0)
+    machine.on(Joining(G), 0.0)
+    hands = (Use.HAND_OFF,)
+    assert machine.part(P1) == Part(1, (Way(D1, (), hands),))
+    assert machine.part(D1) == Part(1, (Way(P1, hands, ()),))
+    assert machine.part(GATEWAY) is None
+    machine.on(Renewed(P1, False, ()), 1.0)
+    assert machine.map_version == 1, "readiness is no part of it"
+    again = replace(P, identity=Identity(P1.name, 0x99))
+    machine.on(Joining(again), 1.0)
+    assert machine.part(P1) is None
+    assert machine.part(D1) == Part(3, (Way(again.identity, hands, ()),))
+    machine.on(Left(D1), 2.0)
+    assert machine.part(again.identity) == Part(4, ())
+    machine.check()
+
+
+def test_a_coordinator_that_was_started_again_goes_on_from_the_version_that_its_members_were_told():
+    machine = Membership(3.5)
+    machine.on(Joining(P, 7), 0.0)
+    assert machine.part(P1) == Part(8, ())
+    machine.on(Joining(D, 4), 0.0)
+    part = machine.part(D1)
+    assert part is not None
+    assert part.version == 9
+
+
+def test_groups_exchange_no_kv_and_may_differ_in_it():
+    machine = Membership(3.5)
+    machine.on(Joining(P), 0.0)
+    other = replace(D, group="chat", kv=replace(SHAPE, page_tokens=6), transport="zeromq")
+    assert machine.on(Joining(other), 0.0)[0] == Admitted(D1)
+    assert machine.part(D1) == Part(0, ())
+    foreign = replace(worker(P2, Role.PREFILL), group="chat", fingerprint="else")
+    (turned,) = machine.on(Joining(foreign), 0.0)
+    assert isinstance(turned, Turned)
+    assert turned.reason.startswith("fingerprint: got else from prefill-2")
+    (turned,) = machine.on(Joining(replace(foreign, fingerprint="f")), 0.0)
+    assert isinstance(turned, Turned)
+    assert turned.reason.startswith("kv.page_tokens: got 4 from prefill-2, want a multiple or a divisor of 6")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from protos.baton.v1 import common_pb2 as protos_dot_baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/baton/v1/registry.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"S\n\x04Lane\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x14\n\x0cgbytes_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_us\x18\x04 \x01(\x01\",\n\tStepCosts\x12\x0f\n\x07prefill\x18\x01 \x03(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x03(\x01\"\x95\x03\n\x06Member\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05\x62uild\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\x05\x12\r\n\x05model\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x1d\n\x02kv\x18\t \x01(\x0b\x32\x11.baton.v1.KvShape\x12\r\n\x05pages\x18\n \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\x05\x12$\n\x08numerics\x18\x0c \x01(\x0b\x32\x12.baton.v1.Numerics\x12\x11\n\ttransport\x18\r \x01(\t\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x1d\n\x05lanes\x18\x0f \x03(\x0b\x32\x0e.baton.v1.Lane\x12\x10\n\x08migrates\x18\x10 \x01(\x08\x12\"\n\x05\x63osts\x18\x11 \x01(\x0b\x32\x13.baton.v1.StepCosts\x12\x0f\n\x07grammar\x18\x12 \x01(\t\x12\x0f\n\x07\x66\x65tches\x18\x13 \x01(\x08\"3\n\x0fRegisterRequest\x12 \n\x06member\x18\x01 \x01(\x0b\x32\x10.baton.v1.Member\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"v\n\x10HeartbeatRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x1d\n\x05lanes\x18\x03 \x03(\x0b\x32\x0e.baton.v1.Lane\x12\"\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x13.baton.v1.StepCosts\"\x13\n\x11HeartbeatResponse\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"*\n\x05\x45nded\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0f\n\x07\x63rashed\x18\x02 \x01(\x08\"2\n\x10ReportEndRequest\x12\x1e\n\x05\x65nded\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Ended\"\x13\n\x11ReportEndResponse\"\x0e\n\x0cWatchRequest\"a\n\rWatchResponse\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.baton.v1.Member\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x1e\n\x05\x65nded\x18\x03 \x03(\x0b\x32\x0f.baton.v1.Ended2\xe5\x02\n\x0fRegistryService\x12\x41\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x1a.baton.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.baton.v1.HeartbeatRequest\x1a\x1b.baton.v1.HeartbeatResponse\x12G\n\nDeregister\x12\x1b.baton.v1.DeregisterRequest\x1a\x1c.baton.v1.DeregisterResponse\x12\x44\n\tReportEnd\x12\x1a.baton.v1.ReportEndRequest\x1a\x1b.baton.v1.ReportEndResponse\x12:\n\x05Watch\x12\x16.baton.v1.WatchRequest\x1a\x17.baton.v1.WatchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/baton/v1/registry.proto\x12\x08\x62\x61ton.v1\x1a\x1cprotos/baton/v1/common.proto\"S\n\x04Lane\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x14\n\x0cgbytes_per_s\x18\x03 \x01(\x01\x12\x12\n\nlatency_us\x18\x04 \x01(\x01\",\n\tStepCosts\x12\x0f\n\x07prefill\x18\x01 \x03(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x03(\x01\"\xa4\x03\n\x06Member\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x17\n\x0fmetrics_address\x18\x04 \x01(\t\x12\r\n\x05\x62uild\x18\x05 \x01(\t\x12\x10\n\x08protocol\x18\x06 \x01(\x05\x12\r\n\x05model\x18\x07 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x08 \x01(\t\x12\x1d\n\x02kv\x18\t \x01(\x0b\x32\x11.baton.v1.KvShape\x12\r\n\x05pages\x18\n \x01(\x05\x12\x0f\n\x07\x63ontext\x18\x0b \x01(\x05\x12$\n\x08numerics\x18\x0c \x01(\x0b\x32\x12.baton.v1.Numerics\x12\x11\n\ttransport\x18\r \x01(\t\x12\r\n\x05ready\x18\x0e \x01(\x08\x12\x1d\n\x05lanes\x18\x0f \x03(\x0b\x32\x0e.baton.v1.Lane\x12\x10\n\x08migrates\x18\x10 \x01(\x08\x12\"\n\x05\x63osts\x18\x11 \x01(\x0b\x32\x13.baton.v1.StepCosts\x12\x0f\n\x07grammar\x18\x12 \x01(\t\x12\x0f\n\x07\x66\x65tches\x18\x13 \x01(\x08\x12\r\n\x05group\x18\x14 \x01(\t\"H\n\x0fRegisterRequest\x12 \n\x06member\x18\x01 \x01(\x0b\x32\x10.baton.v1.Member\x12\x13\n\x0bmap_version\x18\x02 \x01(\x03\"\'\n\x10RegisterResponse\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\"v\n\x10HeartbeatRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x1d\n\x05lanes\x18\x03 \x03(\x0b\x32\x0e.baton.v1.Lane\x12\"\n\x05\x63osts\x18\x04 \x01(\x0b\x32\x13.baton.v1.StepCosts\"\x13\n\x11HeartbeatResponse\"%\n\x11\x44\x65registerRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"\x14\n\x12\x44\x65registerResponse\"*\n\x05\x45nded\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x0f\n\x07\x63rashed\x18\x02 \x01(\x08\"2\n\x10ReportEndRequest\x12\x1e\n\x05\x65nded\x18\x01 \x01(\x0b\x32\x0f.baton.v1.Ended\"\x13\n\x11ReportEndResponse\" \n\x0cWatchRequest\x12\x10\n\x08identity\x18\x01 \x01(\t\"2\n\x03Way\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\r\n\x05pulls\x18\x02 \x03(\t\x12\x0e\n\x06serves\x18\x03 \x03(\t\"<\n\x0cTransferPart\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x1b\n\x04ways\x18\x02 \x03(\x0b\x32\r.baton.v1.Way\"\x87\x01\n\rWatchResponse\x12!\n\x07members\x18\x01 \x03(\x0b\x32\x10.baton.v1.Member\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\x12\x1e\n\x05\x65nded\x18\x03 \x03(\x0b\x32\x0f.baton.v1.Ended\x12$\n\x04part\x18\x04 \x01(\x0b\x32\x16.baton.v1.TransferPart2\xe5\x02\n\x0fRegistryService\x12\x41\n\x08Register\x12\x19.baton.v1.RegisterRequest\x1a\x1a.baton.v1.RegisterResponse\x12\x44\n\tHeartbeat\x12\x1a.baton.v1.HeartbeatRequest\x1a\x1b.baton.v1.HeartbeatResponse\x12G\n\nDeregister\x12\x1b.baton.v1.DeregisterRequest\x1a\x1c.baton.v1.DeregisterResponse\x12\x44\n\tReportEnd\x12\x1a.baton.v1.ReportEndRequest\x1a\x1b.baton.v1.ReportEndResponse\x12:\n\x05Watch\x12\x16.baton.v1.WatchRequest\x1a\x17.baton.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,29 +37,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPCOSTS']._serialized_start=159
   _globals['_STEPCOSTS']._serialized_end=203
   _globals['_MEMBER']._serialized_start=206
-  _globals['_MEMBER']._serialized_end=611
-  _globals['_REGISTERREQUEST']._serialized_start=613
-  _globals['_REGISTERREQUEST']._serialized_end=664
-  _globals['_REGISTERRESPONSE']._serialized_start=666
-  _globals['_REGISTERRESPONSE']._serialized_end=705
-  _globals['_HEARTBEATREQUEST']._serialized_start=707
-  _globals['_HEARTBEATREQUEST']._serialized_end=825
-  _globals['_HEARTBEATRESPONSE']._serialized_start=827
-  _globals['_HEARTBEATRESPONSE']._serialized_end=846
-  _globals['_DEREGISTERREQUEST']._serialized_start=848
-  _globals['_DEREGISTERREQUEST']._serialized_end=885
-  _globals['_DEREGISTERRESPONSE']._serialized_start=887
-  _globals['_DEREGISTERRESPONSE']._serialized_end=907
-  _globals['_ENDED']._serialized_start=909
-  _globals['_ENDED']._serialized_end=951
-  _globals['_REPORTENDREQUEST']._serialized_start=953
-  _globals['_REPORTENDREQUEST']._serialized_end=1003
-  _globals['_REPORTENDRESPONSE']._serialized_start=1005
-  _globals['_REPORTENDRESPONSE']._serialized_end=1024
-  _globals['_WATCHREQUEST']._serialized_start=1026
-  _globals['_WATCHREQUEST']._serialized_end=1040
-  _globals['_WATCHRESPONSE']._serialized_start=1042
-  _globals['_WATCHRESPONSE']._serialized_end=1139
-  _globals['_REGISTRYSERVICE']._serialized_start=1142
-  _globals['_REGISTRYSERVICE']._serialized_end=1499
+  _globals['_MEMBER']._serialized_end=626
+  _globals['_REGISTERREQUEST']._serialized_start=628
+  _globals['_REGISTERREQUEST']._serialized_end=700
+  _globals['_REGISTERRESPONSE']._serialized_start=702
+  _globals['_REGISTERRESPONSE']._serialized_end=741
+  _globals['_HEARTBEATREQUEST']._serialized_start=743
+  _globals['_HEARTBEATREQUEST']._serialized_end=861
+  _globals['_HEARTBEATRESPONSE']._serialized_start=863
+  _globals['_HEARTBEATRESPONSE']._serialized_end=882
+  _globals['_DEREGISTERREQUEST']._serialized_start=884
+  _globals['_DEREGISTERREQUEST']._serialized_end=921
+  _globals['_DEREGISTERRESPONSE']._serialized_start=923
+  _globals['_DEREGISTERRESPONSE']._serialized_end=943
+  _globals['_ENDED']._serialized_start=945
+  _globals['_ENDED']._serialized_end=987
+  _globals['_REPORTENDREQUEST']._serialized_start=989
+  _globals['_REPORTENDREQUEST']._serialized_end=1039
+  _globals['_REPORTENDRESPONSE']._serialized_start=1041
+  _globals['_REPORTENDRESPONSE']._serialized_end=1060
+  _globals['_WATCHREQUEST']._serialized_start=1062
+  _globals['_WATCHREQUEST']._serialized_end=1094
+  _globals['_WAY']._serialized_start=1096
+  _globals['_WAY']._serialized_end=1146
+  _globals['_TRANSFERPART']._serialized_start=1148
+  _globals['_TRANSFERPART']._serialized_end=1208
+  _globals['_WATCHRESPONSE']._serialized_start=1211
+  _globals['_WATCHRESPONSE']._serialized_end=1346
+  _globals['_REGISTRYSERVICE']._serialized_start=1349
+  _globals['_REGISTRYSERVICE']._serialized_end=1706
 # @@protoc_insertion_point(module_scope)

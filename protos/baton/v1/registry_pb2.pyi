@@ -28,7 +28,7 @@ class StepCosts(_message.Message):
     def __init__(self, prefill: _Optional[_Iterable[float]] = ..., decode: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Member(_message.Message):
-    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates", "costs", "grammar", "fetches")
+    __slots__ = ("identity", "role", "address", "metrics_address", "build", "protocol", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "ready", "lanes", "migrates", "costs", "grammar", "fetches", "group")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class Member(_message.Message):
     COSTS_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     FETCHES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     address: str
@@ -67,13 +68,16 @@ class Member(_message.Message):
     costs: StepCosts
     grammar: str
     fetches: bool
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ..., grammar: _Optional[str] = ..., fetches: _Optional[bool] = ...) -> None: ...
+    group: str
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., build: _Optional[str] = ..., protocol: _Optional[int] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., ready: _Optional[bool] = ..., lanes: _Optional[_Iterable[_Union[Lane, _Mapping]]] = ..., migrates: _Optional[bool] = ..., costs: _Optional[_Union[StepCosts, _Mapping]] = ..., grammar: _Optional[str] = ..., fetches: _Optional[bool] = ..., group: _Optional[str] = ...) -> None: ...
 
 class RegisterRequest(_message.Message):
-    __slots__ = ("member",)
+    __slots__ = ("member", "map_version")
     MEMBER_FIELD_NUMBER: _ClassVar[int]
+    MAP_VERSION_FIELD_NUMBER: _ClassVar[int]
     member: Member
-    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ...) -> None: ...
+    map_version: int
+    def __init__(self, member: _Optional[_Union[Member, _Mapping]] = ..., map_version: _Optional[int] = ...) -> None: ...
 
 class RegisterResponse(_message.Message):
     __slots__ = ("heartbeat_s",)
@@ -126,15 +130,37 @@ class ReportEndResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("identity",)
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    identity: str
+    def __init__(self, identity: _Optional[str] = ...) -> None: ...
+
+class Way(_message.Message):
+    __slots__ = ("peer", "pulls", "serves")
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    PULLS_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    pulls: _containers.RepeatedScalarFieldContainer[str]
+    serves: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, peer: _Optional[str] = ..., pulls: _Optional[_Iterable[str]] = ..., serves: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TransferPart(_message.Message):
+    __slots__ = ("version", "ways")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WAYS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    ways: _containers.RepeatedCompositeFieldContainer[Way]
+    def __init__(self, version: _Optional[int] = ..., ways: _Optional[_Iterable[_Union[Way, _Mapping]]] = ...) -> None: ...
 
 class WatchResponse(_message.Message):
-    __slots__ = ("members", "epoch", "ended")
+    __slots__ = ("members", "epoch", "ended", "part")
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     members: _containers.RepeatedCompositeFieldContainer[Member]
     epoch: int
     ended: _containers.RepeatedCompositeFieldContainer[Ended]
-    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., epoch: _Optional[int] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ...) -> None: ...
+    part: TransferPart
+    def __init__(self, members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ..., epoch: _Optional[int] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., part: _Optional[_Union[TransferPart, _Mapping]] = ...) -> None: ...

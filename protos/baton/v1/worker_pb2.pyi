@@ -100,7 +100,7 @@ class Ticket(_message.Message):
     def __init__(self, minter: _Optional[str] = ..., counter: _Optional[int] = ..., attempt: _Optional[int] = ..., source: _Optional[str] = ..., sink: _Optional[str] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages", "migrates", "fetches")
+    __slots__ = ("identity", "role", "protocol", "build", "model", "fingerprint", "kv", "pages", "context", "numerics", "transport", "transport_metadata", "scratch_pages", "migrates", "fetches", "group")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Hello(_message.Message):
     SCRATCH_PAGES_FIELD_NUMBER: _ClassVar[int]
     MIGRATES_FIELD_NUMBER: _ClassVar[int]
     FETCHES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     identity: str
     role: str
     protocol: int
@@ -131,7 +132,8 @@ class Hello(_message.Message):
     scratch_pages: int
     migrates: bool
     fetches: bool
-    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ..., migrates: _Optional[bool] = ..., fetches: _Optional[bool] = ...) -> None: ...
+    group: str
+    def __init__(self, identity: _Optional[str] = ..., role: _Optional[str] = ..., protocol: _Optional[int] = ..., build: _Optional[str] = ..., model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., kv: _Optional[_Union[_common_pb2.KvShape, _Mapping]] = ..., pages: _Optional[int] = ..., context: _Optional[int] = ..., numerics: _Optional[_Union[_common_pb2.Numerics, _Mapping]] = ..., transport: _Optional[str] = ..., transport_metadata: _Optional[bytes] = ..., scratch_pages: _Optional[int] = ..., migrates: _Optional[bool] = ..., fetches: _Optional[bool] = ..., group: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ()
