@@ -1,0 +1,348 @@
+"""The coordinator of a simulated deployment: the ratio controller as it is, and what its commands take here.
+
+Every `report_s` it tells the controller what came and how workers do, as gateways and workers would. A question is
+answered by `sim/whatif.py` `think_s` later; asking takes no time of any worker. A flip takes what it takes until
+the worker has nothing left (its rows move, where the policy lets them, or end), and then `flip_s`; nobody's request is
+lost by it. The worker keeps its memory, so what it computed is still there for who asks for it in the new role.
+A new worker loads for `Settings.load_s`; one that is given up ends like one that flips.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, assert_never
+
+from core.errors import SetupError
+from core.request import Phase
+from core.worker import Role
+from scheduler.ratio import RatioConfig, RatioController
+from scheduler.ratio_events import (
+    ANY,
+    Act,
+    Add,
+    Bounds,
+    Candidate,
+    Changed,
+    Decided,
+    Decision,
+    Flip,
+    Gone,
+    Offered,
+    Pressed,
+    RatioCommand,
+    Remove,
+    Seen,
+    Simulate,
+    Simulated,
+)
+from sim.loop import Kind, Process
+from sim.outcome import Outcome
+from sim.whatif import WhatIf, feasible, judge
+from sim.workload import Arrival
+
+if TYPE_CHECKING:
+    from sim.fleet import Build
+    from sim.run import Simulation
+    from sim.worker import Worker
+
+ORDER = 2**20
+"""Its rank at equal times: behind gateways and workers."""
+UNKNOWN_TOKENS = 256
+"""Of an output, as long as none has ended."""
+GOLDEN = 0.6180339887498949
+"""Multiples of it, without their whole part, are spread evenly: draws without dice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """That a deployment adapts its ratio, and what that takes.
+
+    | field | default | unit | meaning |
+    |---|---|---|---|
+    | report_s | 5 | s | between two words about traffic and workers |
+    | think_s | 1 | s | a question takes |
+    | flip_s | 0.5 | s | an empty worker takes for its new role |
+    | look_s | 0.05 | s | between two looks whether it is empty |
+    | patient_s | 0.2 | s | that a hand-over waits at a decode worker before that counts as full |
+    | ended | 1000 | outputs | that are remembered |
+    """
+
+    ratio: RatioConfig = field(default_factory=RatioConfig)
+    bounds: Bounds = ANY
+    whatif: WhatIf = field(default_factory=WhatIf)
+    report_s: float = 5.0
+    think_s: float = 1.0
+    flip_s: float = 0.5
+    look_s: float = 0.05
+    patient_s: float = 0.2
+    ended: int = 1000
+
+    def __call__(self, simulation: Simulation) -> Coordinator:
+        """For one run."""
+        return Coordinator(simulation, self)
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request of the window."""
+
+    at_s: float
+    arrival: Arrival
+    number: int
+    output: int | None = None
+    """Once it has ended."""
+
+
+class Recent:
+    """The last requests, as a gateway knows them: when they came, what they asked for, and what has come of it.
+
+    An output that has not ended is drawn, without dice, from those that have and were longer than what there is of it.
+    """
+
+    def __init__(self, window_s: float, ended: int) -> None:
+        self._window_s = window_s
+        self._asked: deque[_Asked] = deque()
+        self._by: dict[int, _Asked] = {}
+        """Those that have not ended, by the address of their arrival, which they hold."""
+        self._lengths: deque[int] = deque(maxlen=ended)
+        self._sorted: list[int] = []
+        self._number = 0
+
+    def came(self, arrival: Arrival, now: float) -> None:
+        """One more."""
+        self._number += 1
+        self._asked.append(_Asked(now, arrival, self._number))
+        self._by[id(arrival)] = self._asked[-1]
+        while self._asked[0].at_s < now - self._window_s:
+            gone = self._asked.popleft()
+            self._by.pop(id(gone.arrival), None)
+
+    def ended(self, arrival: Arrival, one: Outcome) -> None:
+        """It is over; only one that was served says how long an output is."""
+        asked = self._by.pop(id(arrival), None)
+        if one.phase is not Phase.DONE:
+            return
+        if asked is not None:
+            asked.output = one.tokens
+        if len(self._lengths) == self._lengths.maxlen:
+            del self._sorted[bisect_right(self._sorted, self._lengths[0]) - 1]
+        self._lengths.append(one.tokens)
+        insort(self._sorted, one.tokens)
+
+    @property
+    def mean(self) -> float:
+        """Tokens of an output."""
+        return sum(self._lengths) / len(self._lengths) if self._lengths else UNKNOWN_TOKENS
+
+    def within(self, now: float, made: dict[int, int]) -> tuple[list[Arrival], float]:
+        """The window's requests with times from its begin on, outputs as far as known (`made`: of those that run, by
+        the address of their arrival), and the window's length."""
+        begin = max(now - self._window_s, 0.0)
+        asked = [each for each in self._asked if each.at_s >= begin]
+        found = []
+        for each in asked:
+            output = each.output
+            if output is None:
+                output = self._drawn(made.get(id(each.arrival), 0), each.number)
+            found.append(replace(each.arrival, at_s=each.at_s - begin, output=output))
+        return found, now - begin
+
+    def _drawn(self, made: int, number: int) -> int:
+        longer = bisect_right(self._sorted, made)
+        left = len(self._sorted) - longer
+        if not left:
+            return 2 * made if made else UNKNOWN_TOKENS
+        return self._sorted[longer + int(left * (number * GOLDEN % 1.0))]
+
+
+class Coordinator(Process):
+    """Decides on the ratio of one simulated deployment, and has it done."""
+
+    def __init__(self, simulation: Simulation, control: Control) -> None:
+        super().__init__(simulation.loop, ORDER)
+        if any(build.role is Role.MIXED for build in simulation.builds.values()):
+            raise SetupError("ratio: got mixed workers, want prefill and decode workers: only those have a ratio")
+        self._simulation = simulation
+        self._control = control
+        self._recent = Recent(control.ratio.window_s, control.ended)
+        self._requests = self._tokens = self._cached = self._refused = 0
+        """Since the last word."""
+        self._busy: dict[str, float] = {}
+        """Seconds that prefill workers had been busy for at the last word."""
+        self._models = {(build.cost.name, build.pages, build.tp) for build in simulation.builds.values()}
+        self.decisions: list[Decision] = []
+        """All of them."""
+        self.machine = RatioController(control.ratio, control.bounds)
+        self._seat = self.seat(self.machine, self._perform)
+        self.loop.at(control.report_s, Kind.FAULT, ORDER, self._report)
+
+    # What it hears.
+    def came(self, arrival: Arrival) -> None:
+        """A request came to a gateway."""
+        self._requests += 1
+        self._tokens += arrival.prompt
+        self._recent.came(arrival, self.loop.now)
+
+    def ended(self, arrival: Arrival, one: Outcome) -> None:
+        """A request is over."""
+        slo = self._simulation.settings.slo if arrival.slo is None else arrival.slo
+        late = slo.ttft_s and one.ttft_s is not None and one.ttft_s > slo.ttft_s
+        self._refused += bool(late) or one.phase is not Phase.DONE
+        self._cached += one.cached
+        self._recent.ended(arrival, one)
+
+    def up(self, worker: Worker) -> None:
+        """A worker takes requests, in its role."""
+        self._busy.pop(worker.me.name, None)
+        self.post(self._seat, Seen(worker.me, worker.role, len(self._models) == 1))
+
+    def down(self, worker: Worker) -> None:
+        """A worker is lost."""
+        self.post(self._seat, Gone(worker.me))
+
+    def _report(self, _: None) -> None:
+        """Tell what came and how workers do, every so often, as long as anything may happen."""
+        every_s = self._control.report_s
+        output = round(self._requests * self._recent.mean)
+        cached = min(self._cached, self._tokens)
+        offered = Offered(
+            every_s, self._requests, self._tokens - cached, cached, output, min(self._refused, self._requests)
+        )
+        self._requests = self._tokens = self._cached = self._refused = 0
+        for name, worker in self._simulation.workers.items():
+            if not worker.draining:
+                self.post(self._seat, self._pressed(name, worker))
+        self.post(self._seat, offered)
+        if self.loop.pending:
+            self.loop.at(self.loop.now + every_s, Kind.FAULT, ORDER, self._report)
+
+    def _pressed(self, name: str, worker: Worker) -> Pressed:
+        now, load = self.loop.now, 0.0
+        since: list[float] = []
+        if worker.prefill is not None:
+            busy_s = worker.prefill.busy_s
+            load = min(1.0, (busy_s - self._busy.get(name, 0.0)) / self._control.report_s)
+            self._busy[name] = busy_s
+            since = [each.since for each in worker.prefill.policy.standing() if each.state == "queued"]
+        elif worker.decode is not None:
+            policy, pages = worker.decode.policy, worker.build.pages
+            since = [each.since for each in policy.standing() if each.state in ("waiting", "joining")]
+            rows = len(worker.decode.batch) / self._simulation.policy.decode_config.max_rows
+            load = max(1 - worker.ledger.available / pages, min(1.0, rows))
+            if since and now - min(since) > self._control.patient_s:
+                load = 1.0
+        return Pressed(worker.me, max(0.0, load), len(since), now - min(since) if since else 0.0)
+
+    # What it does.
+    def _perform(self, command: RatioCommand) -> None:
+        match command:
+            case Decided(decision):
+                self.decisions.append(decision)
+            case Simulate():
+                simulated = self._simulated(command)
+                self.loop.at(self.loop.now + self._control.think_s, Kind.FAULT, ORDER, self._tell, simulated)
+            case Flip(number, who, role):
+                worker = self._simulation.workers.get(who.name)
+                if worker is None or worker.me != who or worker.draining or worker.role is role:
+                    self._later(Changed(number, False, "is not there any more, or drains"))
+                else:
+                    self._simulation.drain(worker)
+                    self._look((number, worker, role))
+            case Add(number, role):
+                self._add(number, role)
+            case Remove(number, who):
+                worker = self._simulation.workers.get(who.name)
+                if worker is None or worker.me != who or worker.draining:
+                    self._later(Changed(number, False, "is not there any more, or drains"))
+                else:
+                    self._simulation.drain(worker)
+                    self._look((number, worker, None))
+            case _:
+                assert_never(command)
+
+    def _tell(self, event: Simulated | Changed) -> None:
+        self.post(self._seat, event)
+
+    def _later(self, event: Changed) -> None:
+        self.loop.at(self.loop.now, Kind.FAULT, ORDER, self._tell, event)
+
+    def _simulated(self, command: Simulate) -> Simulated:
+        simulation, whatif = self._simulation, self._control.whatif
+        made = {
+            id(record.arrival): tokens
+            for worker in simulation.workers.values()
+            if worker.decode is not None
+            for record, tokens in worker.decode.batch.made(self.loop.now)
+        }
+        arrivals, span_s = self._recent.within(self.loop.now, made)
+        builds = [replace(worker.build, role=worker.role) for worker in simulation.workers.values()]
+        if not arrivals or len({build.role for build in builds}) < 2:
+            return Simulated(command.number, (), reason="no traffic, or a phase without workers")
+        settings, policy = simulation.settings, simulation.policy
+        scores = tuple(
+            judge(arrivals, span_s, fleet, policy, settings, whatif, candidate.stress)
+            for candidate in command.candidates
+            for fleet in [list(changed(builds, candidate))]
+        )
+        return Simulated(command.number, scores, feasible(arrivals, builds, settings))
+
+    def _look(self, what: tuple[int, Worker, Role | None]) -> None:
+        """Whether a worker that drains is empty; if so, it takes its role soon, or ends."""
+        number, worker, role = what
+        if not worker.alive:
+            self._tell(Changed(number, False, "was lost"))
+        elif not worker.empty:
+            self.loop.at(self.loop.now + self._control.look_s, Kind.FAULT, ORDER, self._look, what)
+        elif role is None:
+            self._simulation.end(worker)
+            self._tell(Changed(number, True))
+        else:
+            self.loop.at(self.loop.now + self._control.flip_s, Kind.FAULT, ORDER, self._become, (number, worker, role))
+
+    def _become(self, what: tuple[int, Worker, Role]) -> None:
+        number, worker, role = what
+        if not worker.alive:
+            self._tell(Changed(number, False, "was lost"))
+        elif not worker.empty:
+            self._look(what)
+        else:
+            self._simulation.become(worker, role)
+            self._tell(Changed(number, True))
+
+    def _add(self, number: int, role: Role) -> None:
+        simulation = self._simulation
+        like = next((build for build in simulation.builds.values() if build.role is role), None)
+        if like is None:
+            self._later(Changed(number, False, f"no {role} worker to make another like"))
+            return
+        count = sum(name.startswith(f"{role}-") for name in simulation.builds)
+        simulation.builds[f"{role}-{count}"] = build = replace(like, name=f"{role}-{count}")
+        when = self.loop.now + simulation.settings.load_s
+        self.loop.at(when, Kind.FAULT, ORDER, self._added, (number, build.name))
+
+    def _added(self, what: tuple[int, str]) -> None:
+        number, name = what
+        self._simulation.start(name)
+        self._tell(Changed(number, True))
+
+
+def changed(builds: list[Build], candidate: Candidate) -> Iterator[Build]:
+    """The workers of a candidate: first whom it names, then others of that phase, in order."""
+    act, left = candidate.act, candidate.steps
+    prefill = act in (Act.TO_PREFILL, Act.ADD_PREFILL, Act.REMOVE_PREFILL)
+    role = Role.PREFILL if prefill else Role.DECODE
+    from_role = (Role.DECODE if prefill else Role.PREFILL) if act.flips else role
+    name = candidate.worker.name if candidate.worker is not None else ""
+    for build in sorted(builds, key=lambda build: build.name != name):
+        if left and build.role is from_role and act is not Act.KEEP:
+            left -= 1
+            if act.flips:
+                yield replace(build, role=role)
+            elif act.adds:
+                yield build
+                yield replace(build, name=f"{build.name}+")
+        else:
+            yield build
