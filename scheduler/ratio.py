@@ -32,6 +32,7 @@ Bounds are the planner's. An operator's ratio (`Pinned`) is taken up flip by fli
 | turn_s | s | 600 | in which there is one turn at most while traffic does not move |
 | moved | share | 0.25 | by which a rate must change to be another |
 | apart | share | 0.25 | of load by which a phase is busier than the other, so that it gives nobody |
+| full | share | 0.9 | of load from which a phase may have far too little |
 | calm | share | 0.5 | of load below which a phase has time to spare |
 | calm_age_s | s | 0.2 | no request has waited for longer when all is calm |
 | spare | times | 1.2 | the traffic that the rest must serve for a worker to be given up |
@@ -81,7 +82,7 @@ CHANCE = 3.0
 """Standard deviations of a mean over requests, whose tokens vary as much as they are on average."""
 WORSE = 0.1
 """More refused than when no change helped: it is asked again at once."""
-WORSE_S = 1.0
+WORSE_S = 2.0
 """Likewise where somebody waits for so much more than twice as long as then."""
 
 
@@ -97,6 +98,7 @@ class RatioConfig:
     turn_s: float = 600.0
     moved: float = 0.25
     apart: float = 0.25
+    full: float = 0.9
     calm: float = 0.5
     calm_age_s: float = 0.2
     spare: float = 1.2
@@ -341,7 +343,7 @@ class RatioController:
         """What can be done, the present first, and what cannot and why."""
         found, against = [Candidate(Act.KEEP, inputs.ratio)], list[tuple[Candidate, Why]]()
         for act in STEP:
-            for candidate in self._of(act, inputs.ratio):
+            for candidate in self._of(act, inputs.ratio, far=self._distress(inputs)):
                 if not self._bounds.allow(candidate.ratio, inputs.ratio):
                     if candidate.steps == 1:
                         against.append((candidate, Why.BOUND))
@@ -353,7 +355,7 @@ class RatioController:
                     found.append(candidate)
         return tuple(found), tuple(against)
 
-    def _of(self, act: Act, now: Ratio) -> list[Candidate]:
+    def _of(self, act: Act, now: Ratio, *, far: bool) -> list[Candidate]:
         """An act's candidates, whether they are allowed or not; none if nobody may be added or removed at all."""
         prefill, decode = STEP[act]
         after = Ratio(now.prefill + prefill, now.decode + decode)
@@ -362,13 +364,18 @@ class RatioController:
             worker = self._lightest(role, flips=True)
             most = sum(post.role is role and post.flips for post in self._posts.values())
             ratios = [(steps, Ratio(now.prefill + steps * prefill, now.decode + steps * decode)) for steps in STEPS]
-            return [Candidate(act, ratio, worker, steps=k) for k, ratio in ratios if k == 1 or k <= most]
+            return [Candidate(act, ratio, worker, steps=k) for k, ratio in ratios if k == 1 or (far and k <= most)]
         if act.adds and self._bounds.most_workers is not None:
             return [Candidate(act, after)]
         if act.removes and self._bounds.least_workers is not None:
             worker = self._lightest(Role.PREFILL if act is Act.REMOVE_PREFILL else Role.DECODE, flips=False)
             return [Candidate(act, after, worker, self._config.spare)]
         return []
+
+    def _distress(self, inputs: Inputs) -> bool:
+        """Whether a phase may have far too little."""
+        loads = max(inputs.prefill_load, inputs.decode_load)
+        return loads >= self._config.full or inputs.refused > 1 - self._config.share or _oldest(inputs) > WORSE_S
 
     def _unwanted(self, act: Act, inputs: Inputs) -> bool:
         """Whether it need not be simulated, by load alone: who would give is busier than who would take, or would have

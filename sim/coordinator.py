@@ -9,8 +9,6 @@ A new worker loads for `Settings.load_s`; one that is given up ends like one tha
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, assert_never
@@ -40,6 +38,7 @@ from scheduler.ratio_events import (
 )
 from sim.loop import Kind, Process
 from sim.outcome import Outcome
+from sim.recent import Recent
 from sim.whatif import WhatIf, feasible, judge
 from sim.workload import Arrival
 
@@ -50,10 +49,6 @@ if TYPE_CHECKING:
 
 ORDER = 2**20
 """Its rank at equal times: behind gateways and workers."""
-UNKNOWN_TOKENS = 256
-"""Of an output, as long as none has ended."""
-GOLDEN = 0.6180339887498949
-"""Multiples of it, without their whole part, are spread evenly: draws without dice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +62,6 @@ class Control:
     | flip_s | 0.5 | s | an empty worker takes for its new role |
     | look_s | 0.05 | s | between two looks whether it is empty |
     | patient_s | 0.2 | s | that a hand-over waits at a decode worker before that counts as full |
-    | ended | 1000 | outputs | that are remembered |
     """
 
     ratio: RatioConfig = field(default_factory=RatioConfig)
@@ -78,84 +72,10 @@ class Control:
     flip_s: float = 0.5
     look_s: float = 0.05
     patient_s: float = 0.2
-    ended: int = 1000
 
     def __call__(self, simulation: Simulation) -> Coordinator:
         """For one run."""
         return Coordinator(simulation, self)
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """A request of the window."""
-
-    at_s: float
-    arrival: Arrival
-    number: int
-    output: int | None = None
-    """Once it has ended."""
-
-
-class Recent:
-    """The last requests, as a gateway knows them: when they came, what they asked for, and what has come of it.
-
-    An output that has not ended is drawn, without dice, from those that have and were longer than what there is of it.
-    """
-
-    def __init__(self, window_s: float, ended: int) -> None:
-        self._window_s = window_s
-        self._asked: deque[_Asked] = deque()
-        self._by: dict[int, _Asked] = {}
-        """Those that have not ended, by the address of their arrival, which they hold."""
-        self._lengths: deque[int] = deque(maxlen=ended)
-        self._sorted: list[int] = []
-        self._number = 0
-
-    def came(self, arrival: Arrival, now: float) -> None:
-        """One more."""
-        self._number += 1
-        self._asked.append(_Asked(now, arrival, self._number))
-        self._by[id(arrival)] = self._asked[-1]
-        while self._asked[0].at_s < now - self._window_s:
-            gone = self._asked.popleft()
-            self._by.pop(id(gone.arrival), None)
-
-    def ended(self, arrival: Arrival, one: Outcome) -> None:
-        """It is over; only one that was served says how long an output is."""
-        asked = self._by.pop(id(arrival), None)
-        if one.phase is not Phase.DONE:
-            return
-        if asked is not None:
-            asked.output = one.tokens
-        if len(self._lengths) == self._lengths.maxlen:
-            del self._sorted[bisect_right(self._sorted, self._lengths[0]) - 1]
-        self._lengths.append(one.tokens)
-        insort(self._sorted, one.tokens)
-
-    @property
-    def mean(self) -> float:
-        """Tokens of an output."""
-        return sum(self._lengths) / len(self._lengths) if self._lengths else UNKNOWN_TOKENS
-
-    def within(self, now: float, made: dict[int, int]) -> tuple[list[Arrival], float]:
-        """The window's requests with times from its begin on, outputs as far as known (`made`: of those that run, by
-        the address of their arrival), and the window's length."""
-        begin = max(now - self._window_s, 0.0)
-        asked = [each for each in self._asked if each.at_s >= begin]
-        found = []
-        for each in asked:
-            output = each.output
-            if output is None:
-                output = self._drawn(made.get(id(each.arrival), 0), each.number)
-            found.append(replace(each.arrival, at_s=each.at_s - begin, output=output))
-        return found, now - begin
-
-    def _drawn(self, made: int, number: int) -> int:
-        longer = bisect_right(self._sorted, made)
-        left = len(self._sorted) - longer
-        if not left:
-            return 2 * made if made else UNKNOWN_TOKENS
-        return self._sorted[longer + int(left * (number * GOLDEN % 1.0))]
 
 
 class Coordinator(Process):
@@ -167,7 +87,7 @@ class Coordinator(Process):
             raise SetupError("ratio: got mixed workers, want prefill and decode workers: only those have a ratio")
         self._simulation = simulation
         self._control = control
-        self._recent = Recent(control.ratio.window_s, control.ended)
+        self._recent = Recent(control.ratio.window_s)
         self._requests = self._tokens = self._cached = self._refused = 0
         """Since the last word."""
         self._busy: dict[str, float] = {}
@@ -192,7 +112,7 @@ class Coordinator(Process):
         late = slo.ttft_s and one.ttft_s is not None and one.ttft_s > slo.ttft_s
         self._refused += bool(late) or one.phase is not Phase.DONE
         self._cached += one.cached
-        self._recent.ended(arrival, one)
+        self._recent.ended(arrival, one, self.loop.now)
 
     def up(self, worker: Worker) -> None:
         """A worker takes requests, in its role."""
@@ -206,7 +126,7 @@ class Coordinator(Process):
     def _report(self, _: None) -> None:
         """Tell what came and how workers do, every so often, as long as anything may happen."""
         every_s = self._control.report_s
-        output = round(self._requests * self._recent.mean)
+        output = round(self._requests * self._recent.lengths(self.loop.now, self._made()).mean) if self._requests else 0
         cached = min(self._cached, self._tokens)
         offered = Offered(
             every_s, self._requests, self._tokens - cached, cached, output, min(self._refused, self._requests)
@@ -269,15 +189,18 @@ class Coordinator(Process):
     def _later(self, event: Changed) -> None:
         self.loop.at(self.loop.now, Kind.FAULT, ORDER, self._tell, event)
 
-    def _simulated(self, command: Simulate) -> Simulated:
-        simulation, whatif = self._simulation, self._control.whatif
-        made = {
+    def _made(self) -> dict[int, int]:
+        """Tokens of all outputs that run, by the address of their arrival."""
+        return {
             id(record.arrival): tokens
-            for worker in simulation.workers.values()
+            for worker in self._simulation.workers.values()
             if worker.decode is not None
             for record, tokens in worker.decode.batch.made(self.loop.now)
         }
-        arrivals, span_s = self._recent.within(self.loop.now, made)
+
+    def _simulated(self, command: Simulate) -> Simulated:
+        simulation, whatif = self._simulation, self._control.whatif
+        arrivals, span_s = self._recent.within(self.loop.now, self._made())
         builds = [replace(worker.build, role=worker.role) for worker in simulation.workers.values()]
         if not arrivals or len({build.role for build in builds}) < 2:
             return Simulated(command.number, (), reason="no traffic, or a phase without workers")

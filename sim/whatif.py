@@ -10,7 +10,7 @@ came before. So sessions that began before the window look somewhat dearer to pr
 
 | parameter | unit | default | meaning |
 |---|---|---|---|
-| most | requests | 600 | that are judged; of more, the last |
+| most | requests | 400 | that are judged; of more, the last |
 | warm_steps | outputs | 0.6 | mean outputs, each token as slow as its goal allows, that pass before anybody is judged |
 | warm_least_s, warm_most_s | s | 8, 60 | bounds of that time |
 | tail | share | 0.5 | of that time in which others still come after the judged |
@@ -40,7 +40,7 @@ NEVER = 2**60
 class WhatIf:
     """Settings; see the module's table."""
 
-    most: int = 600
+    most: int = 400
     warm_steps: float = 0.6
     warm_least_s: float = 8.0
     warm_most_s: float = 60.0
@@ -63,8 +63,8 @@ def judge(
     """
     arrivals, span_s = _last(arrivals, span_s, config.most)
     warm_s = warm(arrivals, settings.slo, config)
-    skipped = math.ceil(warm_s * stress / span_s)
-    since_s, until_s = skipped * span_s / stress, (skipped + 1) * span_s / stress
+    # A window as long as a lap has everybody once, wherever it begins.
+    since_s, until_s = warm_s, warm_s + span_s / stress
     seen: list[Simulation] = []
     good = judged = 0
 
