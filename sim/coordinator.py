@@ -1,4 +1,4 @@
-"""The coordinator of a simulated deployment: the ratio controller as it is, and what its commands take here.
+"""The coordinator of a simulated deployment: both controllers as they are, and what their commands take here.
 
 Every `report_s` it tells the controller what came and how workers do, as gateways and workers would. A question is
 answered by `sim/whatif.py` `think_s` later; asking takes no time of any worker. A flip takes what it takes until
@@ -9,6 +9,7 @@ A new worker loads for `Settings.load_s`; one that is given up ends like one tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, assert_never
@@ -31,12 +32,14 @@ from scheduler.ratio_events import (
     Offered,
     Pressed,
     RatioCommand,
+    RatioEvent,
     Remove,
     Seen,
     Simulate,
     Simulated,
 )
-from sim.loop import Kind, Process
+from scheduler.split import Came, Divide, Division, Queued, SplitConfig, SplitController, Went
+from sim.loop import Kind, Process, Seat
 from sim.outcome import Outcome
 from sim.recent import Recent
 from sim.whatif import WhatIf, feasible, judge
@@ -64,7 +67,12 @@ class Control:
     | patient_s | 0.2 | s | that a hand-over waits at a decode worker before that counts as full |
     """
 
-    ratio: RatioConfig = field(default_factory=RatioConfig)
+    ratio: RatioConfig | None = field(default_factory=RatioConfig)
+    """None: the ratio stays as it is."""
+    split: SplitConfig | None = None
+    """None: prefill workers are not divided. Needs a placement that minds (`scheduler/split_map.py`)."""
+    short_tokens: int = 512
+    """New tokens up to which a prompt is short."""
     bounds: Bounds = ANY
     whatif: WhatIf = field(default_factory=WhatIf)
     report_s: float = 5.0
@@ -87,16 +95,22 @@ class Coordinator(Process):
             raise SetupError("ratio: got mixed workers, want prefill and decode workers: only those have a ratio")
         self._simulation = simulation
         self._control = control
-        self._recent = Recent(control.ratio.window_s)
+        self._recent = Recent((control.ratio or RatioConfig()).window_s)
         self._requests = self._tokens = self._cached = self._refused = 0
         """Since the last word."""
         self._busy: dict[str, float] = {}
         """Seconds that prefill workers had been busy for at the last word."""
         self._models = {(build.cost.name, build.pages, build.tp) for build in simulation.builds.values()}
         self.decisions: list[Decision] = []
-        """All of them."""
-        self.machine = RatioController(control.ratio, control.bounds)
-        self._seat = self.seat(self.machine, self._perform)
+        """About the ratio, all of them."""
+        self.divisions: list[Division] = []
+        """Likewise, of prefill workers into short and long."""
+        self._ratio: Seat | None = None
+        if control.ratio is not None:
+            self._ratio = self.seat(RatioController(control.ratio, control.bounds), self._perform)
+        self._split: Seat | None = None
+        if control.split is not None:
+            self._split = self.seat(SplitController(control.split, control.short_tokens), self._divide)
         self.loop.at(control.report_s, Kind.FAULT, ORDER, self._report)
 
     # What it hears.
@@ -117,11 +131,22 @@ class Coordinator(Process):
     def up(self, worker: Worker) -> None:
         """A worker takes requests, in its role."""
         self._busy.pop(worker.me.name, None)
-        self.post(self._seat, Seen(worker.me, worker.role, len(self._models) == 1))
+        self._say(Seen(worker.me, worker.role, len(self._models) == 1))
+        if self._split is not None and worker.role is Role.PREFILL:
+            self.post(self._split, Came(worker.me))
 
     def down(self, worker: Worker) -> None:
-        """A worker is lost."""
-        self.post(self._seat, Gone(worker.me))
+        """A worker is lost, or drains for other reasons than ours."""
+        self._say(Gone(worker.me))
+        self._went(worker)
+
+    def _say(self, event: RatioEvent) -> None:
+        if self._ratio is not None:
+            self.post(self._ratio, event)
+
+    def _went(self, worker: Worker) -> None:
+        if self._split is not None and worker.role is Role.PREFILL:
+            self.post(self._split, Went(worker.me))
 
     def _report(self, _: None) -> None:
         """Tell what came and how workers do, every so often, as long as anything may happen."""
@@ -134,8 +159,13 @@ class Coordinator(Process):
         self._requests = self._tokens = self._cached = self._refused = 0
         for name, worker in self._simulation.workers.items():
             if not worker.draining:
-                self.post(self._seat, self._pressed(name, worker))
-        self.post(self._seat, offered)
+                pressed = self._pressed(name, worker)
+                self._say(pressed)
+                if self._split is not None and worker.prefill is not None:
+                    backlog_s = worker.prefill.policy.predicted_wait_s(self.loop.now, 1)
+                    late_s = max(0.0, pressed.oldest_s + backlog_s - (self._simulation.settings.slo.ttft_s or math.inf))
+                    self.post(self._split, Queued(worker.me, backlog_s, late_s, max(0.0, 1 - pressed.load)))
+        self._say(offered)
         if self.loop.pending:
             self.loop.at(self.loop.now + every_s, Kind.FAULT, ORDER, self._report)
 
@@ -169,7 +199,7 @@ class Coordinator(Process):
                 if worker is None or worker.me != who or worker.draining or worker.role is role:
                     self._later(Changed(number, False, "is not there any more, or drains"))
                 else:
-                    self._simulation.drain(worker)
+                    self._drain(worker)
                     self._look((number, worker, role))
             case Add(number, role):
                 self._add(number, role)
@@ -178,13 +208,22 @@ class Coordinator(Process):
                 if worker is None or worker.me != who or worker.draining:
                     self._later(Changed(number, False, "is not there any more, or drains"))
                 else:
-                    self._simulation.drain(worker)
+                    self._drain(worker)
                     self._look((number, worker, None))
             case _:
                 assert_never(command)
 
+    def _divide(self, command: Divide) -> None:
+        self.divisions.append(command.division)
+        for gateway in self._simulation.gateways:
+            gateway.divided(command.divided)
+
+    def _drain(self, worker: Worker) -> None:
+        self._simulation.drain(worker)
+        self._went(worker)
+
     def _tell(self, event: Simulated | Changed) -> None:
-        self.post(self._seat, event)
+        self._say(event)
 
     def _later(self, event: Changed) -> None:
         self.loop.at(self.loop.now, Kind.FAULT, ORDER, self._tell, event)

@@ -260,6 +260,10 @@ class Gateway(Process):
         """A worker is lost."""
         self.post(self._seat, routing.WorkerDown(identity))
 
+    def divided(self, pools: routing.Divided) -> None:
+        """Prefill workers are in these pools."""
+        self.post(self._seat, pools)
+
     def _perform(self, command: routing.RouterCommand) -> None:
         match command:
             case routing.ToOne():
