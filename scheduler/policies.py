@@ -222,7 +222,7 @@ MIGRATING = replace(
 SPLIT = replace(
     BATON,
     name="baton-split",
-    about="short and long prompts have prefill workers of their own, from four of these on, where somebody divides them",
+    about="short and long prompts have prefill workers of their own, from four of these on, if divided",
     placement=lambda cost: SplitMap(cost=cost),
 )
 

@@ -1,9 +1,9 @@
 """DualMap between two pools of prefill workers: short prompts to one, long ones to the other. Pure.
 
 LAPS, spatial mode: a worker in one of the pools (`Workers.divide`) computes only prompts of that class. The class goes
-by the fewest *new* tokens that the prompt may come to at its two workers, so a long conversation's next turn is short. A
-session is not torn from its cache: a worker that has half of a prompt or more may be asked, whichever pool it is in. A
-pool without a ready worker is as good as none: then everybody may be asked. Where nothing is divided this is DualMap.
+by the fewest *new* tokens that the prompt may come to at its two workers, so a long conversation's next turn is short.
+A session is not torn from its cache: a worker that has half of a prompt or more may be asked, whichever pool it is in.
+A pool without a ready worker is as good as none: then everybody may be asked. Where nothing is divided this is DualMap.
 """
 
 from __future__ import annotations
