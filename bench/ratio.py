@@ -271,11 +271,12 @@ def steady_rows(runs: Runs, seeds: list[int]) -> list[Row]:
         ours = Estimate.of([each[0]["attained"] for each in found]).mean
         peer = Estimate.of([each[1 + best]["attained"] for each in found]).mean
         case = f"steady {name} at {SHARE:g}, {len(seeds)} seeds"
+        most = max(turns(each[0], SEGMENT_S) for each in found)
         made += [
             Row(f"{case}: attained", ours, peer, f"best static, {STATIC[best]}+{WORKERS - STATIC[best]}", "share"),
             Row(
                 f"{case}: most turns in 10 minutes",
-                max(turns(each[0], SEGMENT_S) for each in found),
+                most,
                 None,
                 "",
                 "flips",
