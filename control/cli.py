@@ -233,6 +233,12 @@ def _simulation(simulate: Verb) -> None:
     )
     add("--lane", default="rdma-400g", metavar="NAME", help="how KV moves (default %(default)s)")
     add("--gateways", type=_count, default=1, metavar="N", help="how many (default %(default)s)")
+    add(
+        "--ratio",
+        choices=("static", "adaptive"),
+        default="static",
+        help="adaptive: workers change between prefill and decode as traffic does (default %(default)s)",
+    )
     add("--rates", metavar="R,...", help="attainment at each of these rates")
     add("--goodput", action="store_true", help="search the highest rate that is sustained, from --rate on")
     add("--share", type=_more_than_0, default=0.9, metavar="X", help="that must be good for it (default %(default)s)")

@@ -19,11 +19,13 @@ from typing import TextIO
 from core.errors import LocalError, SetupError
 from core.request import Slo
 from scheduler.policies import POLICIES, Policy, policy
+from scheduler.ratio_events import Decision
+from sim.coordinator import Control, Coordinator
 from sim.fleet import Build, workers
 from sim.goodput import Goal, Goodput, Trial, curve, goodput
 from sim.outcome import Outcome, Tally
 from sim.report import Requests, write
-from sim.run import Settings, simulate
+from sim.run import Settings, Simulation, simulate
 from sim.scenario import CALM, Scenario, read, shipped
 from sim.source import Source, source
 from sim.study import Run, Study, document, figures, means
@@ -38,8 +40,8 @@ BAR = 24
 
 FLAGS = (
     "trace", "workers", "cost", "policy", "compare", "slo", "rate", "cv", "requests", "window", "jitter", "think",
-    "agent", "scenario", "seed", "seeds", "max_tokens", "page_tokens", "kv_tokens", "lane", "gateways", "rates",
-    "goodput", "share", "warm", "cool",
+    "agent", "scenario", "seed", "seeds", "max_tokens", "page_tokens", "kv_tokens", "lane", "gateways", "ratio",
+    "rates", "goodput", "share", "warm", "cool",
 )  # fmt: skip
 """Those that say what is simulated, in the order in which a command names them."""
 HEAD = (
@@ -96,6 +98,9 @@ class Plan:
             agent=args.agent or "",
         )
         self._scenario = scenario(args.scenario)
+        self._control = Control() if args.ratio == "adaptive" else None
+        if self._control and (args.rates is not None or args.goodput):
+            raise SetupError("ratio: got adaptive with rates or goodput, want a run at one rate")
         self._rates = [] if args.rates is None else rates(args.rates)
         try:
             self._goal = Goal(share=args.share, warm_s=args.warm, cool_s=args.cool)
@@ -146,6 +151,7 @@ class Plan:
     def _run(self, which: Policy, requests: Requests | None, *, watched: bool) -> Run:
         """One policy at the rate that was asked for, with every seed."""
         tally, results, timeline = Tally(), [], None
+        decisions: tuple[Decision, ...] = ()
         for seed in self._seeds:
             workload = self._workload(self._args.rate, seed)
             self._progress.begin(f"{which.name}, seed {seed}", len(workload))
@@ -159,12 +165,17 @@ class Plan:
             watch = None
             if watched and timeline is None:
                 watch = timeline = Timeline(_round(workload.span_s / SAMPLES))
+            coordinators: list[Coordinator] = []
             results.append(
-                simulate(workload, self._builds, which, self._settings, scenario=self._scenario, over=over, watch=watch)
-            )
+                simulate(
+                    workload, self._builds, which, self._settings, scenario=self._scenario, over=over, watch=watch,
+                    control=None if self._control is None else functools.partial(_kept, self._control, coordinators),
+                )
+            )  # fmt: skip
+            decisions = decisions or tuple(each for one in coordinators for each in one.decisions)
             if watch is not None:
                 watch.end()
-        return Run(which.name, which.about, tally, self._seeds, tuple(results), timeline)
+        return Run(which.name, which.about, tally, self._seeds, tuple(results), timeline, decisions)
 
     def _made(self, rate: float | None, seed: int) -> Workload:
         return self._source.at(rate, seed, self._scenario)
@@ -198,6 +209,7 @@ class Plan:
             "TTFT goal (s)": settings.slo.ttft_s or "none",
             "gap goal (s)": settings.slo.gap_s or "none",
             "gateways": settings.gateways,
+            "ratio": args.ratio,
             "lane": settings.lane,
             "hop (s)": settings.hop_s,
             "a death is noticed after (s)": settings.lost_s,
@@ -252,6 +264,12 @@ class Progress:
     def _clear(self) -> None:
         if self._terminal:
             print(f"\r{'':<110}\r", end="", file=self._stream, flush=True)
+
+
+def _kept(control: Control, coordinators: list[Coordinator], simulation: Simulation) -> Coordinator:
+    """For one run, whose decisions are looked at when it is over."""
+    coordinators.append(control(simulation))
+    return coordinators[-1]
 
 
 def find(name: str) -> Policy:

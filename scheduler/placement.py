@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import takewhile
 from operator import itemgetter
 from typing import Any, Protocol
@@ -19,6 +20,14 @@ from core.worker import Identity, Member
 
 MostTokens = Callable[[int, int], int | None]
 """The largest `max_tokens`, at least 1, that a worker can hold for a prompt's tokens and `n`; None without workers."""
+
+
+class Lane(StrEnum):
+    """What prompts a prefill worker computes."""
+
+    ANY = "any"
+    SHORT = "short"
+    LONG = "long"
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +53,7 @@ class Post:
     free: int = 0
     """New tokens of the largest offer that it said it may accept now; 0 once it has refused one since."""
     gone: bool = False
+    lane: Lane = Lane.ANY
 
     @property
     def mixed(self) -> bool:
@@ -215,6 +225,12 @@ class Workers:
         self._apart = False
         """Somebody only decodes."""
         self._fetches = False
+        self._lanes: dict[str, Lane] = {}
+        """Of workers that are in a pool, by name: a worker that comes back is in the same."""
+        self._in_lane = dict.fromkeys(Lane, 0)
+        """Workers that take prompts, by pool."""
+        self.short_tokens = 0
+        """New tokens up to which a prompt is short; 0: there are no pools."""
 
     def __contains__(self, identity: Identity) -> bool:
         return identity in self._posts
@@ -238,6 +254,18 @@ class Workers:
         post.prefills, post.decodes, post.room = member.role.prefills, member.role.decodes, member.kv_tokens
         self._stale = True
         return post if post.prefills and member.ready and not took else None
+
+    def divide(self, short: Iterable[str], long: Iterable[str], short_tokens: int) -> None:
+        """Prefill workers, by name, are in these pools from now on, and others in none."""
+        self._lanes = {**dict.fromkeys(short, Lane.SHORT), **dict.fromkeys(long, Lane.LONG)}
+        self.short_tokens = short_tokens if self._lanes else 0
+        self._stale = True
+
+    def in_lane(self, lane: Lane) -> int:
+        """Workers of this pool that take prompts."""
+        if self._stale:
+            self._refresh()
+        return self._in_lane[lane]
 
     def down(self, identity: Identity) -> None:
         """This life of a worker cannot be used any more."""
@@ -484,12 +512,14 @@ class Workers:
         everyone = sorted(self._posts.values(), key=lambda post: post.identity)
         for order, post in enumerate(everyone):
             post.order = order
+            post.lane = self._lanes.get(post.identity.name, Lane.ANY)
         # One that is not ready goes on with those it has, and gets nothing new.
         ready = [post for post in everyone if post.member.ready]
         sources, sinks = [post for post in ready if post.prefills], [post for post in ready if post.decodes]
         self._prefills = Ranking(self._loads[0], sources)
         self._decodes = Ranking(self._loads[1], sinks)
         self._free = Ranking(_least_free, sources)
+        self._in_lane = {lane: sum(post.lane is lane for post in sources) for lane in Lane}
         self._apart = any(not post.prefills for post in sinks)
         self._fetches = any(post.member.fetches for post in sources)
         shapes = {post.member.kv for post in self._posts.values() if post.member.kv is not None}

@@ -35,6 +35,7 @@ from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.round_robin import RoundRobin
 from scheduler.router import Router, RouterConfig
 from scheduler.shortest import Shortest
+from scheduler.split_map import SplitMap
 from scheduler.splitwise import Splitwise
 
 CHUNK_TOKENS = 2048
@@ -218,8 +219,16 @@ MIGRATING = replace(
     migration=MigrationConfig(),
 )
 
-POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *REFUSING, *ABLATIONS, MIGRATING)}
-"""By name: ours, what others ship, that with our refusals, ours without one idea at a time, and with rows that move."""
+SPLIT = replace(
+    BATON,
+    name="baton-split",
+    about="short and long prompts have prefill workers of their own, from four of these on, if divided",
+    placement=lambda cost: SplitMap(cost=cost),
+)
+
+POLICIES = {policy.name: policy for policy in (BATON, *BASELINES, *REFUSING, *ABLATIONS, MIGRATING, SPLIT)}
+"""By name: ours, what others ship, that with our refusals, ours without one idea at a time, with rows that move, and
+with prefill workers in two pools."""
 
 
 def policy(name: str) -> Policy:

@@ -47,6 +47,7 @@ from scheduler.router_events import (
     ClientGone,
     Complete,
     Deliver,
+    Divided,
     End,
     RouterCommand,
     RouterEvent,
@@ -201,6 +202,10 @@ class Router:
                 commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
             case Moved():
                 commands = self._row_moved(event, now)
+            case Divided(short, long, short_tokens):
+                self._workers.divide(short, long, short_tokens)
+                self._roomy += [post.identity for post in self._workers.free(1)]
+                commands = []
         while self._freed:
             commands += self._next_suspects(now)
         if self._roomy:

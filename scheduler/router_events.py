@@ -60,6 +60,18 @@ class WorkerDown:
     """Its process may have ended by a fault of its own: nobody said why it is gone."""
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """Prefill workers, by name, that compute short prompts, and those that compute long ones; of others nothing is
+    said. A placement that knows of no pools does not mind."""
+
+    short: tuple[str, ...]
+    long: tuple[str, ...]
+    short_tokens: int
+    """New tokens up to which a prompt is short."""
+
+
 # Commands.
 @quick_init
 @dataclass(frozen=True, slots=True)
@@ -118,5 +130,5 @@ class End:
     """Refused because workers crash with it."""
 
 
-RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ProcessEnded | ToGateway
+RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ProcessEnded | Divided | ToGateway
 RouterCommand = ToOne | Deliver | Complete | End

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from sim.outcome import Record
 
 if TYPE_CHECKING:
     from sim.worker import Worker
+
+
+MANY = 2**20
+"""Steps that no order is longer than."""
 
 
 def remaining(record: Record, request: Request) -> int:
@@ -92,6 +97,14 @@ class Batch:
         """Tokens that a row has of this attempt."""
         row = self._rows[key]
         return row.generated + self.steps - row.since
+
+    def made(self, now: float) -> Iterator[tuple[Record, int]]:
+        """Every row and the tokens of this attempt that its client has, or would have if they were told at once."""
+        steps = self.steps
+        if self._rows and not self._changed:
+            steps = max(steps, self.steps_by(now, steps + MANY))
+        for row in self._rows.values():
+            yield row.record, row.generated + steps - row.since
 
     def leave(self, key: str) -> None:
         """Forget a row; what it has said is said."""

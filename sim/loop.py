@@ -137,6 +137,10 @@ class Process:
         self._seats.append(seat)
         return seat
 
+    def unseat(self, seat: Seat) -> None:
+        """Its machine has no events coming, and gets none any more."""
+        self._seats.remove(seat)
+
     @property
     def seats(self) -> tuple[Seat, ...]:
         """All machines here, in the order of joining."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from core.pages import Owner
+from scheduler.ratio_events import explain
 from sim.plot import CSS, LIGHT, Axis, Bar, Series, bars, lines, stack
 from sim.study import Run, Study, figures, means
 from sim.timeline import Sample, Timeline
@@ -76,6 +77,8 @@ def _body(study: Study) -> Iterator[str]:
         yield "<h2>Distributions</h2>"
         yield f'<div class="grid">{"".join(_distributions(study))}</div>'
     timelines = [(run.policy, run.timeline) for run in study.runs if run.timeline is not None]
+    changes = {run.policy: run.changes for run in study.runs}
+    decided = {run.policy: run.decisions for run in study.runs}
     if timelines:
         yield "<h2>Over time</h2>"
         ends_s = max(timeline.samples[-1].at_s for _, timeline in timelines)
@@ -89,10 +92,11 @@ def _body(study: Study) -> Iterator[str]:
     for index, (name, timeline) in enumerate(timelines):
         opened = " open" if index == 0 else ""
         yield f"<details{opened}><summary><b>{escape(name)}</b>: workers and decisions</summary>"
-        marks = [mark for mark in study.marks if mark[0] <= timeline.samples[-1].at_s]
+        marks = [mark for mark in (*study.marks, *changes[name]) if mark[0] <= timeline.samples[-1].at_s]
         yield "<h3>Queues</h3>" + _grid(_queues(timeline, marks))
         yield "<h3>KV memory</h3>" + _grid(_memory(timeline, marks))
         yield "<h3>Decisions</h3>" + _grid(_decisions(timeline, marks))
+        yield from (f"<pre>{escape(explain(each))}</pre>" for each in decided[name] if each.scores)
         yield "</details>"
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add
-from typing import Any
+from typing import Any, Protocol
 
 from core.errors import SetupError
 from core.request import Slo
@@ -83,6 +83,26 @@ class Result:
         return (self.tally.arrived - 1) / self.arriving_s if self.arriving_s > 0 else 0.0
 
 
+class Controls(Protocol):
+    """Who changes the deployment while it runs."""
+
+    def came(self, arrival: Arrival) -> None:
+        """A request came to a gateway."""
+        ...
+
+    def ended(self, arrival: Arrival, one: Outcome) -> None:
+        """A request is over."""
+        ...
+
+    def up(self, worker: Worker) -> None:
+        """A worker takes requests, in its role."""
+        ...
+
+    def down(self, worker: Worker) -> None:
+        """A worker is lost, or takes nothing more for another reason than that it was told so from there."""
+        ...
+
+
 def simulate(
     workload: Workload | Iterable[Arrival],
     builds: Sequence[Build],
@@ -92,13 +112,16 @@ def simulate(
     scenario: Scenario = CALM,
     over: Callable[[Outcome], None] | None = None,
     watch: Callable[[Simulation], None] | None = None,
+    control: Callable[[Simulation], Controls] | None = None,
 ) -> Result:
     """Run all of a workload to the end of its last request; `over` gets every outcome when it happens.
+
+    With `control` (`sim.coordinator.Control`) the ratio of prefill to decode workers adapts; without, it stays.
 
     Any iterable of arrivals in order of time will do, taken as they come, so that what is kept does not grow; only a
     `Workload` may have turns that wait for the one before.
     """
-    simulation = Simulation(workload, builds, policy, settings, scenario, over)
+    simulation = Simulation(workload, builds, policy, settings, scenario, over, control)
     if watch is not None:
         watch(simulation)
     return simulation.run()
@@ -115,6 +138,7 @@ class Simulation:
         settings: Settings,
         scenario: Scenario,
         over: Callable[[Outcome], None] | None,
+        control: Callable[[Simulation], Controls] | None = None,
     ) -> None:
         if not builds:
             raise SetupError("workers: got none, want at least one")
@@ -143,8 +167,9 @@ class Simulation:
         self.workers: dict[str, Worker] = {}
         self._lives: dict[str, int] = {}
         self._past: list[tuple[int, int]] = []
+        self.coordinator = None if control is None else control(self)
         for build in builds:
-            self._start(build.name)
+            self.start(build.name)
         self._waiting: dict[str, deque[Arrival]] = {}
         """Turns that come after the end of the one before, by session."""
         self._following: dict[tuple[str, int], Arrival] = {}
@@ -221,6 +246,8 @@ class Simulation:
         gateway = self.gateways[self._counter % len(self.gateways)]
         most = arrival.most or max(1, arrival.output if settings.max_tokens is None else settings.max_tokens)
         prefix = page_hashes(arrival, self._page_tokens)
+        if self.coordinator is not None:
+            self.coordinator.came(arrival)
         prompt, answered = self._prompt[: arrival.prompt], self._answered(arrival) if self._following else ()
         gateway.ask(self._counter, arrival, prompt, prefix, most, settings.timeout_s, answered)
 
@@ -239,6 +266,8 @@ class Simulation:
         if self._over is not None:
             self._over(outcome)
         arrival = record.arrival
+        if self.coordinator is not None:
+            self.coordinator.ended(arrival, outcome)
         if arrival.gap_s is not None:
             turn = self._waiting[arrival.session].popleft()
             self._due += 1
@@ -251,7 +280,8 @@ class Simulation:
             self.loop.stopped = True
 
     # Workers and what happens to them.
-    def _start(self, name: str) -> None:
+    def start(self, name: str) -> None:
+        """A worker of this name begins, empty."""
         build = self.builds[name]
         life = self._lives[name] = self._lives.get(name, 0) + 1
         order = len(self.gateways) + list(self.builds).index(name)
@@ -262,6 +292,38 @@ class Simulation:
             if other is not worker:
                 other.meet(worker)
                 worker.meet(other)
+        if self.coordinator is not None:
+            self.coordinator.up(worker)
+
+    def drain(self, worker: Worker) -> None:
+        """It takes nothing new, and its gateways know."""
+        worker.drain()
+        for gateway in self.gateways:
+            gateway.up(worker.member())
+
+    def become(self, worker: Worker, role: Role) -> None:
+        """A worker that has drained takes the other role, which a later life of it will have, too."""
+        decoded = worker.role is Role.DECODE
+        worker.become(role)
+        self.builds[worker.me.name] = replace(self.builds[worker.me.name], role=role)
+        for gateway in self.gateways:
+            gateway.up(worker.member())
+        for other in self.workers.values():
+            if other is not worker and decoded:
+                other.left(worker)
+            elif other is not worker:
+                other.meet(worker)
+                worker.meet(other)
+        if self.coordinator is not None:
+            self.coordinator.up(worker)
+
+    def end(self, worker: Worker) -> None:
+        """A worker that has drained is given back."""
+        name = worker.me.name
+        worker.die()
+        self._past.append(worker.orders())
+        del self.workers[name]
+        self._noticed(worker)
 
     def _fault(self, fault: Fault) -> None:
         name = fault.source if isinstance(fault, Link) else fault.worker
@@ -275,7 +337,7 @@ class Simulation:
             case Lose():
                 self._at(fault.at_s, self._lose, name)
             case Return():
-                self._at(fault.at_s + self.settings.load_s, self._start, name)
+                self._at(fault.at_s + self.settings.load_s, self.start, name)
             case Drain():
                 if self.builds[name].role is not Role.DECODE:
                     raise SetupError(f"scenario: drain: got {name!r}, want a decode worker")
@@ -296,16 +358,17 @@ class Simulation:
 
     def _drain(self, name: str) -> None:
         if name in self.workers:
-            worker = self.workers[name]
-            worker.drain()
-            for gateway in self.gateways:
-                gateway.up(worker.member())
+            self.drain(self.workers[name])
+            if self.coordinator is not None:
+                self.coordinator.down(self.workers[name])
 
     def _noticed(self, worker: Worker) -> None:
         for gateway in self.gateways:
             gateway.down(worker.me)
         for other in self.workers.values():
             other.lost(worker.me)
+        if self.coordinator is not None:
+            self.coordinator.down(worker)
 
     def _slow(self, which: tuple[str, float]) -> None:
         name, factor = which

@@ -392,7 +392,10 @@ class HandOffShell:
             case taking.SendToSource():
                 worker.send(command.message.ticket.source, command.message)
             case taking.AskPolicy():
-                worker.post(worker.decode_seat, decoding.Asked(command.ticket, command.request, command.offer))
+                if worker.decode is None:  # it was chosen before it changed its role
+                    worker.post(self.sink_seat, taking.Decided(command.ticket.key, False, "does not decode any more"))
+                else:
+                    worker.post(worker.decode.seat, decoding.Asked(command.ticket, command.request, command.offer))
             case taking.Read():
                 worker.network.read(
                     command.source,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from core.request import Phase, Slo
+from scheduler.ratio_events import Act, Decision, explain
 from sim.goodput import Estimate, Goodput, Trial
 from sim.outcome import Tally
 from sim.run import Result
@@ -26,6 +27,17 @@ class Run:
     """By seed."""
     timeline: Timeline | None = None
     """Of the first seed."""
+    decisions: tuple[Decision, ...] = ()
+    """About the ratio, of the first seed."""
+
+    @property
+    def changes(self) -> tuple[tuple[float, str], ...]:
+        """When the ratio was changed, and to what."""
+        return tuple(
+            (each.at_s, f"{each.chosen.act}, from {each.inputs.ratio}")
+            for each in self.decisions
+            if each.chosen.act is not Act.KEEP
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +101,20 @@ def figures(run: Run) -> dict[str, float | int | None]:
     }
 
 
+def _decided(decision: Decision) -> dict[str, Any]:
+    """A decision about the ratio, in numbers and in words."""
+    return {
+        "at_s": decision.at_s,
+        "ratio": str(decision.inputs.ratio),
+        "act": str(decision.chosen.act),
+        "worker": decision.chosen.worker.name if decision.chosen.worker is not None else None,
+        "why": str(decision.why),
+        "scores": {str(each): score.good for each, score in zip(decision.candidates, decision.scores, strict=False)},
+        "feasible": decision.feasible,
+        "words": explain(decision),
+    }
+
+
 def means(trials: Sequence[Trial]) -> Iterator[tuple[float, Estimate, Estimate]]:
     """Rate, attainment and attainment by mean over seeds, by rate."""
     for rate in sorted({trial.rate for trial in trials}):
@@ -107,6 +133,7 @@ def document(study: Study) -> dict[str, Any]:
                 "policy": run.policy,
                 "about": run.about,
                 **figures(run),
+                **({"decisions": [_decided(each) for each in run.decisions]} if run.decisions else {}),
                 "codes": dict(sorted(run.tally.codes.items())),
                 "seeds": [
                     {

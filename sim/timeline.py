@@ -128,7 +128,9 @@ class Timeline:
 
     def _enter(self, simulation: Simulation) -> None:
         """Count commands of machines that are new; those of the dead are kept until they have been read."""
-        processes: list[Process] = [*simulation.gateways, *simulation.workers.values()]
+        coordinator = simulation.coordinator
+        controls: list[Process] = [coordinator] if isinstance(coordinator, Process) else []
+        processes: list[Process] = [*simulation.gateways, *simulation.workers.values(), *controls]
         for process in processes:
             for seat in process.seats:
                 if id(seat) not in self._counters:

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from core.errors import LocalError
 from core.messages import (
     Cancel,
     CaughtUp,
@@ -61,6 +62,7 @@ class Worker(Process):
         super().__init__(world.loop, order)
         self.me = Identity(build.name, incarnation)
         self.build = build
+        self.role = build.role
         self.network = world.network
         self.send = world.network.send
         """To a gateway or to another worker; False if it is known to be gone."""
@@ -68,24 +70,37 @@ class Worker(Process):
         self.slowness = 1.0
         self._chance = random.Random(build.name)
         self.draining = False
-        self.moves = build.role is Role.DECODE and policy.migration is not None
-        """Rows may move from here to others and back."""
         self.ledger = Pages(build.pages)
+        self._policy = policy
         self._world = world
+        self._over = (0, 0)
+        """Orders and steps of decode engines that it had before it took another role."""
         self.prefill: PrefillShell | None = None
         self.decode: DecodeShell | None = None
         self.mixed: MixedShell | None = None
-        handoff = HandOffShell(self, Source(build.shape, self.ledger), Sink(build.shape, self.ledger), build.shape)
+        self._source, self._sink = Source(build.shape, self.ledger), Sink(build.shape, self.ledger)
+        handoff = HandOffShell(self, self._source, self._sink, build.shape)
         self.handoff = handoff
         self.source_seat, self.sink_seat = handoff.source_seat, handoff.sink_seat
-        if build.role is Role.MIXED:
+        self._takers: dict[type, Seat | None] = {}
+        self._begin()
+        self.network.peers[self.me] = self
+
+    @property
+    def moves(self) -> bool:
+        """Rows may move from here to others and back."""
+        return self.role is Role.DECODE and self._policy.migration is not None
+
+    def _begin(self) -> None:
+        """Make what the role needs, on the memory that there is."""
+        build, policy = self.build, self._policy
+        if self.role is Role.MIXED:
             self.mixed = MixedShell(self, policy.mixed(self.me, build.shape, self.ledger, build.cost), build.cost)
-        if build.role is Role.PREFILL:
+        if self.role is Role.PREFILL:
             self.prefill = PrefillShell(self, policy.prefill(self.me, build.shape, self.ledger, build.cost), build.cost)
-        if build.role is Role.DECODE:
+        if self.role is Role.DECODE:
             self.decode = DecodeShell(self, policy.decode(self.me, build.shape, self.ledger, build.cost), build.cost)
         self._takers = self._seats_by_message()
-        self.network.peers[self.me] = self
 
     def _seats_by_message(self) -> dict[type, Seat | None]:
         """Who takes which messages; a `Release` is for the source or for the sink of its ticket."""
@@ -138,12 +153,13 @@ class Worker(Process):
     def orders(self) -> tuple[int, int]:
         """Orders that its decode engine has got, and the steps that they came to."""
         shells = [shell for shell in (self.decode, self.mixed) if shell is not None]
-        return sum(shell.runs for shell in shells), sum(shell.batch.steps for shell in shells)
+        runs, steps = self._over
+        return runs + sum(shell.runs for shell in shells), steps + sum(shell.batch.steps for shell in shells)
 
     def member(self) -> Member:
         """What it says of itself."""
         build = self.build
-        return Member(self.me, build.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=not self.draining)
+        return Member(self.me, self.role, "", "", "sim", kv=build.shape, pages=build.pages, ready=not self.draining)
 
     def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""
@@ -176,7 +192,36 @@ class Worker(Process):
     def drain(self) -> None:
         """What is here ends or moves; nothing more is taken."""
         self.draining = True
-        self.post(self.decode_seat, decoding.Drain())
+        if self.decode is not None:
+            self.post(self.decode.seat, decoding.Drain())
+
+    @property
+    def empty(self) -> bool:
+        """It has nothing of any request."""
+        shells = [shell for shell in (self.prefill, self.decode) if shell is not None]
+        return not (
+            any(any(shell.policy.queue().values()) for shell in shells)
+            or len(self._source)
+            or len(self._sink)
+            or self.ledger.pinned
+        )
+
+    def become(self, role: Role) -> None:
+        """Take the other role, once it is empty: same process, same memory, and so the same cached prefixes."""
+        if not (self.draining and self.empty):
+            raise LocalError(f"{self.me.name}: got a change of role to {role}, want a drained worker")
+        self._over = self.orders()
+        for shell in (self.prefill, self.decode):
+            if shell is not None:
+                self.unseat(shell.seat)
+        self.prefill = self.decode = None
+        self.role, self.draining = role, False
+        self._begin()
+
+    def left(self, other: Worker) -> None:
+        """Another worker does not decode any more; what is here and on its way there is told apart from a loss."""
+        if self.moves and self.decode is not None:
+            self.post(self.decode.seat, decoding.PeerGone(other.me))
 
     def die(self) -> None:
         """At once; only what was sent before arrives."""
@@ -232,6 +277,10 @@ class Gateway(Process):
     def down(self, identity: Identity) -> None:
         """A worker is lost."""
         self.post(self._seat, routing.WorkerDown(identity))
+
+    def divided(self, pools: routing.Divided) -> None:
+        """Prefill workers are in these pools."""
+        self.post(self._seat, pools)
 
     def _perform(self, command: routing.RouterCommand) -> None:
         match command:
