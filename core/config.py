@@ -110,6 +110,10 @@ class GatewayConfig:
     """TTFT goal of requests that bring none; 0: best effort."""
     gap_s: float = 0.0
     """Token gap goal of requests that bring none; 0: best effort."""
+    deadline_s: float = 0.0
+    """Goal for the whole answer of requests that bring no goal at all, in place of the two before; 0: none."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     prefix_cache: bool = True
     """Let workers keep the KV of prompts for others that begin alike, within a tenant."""
     policy: str = "baton"
@@ -230,6 +234,10 @@ class DeploymentConfig:
     """TTFT goal of requests that bring none; 0: best effort."""
     gap_s: float = 0.0
     """Token gap goal of requests that bring none; 0: best effort."""
+    deadline_s: float = 0.0
+    """Goal for the whole answer of requests that bring no goal at all, in place of the two before; 0: none."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     timeout_s: float = 600.0
     """Longest life of a request whose call has no deadline."""
     prefix_cache: bool = True
@@ -270,7 +278,8 @@ class DeploymentConfig:
             raise bad("http", "in 0..65535, or -1 for none")
         if self.threads < 0:
             raise bad("threads", "at least 0")
-        for field in ("max_queue_s", "ttft_s", "gap_s"):
+        weights(self.tenants)
+        for field in ("max_queue_s", "ttft_s", "gap_s", "deadline_s"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise bad(field, "a finite time of at least 0")
         if not 0 <= self.profile_s < math.inf:

@@ -168,10 +168,7 @@ class Intake:
                     f"prompt_logprobs: got {sampling.prompt_logprobs}, want {want} for {len(prompt)} tokens",
                 )
         timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
-        slo = Slo(asked.slo.ttft_s or self._config.ttft_s, asked.slo.gap_s or self._config.gap_s)
-        for field, goal_s in (("ttft_s", slo.ttft_s), ("gap_s", slo.gap_s)):
-            if not 0 <= goal_s < math.inf:
-                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
+        slo = self._slo(wire.slo_from(asked.slo))
         name = asked.request_id or f"req-{secrets.token_hex(8)}"
         hints = asked.hints
         for field in ("session", "tenant", "group", "tool"):
@@ -183,6 +180,21 @@ class Intake:
         known = wire.hints_from(hints)
         request = Request(name, prompt, sampling, timeout_s, slo, known, 0, prefix, page_tokens if prefix else 0)
         return request, stops
+
+    def _slo(self, asked: Slo) -> Slo:
+        """What a client asked for, else what the deployment promises; a class is chosen by its field."""
+        for field in ("ttft_s", "gap_s", "deadline_s"):
+            goal_s = getattr(asked, field)
+            if not 0 <= goal_s < math.inf:
+                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
+            if goal_s and asked.batch:
+                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want 0 with slo.batch")
+        if asked.batch or asked.deadline_s:
+            return asked
+        own = asked.ttft_s or asked.gap_s
+        if self._config.deadline_s and not own:
+            return Slo(deadline_s=self._config.deadline_s)
+        return Slo(asked.ttft_s or self._config.ttft_s, asked.gap_s or self._config.gap_s)
 
     def constraint(self, asked: inference_pb2.GenerateRequest) -> Constraint | None:
         """What the text must match, not compiled yet."""

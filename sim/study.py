@@ -108,6 +108,10 @@ def document(study: Study) -> dict[str, Any]:
                 "about": run.about,
                 **figures(run),
                 "codes": dict(sorted(run.tally.codes.items())),
+                "classes": [
+                    {"class": kind, "tenant": tenant, **asdict(part), "attained": part.attainment}
+                    for (kind, tenant), part in sorted(run.tally.parts.items())
+                ],
                 "seeds": [
                     {
                         "seed": seed,
