@@ -64,6 +64,8 @@ class WorkerConfig:
     """Another takes rows while its own have memory for more steps than these."""
     fetch: bool = False
     """A prefill worker pulls pages of prompts from workers that have them, where that is quicker than to compute."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     policy: str = "baton"
     """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
     profile_s: float = 2.0
@@ -323,6 +325,21 @@ def nbytes(text: str, setting: str = "kv_memory", least: int = 1) -> int:
     if value < least:
         raise SetupError(f"{setting}: got {text!r}, want bytes such as 64M or 2G")
     return value
+
+
+def weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Tenants and weights from "a=2,b=0.5"; raises SetupError on anything else, and on a weight that is not above 0."""
+    found: dict[str, float] = {}
+    for each in text.split(",") if text.strip() else ():
+        name, _, weight = each.strip().rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not name or name in found or not 0 < value < math.inf:
+            raise SetupError(f"tenants: got {each.strip()!r}, want NAME=WEIGHT, each name once, weights above 0")
+        found[name] = value
+    return tuple(found.items())
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -9,13 +9,11 @@ next. A tenant that comes back from idleness begins at the least of those that w
 one that does was charged `c_a / w_a + c_b / w_b` a unit of weight since: nobody starves. What is charged late, as output
 tokens are at the end of an answer, counts as one charge.
 
-`Shares` bounds what tenants above their share may put into a line before one that is not: `spare` of the wait that is
-allowed, however much they send. See there.
+`Shares` says who has had more than its share of a worker lately, so that those who have not find room there. See below.
 
 | parameter | default | unit | meaning |
 |---|---|---|---|
 | weights | 1 for each | | of tenants, by name |
-| spare | 0.3 | share | of the allowed wait that tenants above their share may fill |
 | recent_s | 10 | s | for so long after its last offer a tenant counts as one that may come |
 | most | 1024 | tenants | told apart; all others together are one |
 """
@@ -30,6 +28,10 @@ from scheduler.waiting import Waiting
 
 OUTPUT = 2
 """An output token costs as much as so many prompt tokens, as in VTC."""
+LATELY_S = 2.0
+"""Accepted tokens count for 1/e of themselves after this."""
+EQUAL = 1 + 1e-9
+"""Who has exactly its share is not above it, however sums are rounded."""
 OTHERS = "\0others"
 """Tenants beyond the most that are told apart."""
 MOST_RESTS = 1024
@@ -168,71 +170,86 @@ class Parked:
 
 
 class Shares:
-    """Who has how much of one worker's line, and how much of the allowed wait an offer may therefore fill.
+    """Whether a tenant has had more than its share of a worker lately, as of its offers.
 
-    A tenant is *above its share* if what it has in line, over its weight, is more than what all have over the weights of
-    all that came lately. Its offer is held to `spare` of the wait that is allowed; any other's to the whole of it. So,
-    however much some tenants send,
+    A tenant is *above its share* if the tokens that were accepted of it, over its weight, are more than those of all over
+    the weights of all that came lately; a token that was accepted a while ago counts for less, by half every 1.4 s. A
+    worker accepts those of a tenant above its share only as long as its whole line takes no longer than `spare` of the
+    goal (`PrefillConfig.spare`). So, however much some tenants send,
 
-    - whoever is not above its share finds at least `1 - spare` of its goal free, but for what others had put there while
-      they were not above theirs either, and
-    - in a line that is longer than `spare` of the goal, nobody gets more than its share of it and one request of its own.
+    - whoever is not above its share finds at least `1 - spare` of its goal free, but for what tenants that were not above
+      theirs put there, and
+    - of two tenants whose offers always come, while the line is longer than that, neither has had more than the other by
+      more than one request of its own, by weight.
 
-    One tenant alone is never above its share: nothing is reserved for those that have not come for `recent_s`.
+    One tenant alone is never above its share, and nothing is counted: nothing is kept free for those that have not come
+    for `recent_s`. One that comes back has had nothing lately; that is worth as much as it could be accepted in 2 s.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, float] = NO_WEIGHTS,
-        spare: float = 0.3,
-        recent_s: float = 10.0,
-        most: int = 1024,
-    ) -> None:
+    def __init__(self, weights: Mapping[str, float] = NO_WEIGHTS, recent_s: float = 10.0, most: int = 1024) -> None:
         self._weights = weights
-        self._spare = spare
         self._recent_s = recent_s
         self._most = most
         self._seen = Ranked()
-        """Tenants that came lately, by when they did last."""
-        self._line: dict[str, int] = {}
-        """Tokens in line of those who have some."""
-        self._total = 0
+        """Tenants that came lately, by when they did last; none while there is one only."""
+        self._only: str | None = None
+        self._only_at = -math.inf
+        self._had: dict[str, float] = {}
+        """Accepted tokens, as they would count at `_base`: so none of them has to be looked at as time goes by."""
+        self._total = 0.0
         self._weight = 0.0
         """Of all in `_seen`."""
+        self._base = 0.0
 
-    def offer(self, tenant: str, now: float) -> tuple[str, float]:
-        """An offer came: the name under which its tokens count, and the share of its allowed wait that it may fill."""
-        if tenant not in self._seen and len(self._seen) >= self._most:
+    def __len__(self) -> int:
+        return len(self._seen) or self._only is not None
+
+    def offer(self, tenant: str, now: float) -> tuple[str, bool]:
+        """An offer came: the name under which its tenant counts, and whether that is above its share."""
+        seen = self._seen
+        if not seen:
+            if tenant == self._only or self._only_at < now - self._recent_s:
+                self._only, self._only_at = tenant, now
+                return tenant, False
+            assert self._only is not None
+            seen.put(self._only, self._only_at)
+            self._weight, self._total, self._base = self._weights.get(self._only, 1.0), 0.0, now
+            self._only = None
+        if tenant not in seen and len(seen) >= self._most:
             tenant = OTHERS
-        if tenant not in self._seen:
+        if tenant not in seen:
             self._weight += self._weights.get(tenant, 1.0)
-        self._seen.put(tenant, now)
-        while self._seen.lowest() < now - self._recent_s:
-            gone = self._seen.pop()
+        seen.put(tenant, now)
+        while seen.lowest() < now - self._recent_s:
+            gone = seen.pop()
             assert gone is not None
             self._weight -= self._weights.get(gone, 1.0)
-        if len(self._seen) == 1:
-            self._weight = self._weights.get(tenant, 1.0)
-            return tenant, 1.0
-        above = self._line.get(tenant, 0) * self._weight > self._total * self._weights.get(tenant, 1.0)
-        return tenant, self._spare if above else 1.0
+            self._total -= self._had.pop(gone, 0.0)
+        if len(seen) == 1:
+            seen.pop()
+            self._had.clear()
+            self._only, self._only_at = tenant, now
+            return tenant, False
+        return tenant, self._had.get(tenant, 0.0) * self._weight > self._total * self._weights.get(tenant, 1.0) * EQUAL
 
-    def add(self, name: str, tokens: int) -> None:
-        """So many tokens are in line from now on."""
-        self._line[name] = self._line.get(name, 0) + tokens
-        self._total += tokens
+    def add(self, name: str, tokens: int, now: float) -> None:
+        """So many tokens of the one that has just offered them were accepted."""
+        if not self._seen:
+            return
+        since = (now - self._base) / LATELY_S
+        if since > 50:
+            factor = math.exp(-since)
+            self._had = {tenant: had * factor for tenant, had in self._had.items()}
+            self._total, self._base, since = math.fsum(self._had.values()), now, 0.0
+        counted = tokens * math.exp(since)
+        self._had[name] = self._had.get(name, 0.0) + counted
+        self._total += counted
 
-    def take(self, name: str, tokens: int) -> None:
-        """And now they are not."""
-        self._total -= tokens
-        left = self._line[name] - tokens
-        if left:
-            self._line[name] = left
-        else:
-            del self._line[name]
-
-    def check(self, line: Mapping[str, int]) -> None:
-        """Raise AssertionError unless exactly this is in line, by name."""
-        assert self._line == line
-        assert self._total == sum(line.values())
-        assert len(self._seen) <= self._most + 1
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        names = {name for name, _ in self._seen.items()}
+        assert self._had.keys() <= names
+        assert len(names) != 1
+        assert not names or self._only is None
+        assert not names or math.isclose(self._weight, math.fsum(self._weights.get(name, 1.0) for name in names))
+        assert math.isclose(self._total, math.fsum(self._had.values()), rel_tol=1e-6, abs_tol=1e-6) or not names

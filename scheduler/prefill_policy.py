@@ -96,8 +96,6 @@ __all__ = [
 ]
 
 
-_BATCH = "\0batch"
-"""The name of the batch class among tenants."""
 _COMES = Prompt, FetchOver
 """Somebody may be in line after these who was not before."""
 
@@ -135,10 +133,8 @@ class _Held:
     priority: int = 0
     batch: bool = False
     """It runs when nobody else does."""
-    name: str = ""
-    """Under which its tenant's tokens in line are counted."""
     lined: int = 0
-    """Of them its own."""
+    """New tokens, until they are computed."""
     fetched: dict[str, str] | None = None
     """What it took to fetch pages for it, if that was tried."""
     fetched_at: float = 0.0
@@ -188,7 +184,8 @@ class PrefillConfig:
     batch_ahead: int = 4
     """Of the batch class, requests that have not begun and whose sinks are asked."""
     spare: float = 0.3
-    """Share of the wait that an offer allows which tenants above their share may fill; 1: all are treated alike."""
+    """Share of the wait that an offer allows which the whole line may take for a tenant above its share to be accepted;
+    infinite: all tenants are treated alike."""
     weights: tuple[tuple[str, float], ...] = ()
     """Of tenants, by name; those that are not named weigh 1."""
 
@@ -242,7 +239,11 @@ class PrefillPolicy:
         """New tokens of the batch class that were accepted and are not computed."""
         self._batch_s = 0.0
         """What its longest of late steps took, less and less."""
-        self._shares = Shares(dict(config.weights), config.spare)
+        self._shares = Shares(dict(config.weights))
+        self._line = 0
+        """New tokens of all others that were accepted and are not computed."""
+        self._speed = 0.0
+        """Tokens a second of full steps; measured."""
         self._planned_at = -math.inf
         self._blocked: list[_Held] = []
         """Those that the order wanted to start when it was last asked, and that could not."""
@@ -383,14 +384,11 @@ class PrefillPolicy:
             assert held.batch
             assert held.state in (State.QUEUED, State.RUNNING)
             assert held.cancelled is None
-        line: dict[str, int] = {}
-        for held in self._requests.values():
-            if held.lined:
-                assert held.cancelled is None
-                assert held.state is not State.HANDING_OFF
-                line[held.name] = line.get(held.name, 0) + held.lined
-        self._shares.check({name: tokens for name, tokens in line.items() if name != _BATCH})
-        assert self._batch_new == line.get(_BATCH, 0)
+        self._shares.check()
+        lined = [held for held in self._requests.values() if held.lined]
+        assert all(held.cancelled is None and held.state is not State.HANDING_OFF for held in lined)
+        assert self._batch_new == sum(held.lined for held in lined if held.batch)
+        assert self._line == sum(held.lined for held in lined if not held.batch)
         for step in steps:
             requests = [self._requests[span.key].request for span in step.spans]
             assert step.batch == any(self._requests[span.key].batch for span in step.spans) or step.alone
@@ -420,32 +418,32 @@ class PrefillPolicy:
         prefix = self._shape.names(offer.prefix, offer.prefix_page_tokens)
         known = prefix[: (prompt - 1) // self._shape.page_tokens]
         cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
-        new, allowed_s = prompt - cached, offer.wait_s
+        new, name = prompt - cached, ""
         if offer.batch:
-            name, wait_s = _BATCH, 0.0
+            wait_s = 0.0
             if self._batch_new and self._batch_new + new > self._config.batch_queue_tokens:
                 return Answer(Reject(ticket, f"{self._batch_new} tokens of the batch class wait"))
         else:
-            name, patience = self._shares.offer(offer.hints.tenant, now)
-            if patience < 1.0:
-                allowed_s *= patience
-            wait_s = self.predicted_wait_s(now, new, cached, allowed_s)
-        if wait_s > allowed_s:
-            self._refusals.add(ticket.minter, new, allowed_s, now, offer.wait_s)
-            why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
-            if allowed_s < offer.wait_s:
-                why += f", of which its tenant, being above its share, may fill {allowed_s:.2f} s"
-            # It is wanted in time, but not before others: when that may be is what it is to wait for.
-            return Answer(Reject(ticket, why, wait_s if wait_s > offer.wait_s else max(0.0, wait_s - allowed_s)))
+            name, above = self._shares.offer(offer.hints.tenant, now)
+            wait_s = self.predicted_wait_s(now, new, cached, offer.wait_s)
+            if above and wait_s <= offer.wait_s and self._line and self._speed:
+                line_s, allowed_s = (self._line + new) / self._speed, self._config.spare * offer.wait_s
+                if line_s > allowed_s:
+                    self._refusals.add(ticket.minter, new, allowed_s, now, offer.wait_s)
+                    why = f"a line of {line_s:.2f} s, {allowed_s:.2f} s of it for tenants above their share"
+                    return Answer(Reject(ticket, why, max(0.0, line_s - allowed_s)))
+        if wait_s > offer.wait_s:
+            self._refusals.add(ticket.minter, new, offer.wait_s, now)
+            return Answer(Reject(ticket, f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s", wait_s))
         if self._pages + pages > self._config.accept_share * self._capacity:
             if not offer.batch:
-                self._refusals.add(ticket.minter, new, allowed_s, now, offer.wait_s)
+                self._refusals.add(ticket.minter, new, offer.wait_s, now)
             return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
         wanted_by, priority = now + offer.wait_s, offer.hints.priority
         prefix = prefix[: prompt // self._shape.page_tokens]
         held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
         held.accepted_at, held.wanted_by, held.first_at, held.priority = now, wanted_by, now + wait_s, priority
-        held.batch, held.name, held.lined = offer.batch, name, new
+        held.batch, held.lined = offer.batch, new
         self._requests[key] = held
         self._counts[State.OFFERED] += 1
         self._pages += pages
@@ -453,7 +451,8 @@ class PrefillPolicy:
         if offer.batch:
             self._batch_new += new
         else:
-            self._shares.add(name, new)
+            self._line += new
+            self._shares.add(name, new, now)
             self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
@@ -538,7 +537,7 @@ class PrefillPolicy:
             self._after_alone = False
             takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
             if takes:
-                commands.append(self._run(takes))
+                commands.append(self._run(takes, now))
                 return commands
             if paused is not None:
                 return commands + self._resume(paused, now)
@@ -586,7 +585,7 @@ class PrefillPolicy:
         if not held.begun and self._start(held.key, now, commands) is None:
             return None
         self._after_alone = True
-        return self._run([(held.key, min(held.prompt_tokens - held.done, self._config.chunk_tokens))], alone=True)
+        return self._run([(held.key, min(held.prompt_tokens - held.done, self._config.chunk_tokens))], now, alone=True)
 
     def _run_batch(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
         """A step of those of the batch class that have begun, and of those next in line that have all they need."""
@@ -610,10 +609,9 @@ class PrefillPolicy:
                 break
         if not takes:
             return None
-        run = self._run(takes)
+        run = self._run(takes, now)
         assert self._running is not None
         self._running.batch = self._running.immune = True
-        self._running.began_at = now
         return run
 
     def _ask_ahead(self, commands: list[PrefillCommand]) -> None:
@@ -633,8 +631,8 @@ class PrefillPolicy:
         if held.batch:
             self._batch.pop(held.key, None)
             self._batch_new -= held.lined
-        elif held.lined:
-            self._shares.take(held.name, held.lined)
+        else:
+            self._line -= held.lined
         held.lined = 0
 
     def _gives_way(self, held: _Held, before: _Held) -> bool:
@@ -646,7 +644,7 @@ class PrefillPolicy:
             return True
         return before.grant is Grant.NOT_ASKED and held.grant is not Grant.GIVEN
 
-    def _run(self, takes: Sequence[Take], *, alone: bool = False) -> RunChunk:
+    def _run(self, takes: Sequence[Take], now: float, *, alone: bool = False) -> RunChunk:
         spans, total = [], 0
         for key, tokens in takes:
             held = self._requests.get(key)
@@ -658,7 +656,7 @@ class PrefillPolicy:
         if total > self._config.chunk_tokens or len(spans) > self._config.max_rows:
             raise LocalError(f"the order takes {total} tokens in {len(spans)} rows, want no more than the step has")
         self._run_id += 1
-        self._running = _Step(self._run_id, tuple(spans), list(takes), alone, immune=alone)
+        self._running = _Step(self._run_id, tuple(spans), list(takes), alone, immune=alone, began_at=now)
         self._moved = True
         return RunChunk(self._run_id, self._running.spans)
 
@@ -740,6 +738,10 @@ class PrefillPolicy:
             self._batch_s = max(now - step.began_at, 0.9 * self._batch_s)
         elif not step.alone:
             self._order.ran(step.takes, now)
+            count = sum([tokens for _, tokens in step.takes])
+            if not step.immune and 2 * count >= self._config.chunk_tokens and now > step.began_at:
+                speed = count / (now - step.began_at)
+                self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
         begun: dict[str, list[Began]] = {}
         for each in event.begun:
             begun.setdefault(each.key, []).append(each)
@@ -943,6 +945,8 @@ class PrefillPolicy:
         def welcome(new: int, wait_s: float) -> bool:
             pages = self._pages + self._shape.pages_for(new)
             fits = pages <= self._config.accept_share * self._capacity
+            if len(self._shares) > 1 and self._line and self._line + new > wait_s * self._speed > 0:
+                return False  # who was refused may have been above its share
             return fits and self.predicted_wait_s(now, new, 0, wait_s) <= wait_s
 
         told = self._refusals.told(now, welcome)

@@ -272,7 +272,7 @@ class Router:
         assert len(parked) == len(self._parked) + len(self._stranded)
         for key, flight in self._stranded.items():
             assert flight is self._flights[key]
-            assert flight.placements or flight.gives_up < math.inf
+            assert flight.placements or flight.gives_up < math.inf or flight.call.request.slo.batch
             assert not flight.refusals
         assert not self._roomy
         assert not self._freed
@@ -1048,10 +1048,10 @@ class Router:
             call = flight.call
             if flight.finished is not None:
                 commands += self._finish(flight)
-            elif flight.parked and not flight.placements:
-                commands += self._shed(flight)
             elif flight.parked and flight.resumes <= now < call.deadline:
                 commands += self._resume(flight, now)
+            elif flight.parked and not flight.placements:
+                commands += self._shed(flight)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
