@@ -40,11 +40,15 @@ BATCH = Slo(batch=True)
 PAGE_TOKENS = 64
 MAX_TOKENS = 4096
 SPAN_S = 60.0
-FLOOD = (20.0, 50.0)
+FLOOD = (1 / 3, 5 / 6)
+"""Of the span, when the flood begins and ends."""
+QUICK_S = 20.0
 GROUP = 8
 """Requests of the batch class that begin alike,"""
 ALIKE = 0.5
-"""for this share of the shortest prompt of the group."""
+"""for this share of the shortest prompt of the group,"""
+APART_S = 2e-5
+"""and come so long after each other, as fast as a gateway could take them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +96,10 @@ def backlog(shape: str, count: int, seed: int, tenant: str = "batch") -> Workloa
                 replace(one, at_s=0.0, tenant=tenant, slo=BATCH, blocks=shared + own, block_tokens=PAGE_TOKENS)
             )
     rng.shuffle(placed)
-    return Workload(tenant, tuple(placed))
+    return Workload(tenant, tuple([replace(one, at_s=index * APART_S) for index, one in enumerate(placed)]))
 
 
-def run(workload: Workload, policy: Policy = BATON, until_s: float = SPAN_S) -> dict[str, tuple[float, float]]:
+def run(workload: Workload, policy: Policy, until_s: float) -> dict[str, tuple[float, float]]:
     """By tenant: attainment, and requests a second that ended well by `until_s`."""
     good: dict[str, list[int]] = {}
 
@@ -119,29 +123,34 @@ MOST = {"azure-conv": 400.0, "sharegpt": 400.0}
 """Requests a second: more than the workers can do."""
 
 
-def flood(shape: str, seed: int, rate: float, policy: Policy = BATON) -> tuple[float, float, float]:
+def flood(
+    shape: str, seed: int, rate: float, policy: Policy = BATON, span_s: float = SPAN_S
+) -> tuple[float, float, float]:
     """Attainment of the one alone, beside the flood, and of the flood."""
-    ours = steady(shape, rate / 4, SPAN_S, seed, "steady")
-    burst = Scenario("flood", (Tenant(*FLOOD, "flood", shape, 2 * rate),))
-    alone = run(ours, policy)
-    both = run(applied(burst, ours, seed), policy)
+    ours = steady(shape, rate / 4, span_s, seed, "steady")
+    burst = Scenario("flood", (Tenant(FLOOD[0] * span_s, FLOOD[1] * span_s, "flood", shape, 2 * rate),))
+    alone = run(ours, policy, span_s)
+    both = run(applied(burst, ours, seed), policy, span_s)
     return alone["steady"][0], both["steady"][0], both["flood"][0]
 
 
-def fill(shape: str, seed: int, rate: float, policy: Policy = BATON) -> tuple[float, float, float]:
+def fill(
+    shape: str, seed: int, rate: float, policy: Policy = BATON, span_s: float = SPAN_S
+) -> tuple[float, float, float]:
     """Attainment without and with a batch class, and the share of the idle capacity that it fills."""
-    ours = steady(shape, rate / 2, SPAN_S, seed, "steady")
-    without = run(ours, policy)
-    both = run(merge(ours, backlog(shape, round(SPAN_S * rate), seed)), policy)
+    ours = steady(shape, rate / 2, span_s, seed, "steady")
+    without = run(ours, policy, span_s)
+    both = run(merge(ours, backlog(shape, round(span_s * rate), seed)), policy, span_s)
     idle = rate - ours.rate
     return without["steady"][0], both["steady"][0], both["batch"][1] / idle
 
 
-def measured(job: tuple[str, int]) -> Found:
+def measured(job: tuple[str, int, float]) -> Found:
     """Everything about one shape and seed."""
-    shape, seed = job
-    rate = capacity(shape, seed)
-    return Found(shape, seed, rate, *flood(shape, seed, rate), *fill(shape, seed, rate))
+    shape, seed, span_s = job
+    rate = capacity(shape, seed, span_s=span_s)
+    floods, fills = flood(shape, seed, rate, span_s=span_s), fill(shape, seed, rate, span_s=span_s)
+    return Found(shape, seed, rate, *floods, *fills)
 
 
 def rows(found: Sequence[Found]) -> list[Row]:
@@ -166,7 +175,8 @@ def rows(found: Sequence[Found]) -> list[Row]:
 def main() -> None:
     """Figures as JSON."""
     args = parser("fairness", "tenants and classes beside each other, in the simulator").parse_args()
-    jobs = [(shape, seed) for shape in MOST for seed in ((1,) if args.quick else (1, 2, 3, 4, 5))]
+    span_s = QUICK_S if args.quick else SPAN_S
+    jobs = [(shape, seed, span_s) for shape in MOST for seed in ((1,) if args.quick else (1, 2, 3))]
     found = []
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         for one in pool.imap_unordered(measured, jobs):

@@ -452,6 +452,8 @@ class DecodePolicy:
                 if not fits and self._lent_rows and not self._wanted:
                     if (gone := self._give_way(now)) is not None:
                         commands += gone
+                        self._foresee()
+                        memory.set_aside()
                         continue
                     self._wanted = self._running
                 if not fits or not self._crowd.allows(gap_s, tokens, rows):
