@@ -13,7 +13,7 @@ import grpc
 from control import costs
 from control.handoff import HandOffShell
 from control.peers import Gateways, Peers
-from core.config import WorkerConfig
+from core.config import WorkerConfig, weights
 from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
 from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Reserve, ToPeer
@@ -110,7 +110,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         cost: Callable[[WorkerConfig, Engine, Numerics, str, int], CostModel] = costs.cost,
     ) -> None:
         self._config = config
-        self._policy = policies.live(config.policy)
+        self._policy = policies.live(config.policy).weighing(weights(config.tenants))
         self._cost = cost
         self._me = me
         self._build = build

@@ -65,6 +65,8 @@ class WorkerConfig:
     """Another takes rows while its own have memory for more steps than these."""
     fetch: bool = False
     """A prefill worker pulls pages of prompts from workers that have them, where that is quicker than to compute."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     policy: str = "baton"
     """How requests are ordered and placed, batches bounded and memory promised: a name of docs/policies.md."""
     profile_s: float = 2.0
@@ -113,6 +115,10 @@ class GatewayConfig:
     """TTFT goal of requests that bring none; 0: best effort."""
     gap_s: float = 0.0
     """Token gap goal of requests that bring none; 0: best effort."""
+    deadline_s: float = 0.0
+    """Goal for the whole answer of requests that bring no goal at all, in place of the two before; 0: none."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     prefix_cache: bool = True
     """Let workers keep the KV of prompts for others that begin alike, within a tenant."""
     policy: str = "baton"
@@ -238,6 +244,10 @@ class DeploymentConfig:
     """TTFT goal of requests that bring none; 0: best effort."""
     gap_s: float = 0.0
     """Token gap goal of requests that bring none; 0: best effort."""
+    deadline_s: float = 0.0
+    """Goal for the whole answer of requests that bring no goal at all, in place of the two before; 0: none."""
+    tenants: str = ""
+    """Weights of tenants, NAME=WEIGHT with commas between; others weigh 1."""
     timeout_s: float = 600.0
     """Longest life of a request whose call has no deadline."""
     prefix_cache: bool = True
@@ -279,7 +289,8 @@ class DeploymentConfig:
             raise bad("http", "in 0..65535, or -1 for none")
         if self.threads < 0:
             raise bad("threads", "at least 0")
-        for field in ("max_queue_s", "ttft_s", "gap_s"):
+        weights(self.tenants)
+        for field in ("max_queue_s", "ttft_s", "gap_s", "deadline_s"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise bad(field, "a finite time of at least 0")
         if not 0 <= self.profile_s < math.inf:
@@ -335,6 +346,21 @@ def nbytes(text: str, setting: str = "kv_memory", least: int = 1) -> int:
     if value < least:
         raise SetupError(f"{setting}: got {text!r}, want bytes such as 64M or 2G")
     return value
+
+
+def weights(text: str) -> tuple[tuple[str, float], ...]:
+    """Tenants and weights from "a=2,b=0.5"; raises SetupError on anything else, and on a weight that is not above 0."""
+    found: dict[str, float] = {}
+    for each in text.split(",") if text.strip() else ():
+        name, _, weight = each.strip().rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not name or name in found or not 0 < value < math.inf:
+            raise SetupError(f"tenants: got {each.strip()!r}, want NAME=WEIGHT, each name once, weights above 0")
+        found[name] = value
+    return tuple(found.items())
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:

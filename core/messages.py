@@ -34,6 +34,8 @@ class Offer:
     """Chained 64-bit hashes of the prompt's full pages, first page first; empty if the gateway has none."""
     prefix_page_tokens: int = 0
     """As in `Request`."""
+    batch: bool = False
+    """Only if there is time that nobody else wants."""
 
 
 @quick_init

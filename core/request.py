@@ -10,6 +10,17 @@ from core.sampling import Sampling
 from core.worker import Identity
 
 
+class Kind(StrEnum):
+    """Classes of requests, by what was promised."""
+
+    LATENCY = "latency"
+    """Something about the first token and the gaps, or nothing; it never waits for those of the batch class."""
+    DEADLINE = "deadline"
+    """The whole answer by a time; the first token and the gaps follow from it (`scheduler/budgets.py`)."""
+    BATCH = "batch"
+    """Nothing: it is computed in the time and the memory that all others leave."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slo:
     """What a request's client was promised; 0 means no promise."""
@@ -18,6 +29,17 @@ class Slo:
     """Time to first token."""
     gap_s: float = 0.0
     """Tail of the gaps between tokens; a decode policy that is given a cost model keeps its batches below it."""
+    deadline_s: float = 0.0
+    """The whole answer, from the request's arrival; on its way through workers, from when it was placed there."""
+    batch: bool = False
+    """It fills what others leave; whoever says so is promised nothing else."""
+
+    @property
+    def kind(self) -> Kind:
+        """Its class."""
+        if self.batch:
+            return Kind.BATCH
+        return Kind.DEADLINE if self.deadline_s else Kind.LATENCY
 
 
 @quick_init

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
-from core.config import GatewayConfig
+from core.config import GatewayConfig, weights
 from core.constraint import Constraint
 from core.errors import RequestError, SetupError
 from core.request import Phase, Request, Stage
@@ -145,7 +145,7 @@ class Gateway:
             context=facts.context,
         )
         self._driver = Driver(bug, check=config.check)
-        chosen = policies.live(config.policy)
+        chosen = policies.live(config.policy).weighing(weights(config.tenants))
         waits = replace(chosen.router_config, max_queue_s=config.max_queue_s)
         pattern = replace(chosen, router_config=waits).router(me, None, mixed_alone=chosen.colocated)
         self._router = Groups(pattern, [group.name for group in config.group] or [""])

@@ -168,10 +168,7 @@ class Intake:
                     f"prompt_logprobs: got {sampling.prompt_logprobs}, want {want} for {len(prompt)} tokens",
                 )
         timeout_s = self._config.timeout_s if remaining_s is None else min(remaining_s, self._config.timeout_s)
-        slo = self._goals(asked)
-        for field, goal_s in (("ttft_s", slo.ttft_s), ("gap_s", slo.gap_s)):
-            if not 0 <= goal_s < math.inf:
-                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
+        slo = self._slo(wire.slo_from(asked.slo), asked.hints.group)
         name = asked.request_id or f"req-{secrets.token_hex(8)}"
         hints = asked.hints
         for field in ("session", "tenant", "group", "tool"):
@@ -184,12 +181,22 @@ class Intake:
         request = Request(name, prompt, sampling, timeout_s, slo, known, 0, prefix, page_tokens if prefix else 0)
         return request, stops
 
-    def _goals(self, asked: inference_pb2.GenerateRequest) -> Slo:
-        """What the request brings, else its group's, else the deployment's."""
-        config, ttft_s, gap_s = self._config, asked.slo.ttft_s, asked.slo.gap_s
-        own = next((group for group in config.group if group.name == asked.hints.group), None)
+    def _slo(self, asked: Slo, group: str) -> Slo:
+        """What a client asked for, else what its group or the deployment promises; a class is chosen by its field."""
+        for field in ("ttft_s", "gap_s", "deadline_s"):
+            goal_s = getattr(asked, field)
+            if not 0 <= goal_s < math.inf:
+                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want a finite time of at least 0")
+            if goal_s and asked.batch:
+                raise RequestError("INVALID_ARGUMENT", f"slo.{field}: got {goal_s}, want 0 with slo.batch")
+        if asked.batch or asked.deadline_s:
+            return asked
+        config, ttft_s, gap_s = self._config, asked.ttft_s, asked.gap_s
+        own = next((each for each in config.group if each.name == group), None)
         if own is not None:
             ttft_s, gap_s = ttft_s or own.ttft_s, gap_s or own.gap_s
+        if config.deadline_s and not (ttft_s or gap_s):
+            return Slo(deadline_s=config.deadline_s)
         return Slo(ttft_s or config.ttft_s, gap_s or config.gap_s)
 
     def constraint(self, asked: inference_pb2.GenerateRequest) -> Constraint | None:

@@ -226,7 +226,7 @@ def frames(message: m.Message) -> list[Frame]:
         return [Frame(freeness=worker_pb2.Freeness(worker=str(message.worker), steps=message.steps))]
     ticket = _ticket(message.ticket)
     match message:
-        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix, named):
+        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix, named, batch):
             offer = worker_pb2.Offer(
                 ticket=ticket,
                 prompt_tokens=prompt_tokens,
@@ -235,6 +235,7 @@ def frames(message: m.Message) -> list[Frame]:
                 hints=_hints(hints),
                 prefix=prefix,
                 prefix_page_tokens=named,
+                batch=batch,
             )
             return [Frame(offer=offer)]
         case m.Accept(_, cached_tokens, wait_s):
@@ -355,6 +356,7 @@ class Reader:
                     _hints_from(offer.hints),
                     tuple(offer.prefix),
                     offer.prefix_page_tokens,
+                    offer.batch,
                 )
             case "accept":
                 return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)
@@ -515,6 +517,15 @@ def hints_from(body: common_pb2.Hints) -> Hints:
     return _hints_from(body)
 
 
+def slo_from(body: common_pb2.Slo) -> Slo:
+    """What a client was promised, or asks for."""
+    return Slo(body.ttft_s, body.gap_s, body.deadline_s, body.batch)
+
+
+def _slo(slo: Slo) -> common_pb2.Slo:
+    return common_pb2.Slo(ttft_s=slo.ttft_s, gap_s=slo.gap_s, deadline_s=slo.deadline_s, batch=slo.batch)
+
+
 def _ticket(ticket: Ticket) -> worker_pb2.Ticket:
     return worker_pb2.Ticket(
         minter=str(ticket.minter),
@@ -616,7 +627,7 @@ def _meta(request: Request) -> worker_pb2.RequestMeta:
             constraint=_constraint(sampling.constraint),
         ),
         timeout_s=request.timeout_s,
-        slo=common_pb2.Slo(ttft_s=request.slo.ttft_s, gap_s=request.slo.gap_s),
+        slo=_slo(request.slo),
         hints=_hints(request.hints),
         generated=request.generated,
         prefix=request.prefix,
@@ -660,7 +671,7 @@ def _request(meta: worker_pb2.RequestMeta, prompt: tuple[int, ...]) -> Request:
         prompt_logprobs=s.prompt_logprobs if s.HasField("prompt_logprobs") else None,
         constraint=_constraint_from(s.constraint) if s.HasField("constraint") else None,
     )
-    slo = Slo(meta.slo.ttft_s, meta.slo.gap_s)
+    slo = slo_from(meta.slo)
     hints = _hints_from(meta.hints)
     prefix, named = tuple(meta.prefix), meta.prefix_page_tokens
     return Request(meta.id, prompt, sampling, meta.timeout_s, slo, hints, meta.generated, prefix, named, meta.alone)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from core.messages import Answer, Finished, Reject
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
-from scheduler.placement import Load, Need
+from scheduler.placement import Load, Need, Post
 from scheduler.poison import Presence
 
 
@@ -73,6 +73,10 @@ class Flight:
     """When it is refused, if it was not begun and waits for workers to come."""
     called: bool = False
     """Its offer is the answer to such a word."""
+    charged: int = 0
+    """Tokens that its tenant was charged for an offer that nobody has accepted yet."""
+    lent: Post | None = None
+    """The prefill worker whose idle time it takes, until its prompt is computed."""
     load: Load | None = None
     """While a worker has it."""
     placements: int = 0

@@ -228,7 +228,8 @@ class Leave:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take a sequence out of the engine, but keep its tokens: its KV is lost, and it will join again."""
+    """Take a sequence out of the engine, but keep its tokens: it will join again, computed anew if its `Join` says so,
+    else with the KV that has stayed in its pages."""
 
     key: str
 

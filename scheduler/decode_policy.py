@@ -17,6 +17,12 @@ recompute). Nothing is promised to anybody while a retired row waits. The oldest
 retired, and the oldest that runs only for an older one that is to join: so there always is one that takes part in every
 order until its end, and no livelock.
 
+Those of the batch class (`Slo.batch`) have what others leave. They are promised memory when nobody else waits for any,
+while all claims stay below `batch_share` of it and all rows within the most that a step may have and the gaps that were
+promised. Their rows join when nobody else waits to, and a row that is to join has the newest of them stop, which keeps
+its pages and goes on later. If memory is short they are the first to give it back, newest first: their gateways place
+them again, with the tokens so far.
+
 Who is to be alone in its steps (`Request.alone`) is in no batch. It is promised all the memory that it may need, so
 that nothing is ever taken from it, and its orders and the batch's take turns of `TURN_STEPS` steps, the oldest such
 request first: neither waits longer for the other.
@@ -39,6 +45,7 @@ from core.pages import Owner, Pages
 from core.request import Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity
+from scheduler.budgets import gap_left
 from scheduler.cost import CostModel, Repriced
 from scheduler.decode_events import (
     Answer,
@@ -149,6 +156,8 @@ class DecodeConfig:
     """The step's time is taken to be as long as this share of the cost model's own errors allow."""
     host_pages: int = 0
     """Pages of host memory to swap to; 0: rows are always computed again."""
+    batch_share: float = 0.8
+    """Share of the memory up to which requests of the batch class are promised some."""
     host_lane: str = "host"
     """Name of the cost model's lane to host memory and back."""
     pins: PinConfig = field(default=PinConfig())
@@ -197,6 +206,20 @@ class DecodePolicy:
         """In order of asking; those that do not wait any more are dropped when they come first."""
         self._joiners: deque[Row] = deque()
         """In order of arrival, those that were retired before all others; likewise."""
+        self._lane: deque[Guest] = deque()
+        """Of the batch class, as `_waiting`."""
+        self._idlers: deque[Row] = deque()
+        """Of the batch class, as `_joiners`; first those that stopped last."""
+        self._lent: dict[str, Row] = {}
+        """Running rows of the batch class, in order of joining."""
+        self._lent_rows = 0
+        """Of all of the batch class that were promised memory,"""
+        self._lent_tokens = 0
+        """and what they will attend to on average."""
+        self._wanted = False
+        """Somebody waits for memory that those of the batch class have."""
+        self._now = 0.0
+        """Of the last decision point."""
         self._fresh: list[Row] = []
         """Of the batch, those that no order has named yet."""
         self._retired: list[Row] = []
@@ -243,6 +266,10 @@ class DecodePolicy:
         """Rows that went to host memory."""
         self.recomputed_tokens = 0
         """Positions computed again."""
+        self.stopped = 0
+        """Times that a row of the batch class stopped for others."""
+        self.yielded = 0
+        """Requests of the batch class that gave their memory to others."""
 
     @property
     def admission(self) -> Admission:
@@ -273,7 +300,8 @@ class DecodePolicy:
 
     def standing(self) -> list[Standing]:
         """Of every request that waits for memory or KV, and every row."""
-        line = {guest.key: place for place, guest in enumerate(g for g in self._waiting if self._waits(g))}
+        both = (*self._waiting, *self._lane)
+        line = {guest.key: place for place, guest in enumerate(g for g in both if self._waits(g))}
         standing = []
         for guest in self._guests.values():
             key, request = guest.ticket.key, guest.request
@@ -338,7 +366,7 @@ class DecodePolicy:
                     commands += self._cancel(guest, "its gateway was lost", now)
             case Drain():
                 self.draining = True
-                for guest in [guest for guest in self._waiting if self._waits(guest)]:
+                for guest in [guest for guest in (*self._waiting, *self._lane) if self._waits(guest)]:
                     commands.append(Answer(guest.key, False, "draining"))
                     self._forget(guest)
             case PeerCame() | PeerGone() | Freeness() | MoveAsked() | MoveEnded():
@@ -401,9 +429,11 @@ class DecodePolicy:
             guest.alone = True
             guest.pages = self._shape.pages_for(prompt + request.sampling.max_tokens)
         self._guests[key] = guest
-        self._waiting.append(guest)
+        guest.batch = request.slo.batch
+        line = self._lane if guest.batch else self._waiting
+        line.append(guest)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
-        self._retest = self._retest or len(self._waiting) == 1
+        self._retest = self._retest or len(line) == 1
         return []
 
     def _unwilling(self, placed: Ticket, need: int) -> str | None:
@@ -434,6 +464,13 @@ class DecodePolicy:
                 fits = guest.pages <= memory.free and memory.fits(claim, self._decided)
                 if not fits and self._yield_pins(1):
                     continue
+                if not fits and self._lent_rows and not self._wanted:
+                    if (gone := self._give_way(now)) is not None:
+                        commands += gone
+                        self._foresee()
+                        memory.set_aside()
+                        continue
+                    self._wanted = self._running
                 if not fits or not self._crowd.allows(gap_s, tokens, rows):
                     self._short = memory.total, now
                     break
@@ -443,6 +480,69 @@ class DecodePolicy:
                 self._crowd.add(gap_s, tokens, rows)
                 commands.append(Answer(guest.key, True))
             waiting.popleft()
+        if self._lane and self._short is None:
+            commands += self._lend()
+        return commands
+
+    # The batch class.
+    def _lend(self) -> list[DecodeCommand]:
+        """Promise memory that nobody else waits for, in order of asking."""
+        commands: list[DecodeCommand] = []
+        memory, lane = self._memory, self._lane
+        while lane:
+            guest = lane[0]
+            if not guest.cancelled:
+                claim, rows = self._claim_of(guest), guest.request.sampling.n
+                tokens = rows * (len(guest.request.prompt) + claim.left // 2)
+                room = int(self._config.batch_share * memory.total)
+                alone = len(self._guests) == 1  # what does not fit into its share runs when nobody else is here
+                fits = guest.pages <= memory.free and (
+                    memory.fits(claim, self._decided)
+                    if alone
+                    else memory.own + guest.pages <= room and self._admission.fits(claim, room, self._decided)
+                )
+                lent_rows, lent_tokens = self._lent_rows + rows, self._lent_tokens + tokens
+                crowded = self._crowd.rows + lent_rows > self._config.max_rows and not alone
+                if not fits or crowded or not self._crowd.allows(0.0, lent_tokens, lent_rows):
+                    break
+                self._admission.add(claim)
+                memory.promise(guest.key, guest.pages)
+                guest.state, guest.tokens = State.PROMISED, tokens
+                self._lent_rows, self._lent_tokens = lent_rows, lent_tokens
+                commands.append(Answer(guest.key, True))
+            lane.popleft()
+        return commands
+
+    def _give_way(self, now: float) -> list[DecodeCommand] | None:
+        """Take the memory of the newest of the batch class whose KV is here; None if nobody's can be had now."""
+        if self._running:
+            return None
+        for guest in reversed(self._guests.values()):
+            if guest.batch and guest.rows and not guest.cancelled and not guest.alone:
+                row = max(guest.rows.values(), key=lambda row: row.generated(self._batch.step))
+                failed = Failed(guest.ticket, "ABORTED", "it gave its memory to others", self._stages(row, now))
+                guest.cancelled = True
+                self.yielded += 1
+                commands: list[DecodeCommand] = [Tell(failed)]
+                return commands + self._end_all(guest, now)
+        return None
+
+    def _stop_idler(self) -> list[DecodeCommand] | None:
+        """The newest running row of the batch class stops, and keeps its pages; None if there is none."""
+        if not self._lent:
+            return None
+        row = self._lent[next(reversed(self._lent))]
+        commands = self._stays(row, "others are to join")
+        self._memory.trim(row, self._batch.step)
+        row.generated_then = row.generated(self._batch.step)
+        self._leave_batch(row)
+        self._admission.remove(row.key)
+        self._admission.add(self._claim(row))
+        row.place = Place.JOINING
+        self._idlers.appendleft(row)
+        self.stopped += 1
+        if row.known:
+            commands.append(Evict(row.key))
         return commands
 
     def _waits_for(self, guest: Guest, place: int | None) -> str:
@@ -531,13 +631,13 @@ class DecodePolicy:
         """This is a decision point: forecast, make room, let rows join, find the horizon, promise, run."""
         batch, memory = self._batch, self._memory
         self._decided = batch.step
-        self._retest = True
+        self._retest, self._wanted, self._now = True, False, now
         commands = self._make_room()
         self._next_pages = batch.needed(1)
         if self._retired:
             self._foresee()
             commands += self._bring_back(now)
-        if self._join_all(now):
+        if self._join_all(now, commands):
             commands += self._make_room()
         self._foresee()
         commands += self._offers(now)
@@ -568,13 +668,20 @@ class DecodePolicy:
         self._admission.remove(row.key)
         self._admission.add(claim)
         row.end = claim.step + claim.left
+        if row.guest.ends_by:
+            context = self._context(row)
+            self._pace.remove(row.gap_s, context)
+            row.gap_s = gap_left(row.guest.ends_by - self._now, claim.left)
+            self._pace.add(row.gap_s, context)
         self._ties += 1
         heapq.heappush(self._ends, (row.end, self._ties, row))
 
     # What a policy that moves rows adds (scheduler/decode_migrating.py).
     def _would_gain(self) -> bool:
         """Whether something would be decided if the order ended now."""
-        return self._may_join()
+        if not self._lent:
+            return self._may_join()
+        return self._wanted or self._may_join() or (bool(self._joiners) and self._first_joiner() is not None)
 
     def _offers(self, now: float) -> list[DecodeCommand]:
         """At a decision point, when the batch is known."""
@@ -590,16 +697,18 @@ class DecodePolicy:
 
     def _first_joiner(self) -> Row | None:
         joiners = self._joiners
+        if not joiners:
+            return None
         while joiners and joiners[0].place is not Place.JOINING:
             joiners.popleft()
         return joiners[0] if joiners else None
 
     def _may_join(self) -> bool:
-        """Whether the first joiner would join if the order ended now."""
+        """Whether the first joiner would join if the order ended now; without one, the first of the batch class."""
         rows = self._batch.rows
-        if not self._joiners or len(rows) >= self._config.max_rows:
+        if not (self._joiners or self._idlers) or len(rows) >= self._config.max_rows:
             return False
-        row = self._first_joiner()
+        row = self._first_joiner() or self._first_idler()
         if row is None:
             return False
         if not rows:
@@ -612,15 +721,26 @@ class DecodePolicy:
     def _paced(self, row: Row) -> bool:
         """Whether all gaps stay as promised with a row more in the batch."""
         context = len(row.request.prompt) + row.generated_then - self._decided
-        return self._pace.allows(row.request.slo.gap_s, context, 1, self._decided)
+        return self._pace.allows(row.gap_s, context, 1, self._decided)
 
-    def _join_all(self, now: float) -> bool:
-        """Who can, joins; whether anybody did."""
+    def _first_idler(self) -> Row | None:
+        idlers = self._idlers
+        while idlers and idlers[0].place is not Place.JOINING:
+            idlers.popleft()
+        return idlers[0] if idlers else None
+
+    def _join_all(self, now: float, commands: list[DecodeCommand]) -> bool:
+        """Who can, joins; whether anybody did. Rows of the batch class stop for others."""
         joined = False
-        while self._may_join():
-            self._enter(self._joiners.popleft(), now)
-            joined = True
-        return joined
+        while True:
+            if self._may_join():
+                self._enter(self._joiners.popleft() if self._joiners else self._idlers.popleft(), now)
+                joined = True
+                continue
+            stopped = self._stop_idler() if self._lent and self._first_joiner() is not None else None
+            if stopped is None:
+                return joined
+            commands += stopped
 
     def _enter(self, row: Row, now: float) -> None:
         """A row joins the batch; the next order names it."""
@@ -629,7 +749,9 @@ class DecodePolicy:
         if not row.known:
             row.joined_at = now
         batch.add(row)
-        self._pace.add(row.request.slo.gap_s, self._context(row))
+        if row.guest.batch:
+            self._lent[row.key] = row
+        self._pace.add(row.gap_s, self._context(row))
         self._next_pages += batch.need(row, batch.step + 1)
         self._expect(row)
         self._fresh.append(row)
@@ -686,6 +808,9 @@ class DecodePolicy:
         batch = self._batch
         while batch.rows and (short := batch.needed(1) - self._memory.room - self._coming) > 0:
             if self._yield_pins(short):
+                continue
+            if self._lent_rows and (gone := self._give_way(self._now)) is not None:
+                commands += gone
                 continue
             revoked = self._revoke(short)
             victim = None if revoked else self._victim()
@@ -843,6 +968,8 @@ class DecodePolicy:
             self._coming -= guest.pages
         request = guest.request
         guest.state, guest.arrived_at, guest.stages = State.JOINING, now, event.stages
+        if request.slo.deadline_s:
+            guest.ends_by = now + max(0.0, request.slo.deadline_s - request.slo.ttft_s)
         if guest.shares:
             self._admission.remove(key)
             self._admission.add(Claim(key, 0, self._decided, 1, 0, guest.pages))
@@ -862,7 +989,7 @@ class DecodePolicy:
                 row.place = Place.ALONE
                 self._alone.append(row)
                 return self._end_all(guest, now) if guest.cancelled else []
-        self._joiners.extend(guest.rows.values())
+        (self._idlers if guest.batch else self._joiners).extend(guest.rows.values())
         return self._end_all(guest, now) if guest.cancelled else []
 
     def _withdrawn(self, event: Withdrawn) -> list[DecodeCommand]:
@@ -991,7 +1118,11 @@ class DecodePolicy:
         """Also frees what was promised, or what its rows shared."""
         del self._guests[guest.key]
         if guest.state is not State.WAITING:
-            self._crowd.remove(guest.request.slo.gap_s, guest.tokens, guest.request.sampling.n)
+            if guest.batch:
+                self._lent_rows -= guest.request.sampling.n
+                self._lent_tokens -= guest.tokens
+            else:
+                self._crowd.remove(guest.request.slo.gap_s, guest.tokens, guest.request.sampling.n)
         if guest.state is State.PROMISED or (guest.state is State.JOINING and guest.shares and guest.pages):
             self._memory.release(guest.key, guest.pages)
             self._admission.remove(guest.key)
@@ -1001,7 +1132,9 @@ class DecodePolicy:
 
     def _leave_batch(self, row: Row) -> None:
         self._batch.remove(row)
-        self._pace.remove(row.request.slo.gap_s, self._context(row))
+        self._pace.remove(row.gap_s, self._context(row))
+        if row.guest.batch:
+            del self._lent[row.key]
         if row in self._fresh:
             self._fresh.remove(row)
 
@@ -1044,7 +1177,7 @@ class DecodePolicy:
         assert not self._running or batch.rows or self._solo is not None
         assert self._solo is None or (self._running and self._solo in self._alone)
         assert self._decided <= batch.step <= self._memory.horizon
-        joiners = [row for row in self._joiners if row.place is Place.JOINING]
+        joiners = [row for row in (*self._joiners, *self._idlers) if row.place is Place.JOINING]
         assert len(joiners) == len(set(joiners))
         rows = [row for guest in self._guests.values() for row in guest.rows.values()]
         at = {place: [row for row in rows if row.place is place] for place in Place}
@@ -1057,7 +1190,12 @@ class DecodePolicy:
         assert self._returning == len(at[Place.RETURNING])
         assert self.host_pages == sum(row.away for row in rows)
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
-        due, waiting = {entry[2] for entry in self._deadlines}, set(self._waiting)
+        due, waiting = {entry[2] for entry in self._deadlines}, {*self._waiting, *self._lane}
+        assert set(self._lent.values()) == {row for row in at[Place.RUNNING] if row.guest.batch}
+        assert not any(guest.batch for guest in self._waiting)
+        assert all(guest.batch for guest in self._lane)
+        assert not any(row.guest.batch for row in self._retired), "idle memory was kept"
+        lent = 0
         for key, guest in self._guests.items():
             assert key == guest.key == (guest.ticket if guest.moving is None else guest.moving.ticket).key
             assert (guest.state is State.JOINING) == bool(guest.rows)
@@ -1066,7 +1204,8 @@ class DecodePolicy:
             if guest.state is State.WAITING:
                 assert guest.cancelled or guest in waiting
             else:
-                crowd += guest.request.sampling.n
+                crowd += guest.request.sampling.n * (not guest.batch)
+                lent += guest.request.sampling.n * guest.batch
                 if guest.state is State.PROMISED or guest.shares:
                     own += guest.pages
                 coming += guest.pages * guest.revoked
@@ -1075,6 +1214,7 @@ class DecodePolicy:
             assert row.bound == (0 if row.place is Place.EVICTED else self._ledger.count(row.key))
             assert row.place is not Place.EVICTED or row.guest.shares or not self._ledger.count(row.key)
             own += row.bound
+        assert lent == self._lent_rows
         assert (own, coming, crowd) == (self._memory.own, self._coming, self._crowd.rows)
         assert self._pace.rows == len(batch)
 

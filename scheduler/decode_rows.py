@@ -61,6 +61,7 @@ class Row:
         "carried",
         "end",
         "first",
+        "gap_s",
         "generated_then",
         "guest",
         "joined_at",
@@ -91,6 +92,8 @@ class Row:
         self.most = request.sampling.max_tokens
         """Tokens it may have."""
         self.place = Place.JOINING
+        self.gap_s = request.slo.gap_s
+        """Promised, or what a deadline leaves for each of the tokens to come, as of its last forecast."""
         self.cancelled = False
         self.known = False
         """Who runs the engine has heard of it."""
@@ -157,6 +160,10 @@ class Guest:
     """It comes, or came, from another decode worker: its key is that offer's, its ticket the gateway's."""
     moves: int = 0
     """Of this attempt so far."""
+    batch: bool = False
+    """Of the batch class: it has what others leave, and gives it back."""
+    ends_by: float = 0.0
+    """When its last token is wanted, if it has a deadline; from the arrival of its KV on."""
     alone: bool = False
     """No order has its row and another: its pages, promised at once, are those of its longest text."""
     rows: dict[int, Row] = field(default_factory=dict)

@@ -52,6 +52,8 @@ class Post:
     """KV that these may come to."""
     free: int = 0
     """New tokens of the largest offer that it said it may accept now; 0 once it has refused one since."""
+    lent: int = 0
+    """Prompt tokens of the batch class that it was sent and has not computed yet."""
     gone: bool = False
     lane: Lane = Lane.ANY
 

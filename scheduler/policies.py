@@ -90,6 +90,11 @@ class Policy:
         mixed = replace(self.mixed_config, budget_tokens=budget, max_rows=max_rows, max_steps=max_steps)
         return replace(self, prefill_config=prefill, decode_config=decode, mixed_config=mixed)
 
+    def weighing(self, weights: tuple[tuple[str, float], ...]) -> Policy:
+        """The same with tenants of these weights."""
+        router, prefill = replace(self.router_config, weights=weights), replace(self.prefill_config, weights=weights)
+        return replace(self, router_config=router, prefill_config=prefill)
+
     def router(self, me: Identity, cost: CostModel | None, *, mixed_alone: bool = False) -> Router:
         """A gateway's. `cost`: of a worker that does not tell its own; `mixed_alone` as in `RouterConfig`."""
         return Router(me, replace(self.router_config, mixed_alone=mixed_alone), self.placement(cost))

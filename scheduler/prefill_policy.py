@@ -8,6 +8,12 @@ when it would be accepted. A long step can be suspended for an urgent request an
 Who is to be alone in its steps (`Request.alone`) is no order's business: once its prompt is here it leaves the order,
 and its chunks, a step each, and the order's steps take turns. So neither waits for more than one step of the other's,
 but for memory: what such a request lacks of this worker's when its turn comes, nobody else who starts takes before it.
+
+Those of the batch class (`Slo.batch`) are none of its business either. They run when the order has nothing to run, in
+steps of their own, which are short because they are not suspended: whoever comes waits for the rest of one at most. They
+start when their sink has promised its memory and there is memory here, so that they never hold some while they wait.
+How much of the wait that an offer allows may be filled before it is accepted depends on its tenant's share of the line
+(`scheduler/fair.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from core.request import Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity, Lane
 from scheduler.cost import Repriced
+from scheduler.fair import Shares
 from scheduler.fcfs import Fcfs
 from scheduler.order import Job, Order, Take
 from scheduler.prefill_events import (
@@ -124,6 +131,10 @@ class _Held:
     first_at: float = 0.0
     """When it was to have its first token, as predicted when it was accepted."""
     priority: int = 0
+    batch: bool = False
+    """It runs when nobody else does."""
+    lined: int = 0
+    """New tokens, until they are computed."""
     fetched: dict[str, str] | None = None
     """What it took to fetch pages for it, if that was tried."""
     fetched_at: float = 0.0
@@ -141,6 +152,9 @@ class _Step:
     takes: list[Take]
     alone: bool = False
     """It is no step of the order's."""
+    batch: bool = False
+    """Nor is it, being of the batch class."""
+    began_at: float = 0.0
     suspending: bool = False
     """It was asked to stop."""
     immune: bool = False
@@ -163,6 +177,17 @@ class PrefillConfig:
     """Accepted requests, until their KV is handed over, may need this multiple of the arena; 1: only what fits now."""
     preempt: bool = False
     """A running step may be suspended, if the order wants that; the engine must be able to."""
+    batch_tokens: int = 512
+    """Most tokens in one engine step of the batch class: whoever comes waits for it."""
+    batch_queue_tokens: int = 16384
+    """New tokens of the batch class that are accepted before they are computed; the first is, however large."""
+    batch_ahead: int = 4
+    """Of the batch class, requests that have not begun and whose sinks are asked."""
+    spare: float = 0.3
+    """Share of the wait that an offer allows which the whole line may take for a tenant above its share to be accepted;
+    infinite: all tenants are treated alike."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of tenants, by name; those that are not named weigh 1."""
 
 
 def holder(key: str) -> str:
@@ -208,6 +233,17 @@ class PrefillPolicy:
         """Those with prompts left to compute that share no step, in order of these."""
         self._after_alone = False
         """The last step was such a one's: it is the order's turn."""
+        self._batch: dict[str, _Held] = {}
+        """Of the batch class, those with prompts left to compute, in order of these."""
+        self._batch_new = 0
+        """New tokens of the batch class that were accepted and are not computed."""
+        self._batch_s = 0.0
+        """What its longest of late steps took, less and less."""
+        self._shares = Shares(dict(config.weights))
+        self._line = 0
+        """New tokens of all others that were accepted and are not computed."""
+        self._speed = 0.0
+        """Tokens a second of full steps; measured."""
         self._planned_at = -math.inf
         self._blocked: list[_Held] = []
         """Those that the order wanted to start when it was last asked, and that could not."""
@@ -229,7 +265,10 @@ class PrefillPolicy:
         """Time until the first token of a request that comes now; with the default order 0 before a full step."""
         running = self._running
         suspendable = self._config.preempt and running is not None and self._suspended is None and not running.immune
-        return self._order.wait_s(new, cached, now, wanted_s, suspendable)
+        wait_s = self._order.wait_s(new, cached, now, wanted_s, suspendable)
+        if running is not None and running.batch:
+            wait_s += max(0.0, running.began_at + self._batch_s - now)
+        return wait_s
 
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
@@ -241,7 +280,7 @@ class PrefillPolicy:
                 if held is None:
                     self.ignored += 1
                     return [Answer(Failed(event.ticket, "ABORTED", "the offer has lapsed"))]
-                if not event.holdings or not self._fetch(held, event.holdings, now, commands):
+                if held.batch or not event.holdings or not self._fetch(held, event.holdings, now, commands):
                     self._line_up(held, now)
             case ChunkDone():
                 commands += self._chunk_done(event, now)
@@ -249,7 +288,7 @@ class PrefillPolicy:
                 held = self._known(event.key)
                 if held is not None:
                     self._set_grant(held, Grant.GIVEN)
-                    if held.state is State.QUEUED and held.key not in self._alone:
+                    if held.state is State.QUEUED and held.key not in self._alone and not held.batch:
                         self._order.granted(held.key)
             case HandOffOver():
                 commands += self._hand_off_over(event, now)
@@ -340,8 +379,19 @@ class PrefillPolicy:
             assert held is self._requests[key], "one that was alone is gone"
             assert held.state in (State.QUEUED, State.RUNNING)
             assert held.cancelled is None
+        for key, held in self._batch.items():
+            assert held is self._requests[key], "one of the batch class is gone"
+            assert held.batch
+            assert held.state in (State.QUEUED, State.RUNNING)
+            assert held.cancelled is None
+        self._shares.check()
+        lined = [held for held in self._requests.values() if held.lined]
+        assert all(held.cancelled is None and held.state is not State.HANDING_OFF for held in lined)
+        assert self._batch_new == sum(held.lined for held in lined if held.batch)
+        assert self._line == sum(held.lined for held in lined if not held.batch)
         for step in steps:
             requests = [self._requests[span.key].request for span in step.spans]
+            assert step.batch == any(self._requests[span.key].batch for span in step.spans) or step.alone
             assert step.alone == any(each is not None and each.alone for each in requests)
             assert len(step.spans) == 1 or not step.alone, "one that is to be alone is not"
 
@@ -368,25 +418,45 @@ class PrefillPolicy:
         prefix = self._shape.names(offer.prefix, offer.prefix_page_tokens)
         known = prefix[: (prompt - 1) // self._shape.page_tokens]
         cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
-        wait_s, again_s = self._outlook(now, prompt - cached, cached, offer.wait_s)
-        if again_s > 0:
-            self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
-            why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
-            if wait_s <= offer.wait_s:
-                why += f", but there is no time to spare for {again_s:.2f} s"
-            return Answer(Reject(ticket, why, wait_s, again_s))
+        new, name = prompt - cached, ""
+        if offer.batch:
+            wait_s = 0.0
+            if self._batch_new and self._batch_new + new > self._config.batch_queue_tokens:
+                return Answer(Reject(ticket, f"{self._batch_new} tokens of the batch class wait"))
+        else:
+            name, above = self._shares.offer(offer.hints.tenant, now)
+            wait_s, again_s = self._outlook(now, new, cached, offer.wait_s)
+            if above and wait_s <= offer.wait_s and self._line and self._speed:
+                line_s, allowed_s = (self._line + new) / self._speed, self._config.spare * offer.wait_s
+                if line_s > allowed_s:
+                    self._refusals.add(ticket.minter, new, allowed_s, now, offer.wait_s)
+                    why = f"a line of {line_s:.2f} s, {allowed_s:.2f} s of it for tenants above their share"
+                    return Answer(Reject(ticket, why, max(0.0, line_s - allowed_s)))
+            if again_s > 0:
+                self._refusals.add(ticket.minter, new, offer.wait_s, now)
+                why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
+                if wait_s <= offer.wait_s:
+                    why += f", but there is no time to spare for {again_s:.2f} s"
+                return Answer(Reject(ticket, why, wait_s, again_s))
         if self._pages + pages > self._config.accept_share * self._capacity:
-            self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
+            if not offer.batch:
+                self._refusals.add(ticket.minter, new, offer.wait_s, now)
             return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
         wanted_by, priority = now + offer.wait_s, offer.hints.priority
         prefix = prefix[: prompt // self._shape.page_tokens]
         held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
         held.accepted_at, held.wanted_by, held.first_at, held.priority = now, wanted_by, now + wait_s, priority
+        held.batch, held.lined = offer.batch, new
         self._requests[key] = held
         self._counts[State.OFFERED] += 1
         self._pages += pages
         self._until.put(key, held.until)
-        self._order.expect(Job(key, prompt - cached, cached, now, wanted_by, 0, priority), now)
+        if offer.batch:
+            self._batch_new += new
+        else:
+            self._line += new
+            self._shares.add(name, new, now)
+            self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
     def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
@@ -415,6 +485,8 @@ class PrefillPolicy:
         if held.request.alone:
             self._order.drop(held.key)
             self._alone[held.key] = held
+        elif held.batch:
+            self._batch[held.key] = held
         else:
             self._order.ready(held.key, now)
             if self._asks_nobody(held):
@@ -475,12 +547,16 @@ class PrefillPolicy:
             self._after_alone = False
             takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
             if takes:
-                commands.append(self._run(takes))
+                commands.append(self._run(takes, now))
                 return commands
             if paused is not None:
                 return commands + self._resume(paused, now)
             if self._alone and (run := self._run_alone(now, commands)) is not None:
                 return [*commands, run]
+            if self._batch and (run := self._run_batch(now, commands)) is not None:
+                commands.append(run)
+        if self._batch and (self._running is None or self._running.batch):
+            self._ask_ahead(commands)
         if self._moved:
             self._moved = False
             upcoming = self._order.upcoming(now)
@@ -519,7 +595,55 @@ class PrefillPolicy:
         if not held.begun and self._start(held.key, now, commands) is None:
             return None
         self._after_alone = True
-        return self._run([(held.key, min(held.prompt_tokens - held.done, self._config.chunk_tokens))], alone=True)
+        return self._run([(held.key, min(held.prompt_tokens - held.done, self._config.chunk_tokens))], now, alone=True)
+
+    def _run_batch(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
+        """A step of those of the batch class that have begun, and of those next in line that have all they need."""
+        window = self._order.deadline()
+        if window is not None and now < window < now + self._batch_s:
+            return None
+        takes: list[Take] = []
+        room, unasked = min(self._config.batch_tokens, self._config.chunk_tokens), 0
+        for held in self._batch.values():
+            if not held.begun:
+                if held.grant is not Grant.GIVEN and not self._asks_nobody(held):
+                    unasked += 1
+                    if unasked >= self._config.batch_ahead:
+                        break
+                    continue
+                if self._start(held.key, now, commands) is None:
+                    break
+            takes.append((held.key, min(room, held.prompt_tokens - held.done)))
+            room -= takes[-1][1]
+            if not room or len(takes) == self._config.max_rows:
+                break
+        if not takes:
+            return None
+        run = self._run(takes, now)
+        assert self._running is not None
+        self._running.batch = self._running.immune = True
+        return run
+
+    def _ask_ahead(self, commands: list[PrefillCommand]) -> None:
+        """Ask the sinks of those of the batch class that begin next, if only such a one runs."""
+        waiting = 0
+        for held in self._batch.values():
+            if not held.begun:
+                if held.grant is Grant.NOT_ASKED:
+                    commands += self._ask(held)
+                waiting += held.grant is not Grant.GIVEN
+                if waiting >= self._config.batch_ahead:
+                    break
+
+    def _computed(self, held: _Held) -> None:
+        """Nothing is left to compute of its prompt, or it is not wanted."""
+        self._alone.pop(held.key, None)
+        if held.batch:
+            self._batch.pop(held.key, None)
+            self._batch_new -= held.lined
+        else:
+            self._line -= held.lined
+        held.lined = 0
 
     def _gives_way(self, held: _Held, before: _Held) -> bool:
         """Whether one does not start because another could not and lacks memory of this worker, to start or to ask.
@@ -530,7 +654,7 @@ class PrefillPolicy:
             return True
         return before.grant is Grant.NOT_ASKED and held.grant is not Grant.GIVEN
 
-    def _run(self, takes: Sequence[Take], *, alone: bool = False) -> RunChunk:
+    def _run(self, takes: Sequence[Take], now: float, *, alone: bool = False) -> RunChunk:
         spans, total = [], 0
         for key, tokens in takes:
             held = self._requests.get(key)
@@ -542,7 +666,7 @@ class PrefillPolicy:
         if total > self._config.chunk_tokens or len(spans) > self._config.max_rows:
             raise LocalError(f"the order takes {total} tokens in {len(spans)} rows, want no more than the step has")
         self._run_id += 1
-        self._running = _Step(self._run_id, tuple(spans), list(takes), alone, immune=alone)
+        self._running = _Step(self._run_id, tuple(spans), list(takes), alone, immune=alone, began_at=now)
         self._moved = True
         return RunChunk(self._run_id, self._running.spans)
 
@@ -620,8 +744,14 @@ class PrefillPolicy:
     def _chunk_done(self, event: ChunkDone, now: float) -> list[PrefillCommand]:
         step = self._over("chunk done", event.run_id)
         self._eased = True
-        if not step.alone:
+        if step.batch:
+            self._batch_s = max(now - step.began_at, 0.9 * self._batch_s)
+        elif not step.alone:
             self._order.ran(step.takes, now)
+            count = sum([tokens for _, tokens in step.takes])
+            if not step.immune and 2 * count >= self._config.chunk_tokens and now > step.began_at:
+                speed = count / (now - step.began_at)
+                self._speed = 0.8 * self._speed + 0.2 * speed if self._speed else speed
         begun: dict[str, list[Began]] = {}
         for each in event.begun:
             begun.setdefault(each.key, []).append(each)
@@ -644,7 +774,7 @@ class PrefillPolicy:
     def _began(self, held: _Held, begun: list[Began], now: float) -> list[PrefillCommand]:
         """The prompt is complete: some continuations may be over with their first token, the others go on."""
         self._enter(held, State.HANDING_OFF)
-        self._alone.pop(held.key, None)
+        self._computed(held)
         held.computed_at = now
         self._ledger.move(held.holder, Owner.HANDING_OFF)
         held.firsts = tuple([each.first for each in begun if each.finish is None])
@@ -673,7 +803,7 @@ class PrefillPolicy:
                 commands += self._cancel(held, reason)
             else:
                 commands += self._end_if_free(held)
-        if not step.alone:
+        if not (step.alone or step.batch):
             self._order.ran(step.takes, now)
         return commands
 
@@ -739,7 +869,7 @@ class PrefillPolicy:
         held.cancelled = reason
         self._until.drop(held.key)
         self._order.drop(held.key)
-        self._alone.pop(held.key, None)
+        self._computed(held)
         self._eased = self._moved = True
         if held.state is State.FETCHING:
             assert self.fetches is not None
@@ -803,6 +933,8 @@ class PrefillPolicy:
             case State.FETCHING:
                 assert self.fetches is not None
                 return f"pages of its prompt from {self.fetches.source(held.key)}"
+            case State.QUEUED if held.batch and held not in self._blocked:
+                return "time that nobody else wants"
             case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
                 return f"memory: {held.pages} pages, {self._ledger.available} are free"
             case State.QUEUED if held in self._blocked:
@@ -823,6 +955,8 @@ class PrefillPolicy:
         def welcome(new: int, wait_s: float) -> bool:
             pages = self._pages + self._shape.pages_for(new)
             fits = pages <= self._config.accept_share * self._capacity
+            if len(self._shares) > 1 and self._line and self._line + new > wait_s * self._speed > 0:
+                return False  # who was refused may have been above its share
             return fits and self._outlook(now, new, 0, wait_s)[1] == 0
 
         told = self._refusals.told(now, welcome)

@@ -33,14 +33,15 @@ class Refusals:
     def __len__(self) -> int:
         return len(self._of)
 
-    def add(self, gateway: Identity, new: int, wait_s: float, now: float) -> None:
-        """An offer of `new` new tokens was refused, whose first was wanted in `wait_s`."""
-        known = self._of.get(gateway)
+    def add(self, gateway: Identity, new: int, wait_s: float, now: float, wanted_s: float | None = None) -> None:
+        """An offer of `new` new tokens was refused, whose first was wanted in `wait_s`; if it may fill no more of the
+        time in which it is wanted than that, `wanted_s` says in which it is."""
+        known, until = self._of.get(gateway), now + (wait_s if wanted_s is None else wanted_s)
         if known is None or known.until <= now:
-            self._of[gateway] = _Refused(new, new, wait_s, now + wait_s)
+            self._of[gateway] = _Refused(new, new, wait_s, until)
         else:
             known.least, known.most = min(known.least, new), max(known.most, new)
-            known.wait_s, known.until = max(known.wait_s, wait_s), max(known.until, now + wait_s)
+            known.wait_s, known.until = max(known.wait_s, wait_s), max(known.until, until)
 
     def drop(self, gateway: Identity) -> None:
         """It is gone."""

@@ -38,7 +38,10 @@ from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity, Member, ProcessEnded, Role
+from scheduler.budgets import Budgets
 from scheduler.calls import Branch, Call, Flight, Left
+from scheduler.fair import OUTPUT, Parked
+from scheduler.lane import Lane
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
 from scheduler.poison import Loss, Poison, Presence, Suspicion, crashes, raised, suspicion
@@ -56,10 +59,11 @@ from scheduler.router_events import (
     WorkerDown,
     WorkerUp,
 )
-from scheduler.waiting import Waiting
 
 LEFT_S = 1.0
 """News of a sink comes no later than this after a prefill worker said that its KV was not taken there."""
+LATER_S = 60.0
+"""A request of the batch class that found no idle worker within its time may come again after this."""
 REPORT_S = 0.25
 """A request whose tokens are all here waits no longer than this for the stages of what was done."""
 
@@ -94,6 +98,11 @@ class RouterConfig:
     """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
     mixed_alone: bool = False
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of tenants, by name; those that are not named weigh 1. Who waits for room is served by them."""
+    ahead_tokens: int = 8192
+    """Prompt tokens of the batch class that a prefill worker is sent before it has computed them: enough not to be idle
+    for want of a message, and little to lose with it. One request is always sent, however large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,13 @@ class Router:
         """By the key of their last ticket: at rest, everyone has one."""
         self._alarms = Ranked()
         """When each flight needs a look, by the same key."""
-        self._parked = Waiting()
+        self._parked = Parked(dict(config.weights))
+        self._lane = Lane(dict(config.weights))
+        """Of the batch class, those that wait for idle workers; they are among the stranded ones as well."""
+        self._idle = False
+        """There may be an idle worker for one of these."""
+        self._budgets: Budgets | None = None
+        """None as long as no request with a deadline has come."""
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
         self._poison = Poison(config.word_s)
@@ -208,6 +223,8 @@ class Router:
                 commands = []
         while self._freed:
             commands += self._next_suspects(now)
+        if self._idle:
+            commands += self._lend(now)
         if self._roomy:
             roomy, self._roomy = self._roomy, []
             for each in roomy:
@@ -247,11 +264,25 @@ class Router:
             waits = (key in self._parked) + (key in self._stranded)
             assert flight.parked == (flight.phase is Phase.QUEUED) == (flight.load is None) == waits
             assert not flight.called or self._called.get(flight.ticket.source) is flight
+        self._parked.check()
+        self._lane.check()
+        lent: dict[Identity, int] = {}
+        for flight in self._flights.values():
+            if flight.lent is not None:
+                assert flight.phase in (Phase.OFFERED, Phase.PREFILLING)
+                assert flight.call.request.slo.batch
+                lent[flight.lent.identity] = lent.get(flight.lent.identity, 0) + flight.need.tokens
+            assert not flight.charged or flight.phase is Phase.OFFERED
+            if flight.key in self._lane:
+                assert flight.key in self._stranded
+                assert flight.resumes == math.inf
+        for post in self._workers.prefills:
+            assert post.lent == lent.get(post.identity, 0), "idle time is lent for ever, or twice"
         parked = [flight for flight in self._flights.values() if flight.parked]
         assert len(parked) == len(self._parked) + len(self._stranded)
         for key, flight in self._stranded.items():
             assert flight is self._flights[key]
-            assert flight.placements or flight.gives_up < math.inf
+            assert flight.placements or flight.gives_up < math.inf or flight.call.request.slo.batch
             assert not flight.refusals
         assert not self._roomy
         assert not self._freed
@@ -274,6 +305,9 @@ class Router:
 
     # Placing.
     def _arrived(self, counter: int, request: Request, now: float) -> list[RouterCommand]:
+        if request.slo.deadline_s:
+            self._budgets = self._budgets or Budgets()
+            request = replace(request, slo=self._budgets.slo(request))
         branches = [Branch() for _ in range(request.sampling.n)]
         due = request.sampling.prompt_logprobs is not None
         call = self._calls[counter] = Call(counter, request, now, now + request.timeout_s, branches, due)
@@ -338,6 +372,8 @@ class Router:
         need.wait_s = max(0.0, self._patience(flight) - now)
         if flight.call.presences:
             self._judge(flight, now)
+        if flight.call.request.slo.batch and self._workers.missing() is None and need.wait_s:
+            return self._hold(flight, now)
         if flight.tries < self._config.max_tries:
             for source in self._placement.sources(need, self._workers):
                 if source.identity in flight.tried or source.room < need.tokens:
@@ -376,7 +412,12 @@ class Router:
         flight.placed = ticket = Ticket(self._me, call.counter, call.offers, source.identity, sinks[0].identity)
         flight.second = sinks[1].identity if len(sinks) > 1 else None
         flight.key, flight.offered_at, flight.ahead_tokens = ticket.key, now, source.queue_tokens
-        flight.load = load = Load(source, sinks[0], need.tokens, need.size)
+        batch = call.request.slo.batch
+        if batch:
+            flight.lent = source
+            source.lent += need.tokens
+        # Who computes in idle time is in nobody's way.
+        flight.load = load = Load(source, sinks[0], 0 if batch else need.tokens, need.size)
         self._workers.put(load)
         self._flights[ticket.key] = flight
         if flight.alone:
@@ -386,14 +427,16 @@ class Router:
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
         left = request.sampling.max_tokens - flight.base
         named = request.prefix_page_tokens
-        return ToOne(source.identity, Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix, named))
+        offer = Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix, named, batch)
+        return ToOne(source.identity, offer)
 
     def _patience(self, flight: Flight) -> float:
         """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
         call = flight.call
         if flight.placements or not self._config.by_goal:
             return call.deadline
-        return call.arrived_at + (call.request.slo.ttft_s or self._config.max_queue_s)
+        slo = call.request.slo
+        return call.deadline if slo.batch else call.arrived_at + (slo.ttft_s or self._config.max_queue_s)
 
     def _rest(self, flight: Flight, now: float) -> Request:
         """What is left to do: the tokens so far are forced, because they are part of the prompt."""
@@ -410,12 +453,15 @@ class Router:
                 done = tuple(call.branches[branch].tokens)
                 most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
                 sampling = replace(sampling, max_tokens=most, min_tokens=least)
+        slo = request.slo
+        if slo.deadline_s:
+            slo = replace(slo, deadline_s=max(slo.ttft_s, call.arrived_at + slo.deadline_s - now))
         return Request(
             request.id,
             request.prompt + done,
             sampling,
             left_s,
-            request.slo,
+            slo,
             request.hints,
             request.generated + len(done),
             flight.need.prefix,
@@ -426,6 +472,9 @@ class Router:
     def _shed(self, flight: Flight) -> list[RouterCommand]:
         call = flight.call
         phase = Phase.FAILED if any(branch.tokens for branch in call.branches) else Phase.REJECTED
+        if call.request.slo.batch and not self.missing():
+            why = f"no worker had time that nobody else wanted within {call.request.timeout_s:g} s"
+            return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=LATER_S)
         if not flight.refusals:
             why = self.missing() or "no worker with room for it answers"
             return self._end(call, phase, why, "UNAVAILABLE")
@@ -447,6 +496,47 @@ class Router:
         self._alarms.put(flight.key, self._until(flight))
         return []
 
+    def _hold(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """One of the batch class waits for a worker that is idle; after a refusal, or silence, for a while as well."""
+        refused = bool(flight.refusals or flight.silent)
+        flight.refusals.clear()
+        flight.silent.clear()
+        flight.tried.clear()
+        if refused:
+            return self._strand(flight, now + self._config.again_s)
+        commands = self._strand(flight)
+        hints = flight.call.request.hints
+        self._lane.add(flight.key, flight.need.prefix, hints.tenant)
+        self._idle = True
+        return commands
+
+    def _lend(self, now: float) -> list[RouterCommand]:
+        """Offer those of the batch class to workers that have computed what they were sent of it."""
+        self._idle = False
+        commands: list[RouterCommand] = []
+        while (key := self._lane.first()) is not None:
+            flight = self._flights[key]
+            need = flight.need
+            need.wait_s = max(0.0, self._patience(flight) - now)
+            for source in self._placement.sources(need, self._workers):
+                if source.room < need.tokens or (source.lent and source.lent + need.tokens > self._config.ahead_tokens):
+                    continue
+                if sinks := self._sinks(flight, source):
+                    self._leave(flight)
+                    self._lane.fair.charge(flight.call.request.hints.tenant, need.tokens)
+                    commands.append(self._offer_to(flight, source, sinks, now))
+                    break
+            else:
+                break
+        return commands
+
+    def _returned(self, flight: Flight) -> None:
+        """Its prefill worker has computed its prompt, or does not have it any more."""
+        assert flight.lent is not None
+        flight.lent.lent -= flight.need.tokens
+        flight.lent = None
+        self._idle = bool(self._lane)
+
     def _awaits(self, call: Call) -> bool:
         """Whether workers that could take it are away; if those that are there could, its rest has grown too large."""
         return self._workers.missing() is not None or self._workers.too_large(call.request) is not None
@@ -457,8 +547,10 @@ class Router:
         commands = self._settled(self._poison.back(member.identity), now)
         if self._stranded and member.ready and self._workers.missing() is None:
             for key, flight in list(self._stranded.items()):
-                if self._stranded.get(key) is flight and flight.resumes == math.inf:
+                if self._stranded.get(key) is flight and flight.resumes == math.inf and key not in self._lane:
                     commands += self._resume(flight, now)
+        if member.ready:
+            self._idle = bool(self._lane)
         if len(self._parked) and member.ready:
             if post is not None:
                 # Whoever waits was refused by others: a worker that has just come may take all that it holds.
@@ -509,7 +601,8 @@ class Router:
         self._flights[flight.key] = flight
         self._alarms.put(flight.key, self._until(flight))
         tokens = self._placement.fewest(flight.need, self._workers)
-        self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
+        tenant = flight.call.request.hints.tenant
+        self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter, tenant)
         self._roomy.append(max(tokens, 1))
         return []
 
@@ -537,11 +630,14 @@ class Router:
                 self._leave(flight)
                 need.wait_s = max(0.0, self._patience(flight) - now)
                 flight.called, self._called[identity] = True, flight
+                flight.charged = need.tokens
+                self._parked.fair.charge(flight.call.request.hints.tenant, need.tokens)
                 commands = [self._offer_to(flight, post, sinks, now)]
                 break
             aside.append((flight, tokens))
         for flight, tokens in aside:
-            self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter)
+            tenant = flight.call.request.hints.tenant
+            self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter, tenant)
         return commands
 
     def _call_any(self, tokens: int, now: float) -> list[RouterCommand]:
@@ -564,6 +660,7 @@ class Router:
                 self._parked.remove(flight.key)
             else:
                 self._stranded.pop(flight.key, None)
+                self._lane.drop(flight.key)
 
     # Messages of workers.
     def _heard(self, message: Answer, now: float) -> list[RouterCommand]:
@@ -631,6 +728,11 @@ class Router:
         self._enter(flight, Phase.PREFILLING)
         self._alarms.put(flight.key, call.deadline)
         load = self._load(flight)
+        if self._parked:
+            due = max(0, flight.need.tokens - cached_tokens) - flight.charged
+            if not call.request.slo.batch:
+                self._parked.fair.charge(call.request.hints.tenant, due)
+        flight.charged = 0
         self._workers.cached(load, cached_tokens)
         self._placement.accepted(load.source, flight.need)
         call.cached_tokens = cached_tokens
@@ -701,7 +803,8 @@ class Router:
             seconds = now - flight.offered_at
             self._enter(flight, Phase.HANDING_OFF)
             self._workers.computed(load)
-            self._placement.prefilled(load.source, flight.ahead_tokens + load.tokens, seconds)
+            if not flight.call.request.slo.batch:
+                self._placement.prefilled(load.source, flight.ahead_tokens + load.tokens, seconds)
         hashes, logprobs = message.logits_hashes[new:], message.logprobs[new:]
         deliver = Deliver(flight.call.counter, fresh, hashes, index, logprobs, told)
         if len(branch.tokens) > flight.base + 1:
@@ -965,10 +1068,10 @@ class Router:
             call = flight.call
             if flight.finished is not None:
                 commands += self._finish(flight)
-            elif flight.parked and not flight.placements:
-                commands += self._shed(flight)
             elif flight.parked and flight.resumes <= now < call.deadline:
                 commands += self._resume(flight, now)
+            elif flight.parked and not flight.placements:
+                commands += self._shed(flight)
             elif call.deadline <= now:
                 sent = sum(len(branch.tokens) for branch in call.branches)
                 why = f"not done within {call.request.timeout_s:g} s, {sent} tokens were sent"
@@ -984,7 +1087,7 @@ class Router:
         """What kind of worker a flight still waits for, None if it is at one or waits for room."""
         if not flight.parked:
             return None
-        stranded = flight.key in self._stranded and flight.resumes == math.inf
+        stranded = flight.key in self._stranded and flight.resumes == math.inf and flight.key not in self._lane
         return self.missing() or ("no worker with room for it is ready" if stranded else None)
 
     def _until(self, flight: Flight) -> float:
@@ -1033,6 +1136,8 @@ class Router:
     ) -> list[RouterCommand]:
         """Over for the client, and for every worker that still has something of it."""
         commands: list[RouterCommand] = []
+        if self._parked or self._lane or self._budgets is not None:
+            self._account(call, phase)
         for flight in list(call.flights):
             if phase is not Phase.DONE and flight is not recalled:
                 commands += self._recall(flight, reason)
@@ -1052,10 +1157,20 @@ class Router:
         )
         return [*commands, end]
 
+    def _account(self, call: Call, phase: Phase) -> None:
+        """What its answer came to is its tenant's, where others wait, and says how long others may become."""
+        tokens, tenant = sum([len(branch.tokens) for branch in call.branches]), call.request.hints.tenant
+        line = self._lane.fair if call.request.slo.batch else self._parked.fair
+        line.charge(tenant, OUTPUT * tokens)
+        if self._budgets is not None and phase is Phase.DONE and call.request.sampling.n == 1:
+            self._budgets.learn(tokens)
+
     def _enter(self, flight: Flight, phase: Phase) -> None:
         if phase not in PHASE_NEXT[flight.phase]:
             raise LocalError(f"request {flight.call.counter}: got {phase} after {flight.phase}")
         flight.phase = phase
+        if flight.lent is not None and phase is not Phase.OFFERED and phase is not Phase.PREFILLING:
+            self._returned(flight)
         if flight.called and phase is not Phase.OFFERED:
             flight.called = False
             source = flight.ticket.source
@@ -1065,6 +1180,9 @@ class Router:
     def _drop(self, flight: Flight, phase: Phase) -> None:
         """This attempt is over, or all of the flight."""
         self._enter(flight, phase)
+        if flight.charged:
+            self._parked.fair.charge(flight.call.request.hints.tenant, -flight.charged)
+            flight.charged = 0
         if flight.alone and flight.placed is not None:
             self._release(flight, flight.placed.source, flight.placed.sink)
         for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
@@ -1084,6 +1202,8 @@ class Router:
         elif flight.key in self._stranded:
             after = "to be placed again: its last attempt failed" if flight.resumes < math.inf else None
             turn = "a worker that is not trying another one alone" if flight.alone and self._suspects else None
+            if flight.key in self._lane:
+                turn = f"an idle worker: {len(self._lane) - 1} others of the batch class wait"
             waits_for = after or self.missing() or turn or "a worker with room for it"
         elif flight.parked:
             best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from operator import add
 
 from core.quick import quick_init
-from core.request import Phase, Slo
+from core.request import Kind, Phase, Slo
 from sim.gaps import beyond, quantile
 from sim.workload import Arrival
 
@@ -92,12 +92,14 @@ class Outcome:
     good: bool
     good_by_mean: bool
     """As papers count: the mean of the gaps in place of their 99th percentile."""
+    kind: Kind = Kind.LATENCY
+    """Its class."""
 
 
 def outcome(
     record: Record, phase: Phase, code: str, cached: int, attempts: int, now: float, slo: Slo, upper: Sequence[float]
 ) -> Outcome:
-    """Judge a request that is over. A goal of 0 is none."""
+    """Judge a request that is over. A goal of 0 is none; one of the batch class is good if it was served."""
     arrival = record.arrival
     if record.single:
         record.stretch([0] * (len(upper) + 1), record.sent_s or 0.0)
@@ -106,6 +108,8 @@ def outcome(
     mean_s = (record.sent_s - record.first_sent_s) / count if count and record.sent_s is not None else 0.0
     served = phase is Phase.DONE and record.ttft_s is not None
     in_time = served and (not slo.ttft_s or (record.ttft_s or 0.0) <= slo.ttft_s)
+    if slo.deadline_s:
+        in_time = in_time and now - record.arrived_s <= slo.deadline_s
     allowed = count - math.ceil(GAP_SHARE * count)
     smooth = not slo.gap_s or not count or beyond(gaps, upper, slo.gap_s) <= allowed
     return Outcome(
@@ -129,6 +133,7 @@ def outcome(
         turn=arrival.turn,
         good=in_time and smooth,
         good_by_mean=in_time and (not slo.gap_s or mean_s <= slo.gap_s),
+        kind=slo.kind,
     )
 
 
@@ -175,6 +180,23 @@ class Spread:
 
 
 @dataclass(slots=True)
+class Part:
+    """What a tenant sent of a class, and what became of it."""
+
+    arrived: int = 0
+    done: int = 0
+    good: int = 0
+    prompt_tokens: int = 0
+    """Of those that were served, as the next."""
+    tokens: int = 0
+
+    @property
+    def attainment(self) -> float:
+        """Share of arrived requests that were good; 1 if none came."""
+        return self.good / self.arrived if self.arrived else 1.0
+
+
+@dataclass(slots=True)
 class Tally:
     """All outcomes in numbers; `add` each of them."""
 
@@ -191,6 +213,8 @@ class Tally:
     gap_p99: Spread = field(default_factory=Spread)
     gap_mean: Spread = field(default_factory=Spread)
     e2e: Spread = field(default_factory=Spread)
+    parts: dict[tuple[Kind, str], Part] = field(default_factory=dict)
+    """By class and tenant."""
 
     def add(self, one: Outcome) -> None:
         """One more."""
@@ -203,9 +227,17 @@ class Tally:
         self.prompt_tokens += one.prompt
         self.cached_tokens += one.cached
         self.retried += one.attempts > 1
+        part = self.parts.get((one.kind, one.tenant))
+        if part is None:
+            part = self.parts[one.kind, one.tenant] = Part()
+        part.arrived += 1
+        part.good += one.good
         if one.ttft_s is not None:
             self.ttft.add(one.ttft_s)
         if one.phase is Phase.DONE:
+            part.done += 1
+            part.prompt_tokens += one.prompt
+            part.tokens += one.tokens
             self.e2e.add(one.e2e_s)
             if one.tokens > 1:
                 self.gap_p99.add(one.gap_p99_s)

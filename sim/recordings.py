@@ -172,7 +172,7 @@ def _arrived(at: float, request: dict[str, Any], page_tokens: int) -> Call:
         hints["session"],
         hints["tenant"],
         page_tokens,
-        Slo(slo["ttft_s"], slo["gap_s"]),
+        Slo(slo["ttft_s"], slo["gap_s"], slo.get("deadline_s", 0.0), slo.get("batch", False)),
         float(request["timeout_s"]),
     )
 

@@ -135,6 +135,10 @@ def document(study: Study) -> dict[str, Any]:
                 **figures(run),
                 **({"decisions": [_decided(each) for each in run.decisions]} if run.decisions else {}),
                 "codes": dict(sorted(run.tally.codes.items())),
+                "classes": [
+                    {"class": kind, "tenant": tenant, **asdict(part), "attained": part.attainment}
+                    for (kind, tenant), part in sorted(run.tally.parts.items())
+                ],
                 "seeds": [
                     {
                         "seed": seed,

@@ -183,8 +183,13 @@ class World:
                 assert self.run is None
                 assert sequence.place == "running"
                 sequence.place = "out"
-                self.retires(key)
-                self.say(f"evicts {key}")
+                if self.ledger.count(key):
+                    assert sequence.guest.request.slo.batch, "stopped for others"
+                    self.forget_oldest(key)
+                    self.say(f"stops {key}")
+                else:
+                    self.retires(key)
+                    self.say(f"evicts {key}")
             case SwapOut(key, pages):
                 sequence = self.sequences[key]
                 assert self.run is None
@@ -248,7 +253,10 @@ class World:
             g for g in self.guests.values() if g.hand_off == "asked" and not g.unwanted and g.deadline > self.now
         ]
         if granted:
-            assert all(other.order > guest.order for other in waiting), "overtaken"
+            batch = guest.request.slo.batch
+            others = [other for other in waiting if other.request.slo.batch == batch]
+            assert all(other.order > guest.order for other in others), "overtaken"
+            assert not batch or all(other.request.slo.batch for other in waiting), "memory that others wait for is lent"
             assert not any(
                 s.place in ("out", "away") and s.moving is None and not self.gone(s) and not self.here(s)
                 for s in self.sequences.values()
@@ -409,12 +417,13 @@ class World:
         gap_s: float = 0.0,
         session: str = "",
         alone: bool = False,
+        batch: bool = False,
     ) -> Guest:  # fmt: skip
         new = ticket(len(self.guests) + 1, minter=minter)
         sampling = Sampling(max_tokens, seed=1, n=n)
         hints, named = Hints(session=session), names(len(self.guests), prompt // PAGE)
         request = Request(
-            "r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s), hints, prefix=named, alone=alone
+            "r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s, batch=batch), hints, prefix=named, alone=alone
         )
         guest = Guest(new, request, stops_at, len(self.guests), self.now + timeout_s)
         self.guests[new.key] = guest
@@ -528,6 +537,7 @@ class Visit:
     n: int = 1
     gap_s: float = 0.0
     session: str = ""
+    batch: bool = False
 
 
 class Play(World):
@@ -576,6 +586,7 @@ class Play(World):
             n=visit.n,
             gap_s=visit.gap_s,
             session=visit.session,
+            batch=visit.batch,
         )
         if visit.leaves is not None:
             self.later(visit.leaves, lambda: self.leave(guest))

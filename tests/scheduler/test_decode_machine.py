@@ -49,6 +49,7 @@ class DecodeWorker(RuleBasedStateMachine):
         gap_s=st.sampled_from([0.0] * 7 + [0.25]),
         session=st.sampled_from(["", "", "a", "b", "c"]),
         alone=st.sampled_from([False] * 5 + [True]),
+        batch=st.sampled_from([False] * 3 + [True]),
         count=st.integers(1, 3),
     )
     def ask(self, prompt, max_tokens, stops_at, count, **others):
@@ -172,6 +173,7 @@ visits = st.lists(
         n=st.sampled_from([1, 1, 1, 1, 2]),
         gap_s=st.sampled_from([0.0, 0.0, 0.0, 0.15]),
         session=st.sampled_from(["", "", "a", "b"]),
+        batch=st.sampled_from([False, False, False, True]),
     ),
     min_size=6,
     max_size=12,

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.errors import LocalError
 from core.messages import Accept, Cancel, Failed, Finished, First, Handed, Offer, Prompt, Reject
 from core.pages import Owner, Pages
-from core.request import Request, Stage, Ticket
+from core.request import Hints, Request, Slo, Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.cost import Repriced
@@ -737,8 +737,12 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert pages == self.ledger.pages(holder(ticket.key))
                 assert len(pages) == SHAPE.pages_for(len(request.prompt))
                 waiting = [j for j in self.jobs.values() if j.prompted and not (j.begun or j.unwanted or j.ends)]
-                if self.order in ("fcfs", "measured") or request.alone:
+                if request.slo.batch and not request.alone:
+                    asked, alone = self.asked.get(ticket.key), request.sampling.max_tokens == 1
+                    assert alone or (asked is not None and asked.granted), "it holds memory while it waits for some"
+                elif self.order in ("fcfs", "measured") or request.alone:
                     waiting = [j for j in waiting if j.request.alone == request.alone]
+                    waiting = [j for j in waiting if request.alone or not j.request.slo.batch]
                     assert min(waiting, key=lambda j: j.place) is job, "overtaken"
                 job.begun = True
             case Suspend(run_id):
@@ -748,6 +752,7 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert self.suspended is None, "two suspended steps"
                 assert run_id not in self.suspended_once, "suspended twice"
                 assert not self.jobs[self.run.spans[0].key].request.alone, "another step comes between"
+                assert not self.jobs[self.run.spans[0].key].request.slo.batch, "the batch class is never suspended"
                 self.suspended_once.add(run_id)
                 self.suspending = True
             case Resume(run_id):
@@ -765,6 +770,8 @@ class PrefillWorker(RuleBasedStateMachine):
                 assert 1 <= len(spans) <= 3
                 assert sum(span.stop - span.start for span in spans) <= 6
                 assert len(spans) == 1 or not any(self.jobs[span.key].request.alone for span in spans), "not alone"
+                together = {self.jobs[span.key].request.slo.batch for span in spans}
+                assert len(together) == 1, "the batch class in a step of others"
                 for span in spans:
                     job = self.jobs[span.key]
                     assert job.begun
@@ -812,7 +819,8 @@ class PrefillWorker(RuleBasedStateMachine):
             case Accept() | Reject():
                 assert not job.answer
                 job.answer = type(message).__name__
-                if isinstance(message, Reject) and "room for" not in message.reason:
+                batch = job.request.slo.batch
+                if isinstance(message, Reject) and "room for" not in message.reason and not batch:
                     self.refused[message.ticket.minter] = 0
             case Handed(ticket, _, cancelled):
                 assert job.reports if cancelled else ticket == job.handed
@@ -843,12 +851,14 @@ class PrefillWorker(RuleBasedStateMachine):
         new = ticket(len(self.jobs) + 1, minter=minter)
         timeout_s = data.draw(st.sampled_from([2.0, 50.0]))
         request = ask(prompt, max_tokens, timeout_s=timeout_s, start=data.draw(st.integers(0, 2)))
-        request = replace(request, alone=data.draw(st.sampled_from([False] * 4 + [True])))
+        batch = data.draw(st.sampled_from([False] * 3 + [True]))
+        request = replace(request, alone=data.draw(st.sampled_from([False] * 4 + [True])), slo=Slo(batch=batch))
+        hints = Hints(tenant=data.draw(st.sampled_from(["", "", "a", "b"])))
         if request.prompt[0]:
             request = replace(request, prefix=hashes(request))
         self.jobs[new.key] = Job(new, request, data.draw(st.sampled_from([None, D2])))
         wait_s = data.draw(st.sampled_from([0.45, 0.7, 5.0, 1000.0]))
-        self.give(Offer(new, prompt, max_tokens, wait_s, prefix=request.prefix))
+        self.give(Offer(new, prompt, max_tokens, wait_s, hints, prefix=request.prefix, batch=batch))
         if self.jobs[new.key].answer == "Accept" and data.draw(st.booleans()):
             self.send(self.jobs[new.key])
 

@@ -36,7 +36,7 @@ from core.messages import (
 )
 from core.pages import Owner, Pages
 from core.prefix import page_hashes
-from core.request import Phase, Request, Ticket
+from core.request import Hints, Phase, Request, Slo, Ticket
 from core.sampling import Logprobs, Sampling
 from core.worker import Identity, Lane, Role
 from scheduler import decode_policy as decode
@@ -725,7 +725,9 @@ def play(world: World, deployment: dict[str, tuple[Role, int, int]], faults: flo
         length, n = dice.randint(1, longest), dice.choice((1, 1, 1, 2, 3))
         sampling = Sampling(length, stop_token_ids=stops, n=n, prompt_logprobs=dice.choice((None, None, 0)))
         gateway = dice.choice(gateways)
-        counter = gateway.ask(Request("r", prompt, sampling, timeout_s=500.0))
+        slo = dice.choice((Slo(), Slo(), Slo(), Slo(batch=True), Slo(deadline_s=90.0)))
+        hints = Hints(tenant=dice.choice(("", "a", "b")))
+        counter = gateway.ask(Request("r", prompt, sampling, 500.0, slo, hints))
         if dice.random() < 0.15:
             gateway.stops[counter] = [dice.randint(1, 6) for _ in range(sampling.n)]
         elif dice.random() < 0.15:

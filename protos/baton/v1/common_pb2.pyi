@@ -86,12 +86,16 @@ class Constraint(_message.Message):
     def __init__(self, language: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Slo(_message.Message):
-    __slots__ = ("ttft_s", "gap_s")
+    __slots__ = ("ttft_s", "gap_s", "deadline_s", "batch")
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     GAP_S_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
     ttft_s: float
     gap_s: float
-    def __init__(self, ttft_s: _Optional[float] = ..., gap_s: _Optional[float] = ...) -> None: ...
+    deadline_s: float
+    batch: bool
+    def __init__(self, ttft_s: _Optional[float] = ..., gap_s: _Optional[float] = ..., deadline_s: _Optional[float] = ..., batch: _Optional[bool] = ...) -> None: ...
 
 class Hints(_message.Message):
     __slots__ = ("priority", "session", "tenant", "group", "program_step", "tool")
