@@ -124,6 +124,8 @@ class Deployment:
     terms: dict[str, Terms]
     """By worker."""
     read_s: float
+    hops_s: tuple[float, ...] = ()
+    """What messages took, some of them, ascending."""
 
 
 def deployment(path: Path) -> Deployment:
@@ -154,7 +156,8 @@ def deployment(path: Path) -> Deployment:
     if not names:
         raise SetupError(f"{path}: workers: got the recording of none, want the directory that all processes wrote to")
     chosen = _policy(path, [lives[name][0].config for name in names], gateways[0])
-    hop_s = _typical(seen.hops())
+    hops_s = seen.hops()
+    hop_s = _typical(hops_s)
     read_s = max(0.0, _typical(seen.reads()) - hop_s)
     lane = Lane(LANE, read_s, 0.0, 0.0)
     builds, terms = [], {}
@@ -186,6 +189,7 @@ def deployment(path: Path) -> Deployment:
         Scenario("as recorded", tuple(_faults(changes, {build.name for build in builds}, begin, calls[-1].at))),
         terms,
         read_s,
+        _few(hops_s),
     )
 
 

@@ -2,12 +2,14 @@
 
 Both count the time to the first token at the gateway, from arrival on, of all requests that got one, and the gaps
 between the tokens of one answer, of all answers together. The simulated gaps are counted at the workers, in
-buckets a percent wide.
+buckets a percent wide; from there to the gateway a token takes a hop, whose recorded times vary, and what it takes
+longer than the token before is added.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -79,7 +81,7 @@ def predicted(recorded: Deployment, policy: Policy | None = None) -> Seen:
         tally.retried,
         tally.tokens,
         tuple(_nearest(ttfts, share) for share in SHARES),
-        tuple(_middle(counts, upper, share) for share in SHARES),
+        _jittered(counts, upper, recorded.hops_s),
     )
 
 
@@ -88,13 +90,23 @@ def _nearest(ordered: Sequence[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1] if ordered else 0.0
 
 
-def _middle(counts: Sequence[int], upper: Sequence[float], share: float) -> float:
-    """The middle of the bucket of the nearest rank, 0 without any gap."""
-    sums = list(accumulate(counts))
-    if not sums or not sums[-1]:
-        return 0.0
-    rank = math.ceil(share * sums[-1])
-    bucket = next(at for at, seen in enumerate(sums) if seen >= rank)
+def _jittered(counts: Sequence[int], upper: Sequence[float], hops_s: Sequence[float]) -> tuple[float, ...]:
+    """At SHARES, of the buckets' middles and the difference of two hops, each with each; zeros without any gap."""
+    few = _evenly(hops_s, 100) or [0.0]
+    later_s = _evenly(sorted([one - other for one in few for other in few]), 200)
+    found = sorted([(max(0.0, _middle(at, upper) + each), n) for at, n in enumerate(counts) if n for each in later_s])
+    sums = list(accumulate([n for _, n in found]))
+    return tuple(found[bisect_left(sums, share * sums[-1])][0] if sums else 0.0 for share in SHARES)
+
+
+def _evenly(ordered: Sequence[float], count: int) -> list[float]:
+    """So many of them, or all: the middles of as many shares."""
+    if len(ordered) <= count:
+        return list(ordered)
+    return [ordered[(2 * at + 1) * len(ordered) // (2 * count)] for at in range(count)]
+
+
+def _middle(bucket: int, upper: Sequence[float]) -> float:
     if bucket == 0:
         return upper[0] / 2
     return math.sqrt(upper[bucket - 1] * upper[min(bucket, len(upper) - 1)])

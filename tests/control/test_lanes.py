@@ -23,6 +23,7 @@ from scheduler.lanes import LanesConfig
 from tests.cast import SHAPE
 from tests.live.cluster import until
 from tests.transfer.faults import Faulty, Rule, Rules
+from transfer import thread
 from transfer import thread_events as lanes
 from transfer.inprocess import InProcess
 from transfer.transport import ReadFailed, ReadFenced
@@ -105,7 +106,7 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, c
         return transports[me.name]
 
     monkeypatch.setattr(working, "LANES", LanesConfig(first_s=0.05, most_s=0.05))
-    monkeypatch.setattr(lanes, "PROBE_ANSWER_S", 0.05)
+    monkeypatch.setattr(thread, "PROBE_ANSWER_S", 0.05)
 
     async def run() -> None:
         coordinator = Coordinator(CoordinatorConfig())

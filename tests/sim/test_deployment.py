@@ -186,16 +186,24 @@ def test_steps_that_took_longer_than_learned_take_so_long(recorded):
 
 
 def test_what_took_longer_by_chance_does_so_as_often(recorded):
-    """A tenth of the orders take half as long again, and a tenth of the turns twenty times as long."""
-    vary = (0.95,) * 9 + (1.45,)
-    folder, _ = recorded("fcfs", requests=200, turns_s=(0.001,) * 9 + (0.020,), vary=(vary, vary))
+    """A tenth of the turns take twenty times as long. Steps that vary, and messages, make gaps vary, too."""
+    turns_s = (0.001,) * 9 + (0.020,)
+    folder, _ = recorded("fcfs", requests=200, turns_s=turns_s)
     found = deployment(folder)
     decode = next(build for build in found.builds if build.role == "decode")
     assert sum(turn_s > 0.015 for turn_s in decode.turns_s) / len(decode.turns_s) == pytest.approx(0.1, abs=0.05)
-    seen, said = measured(found.calls), predicted(found)
-    assert said.gap_s == pytest.approx(seen.gap_s, rel=0.1)
-    plain = replace(found, builds=tuple(replace(each, turns_s=(), vary=((), ())) for each in found.builds))
-    assert predicted(plain).gap_s[-1] < 0.8 * seen.gap_s[-1]
+
+    def gaps_s(hops_s=(HOP_S,), **chance):
+        builds = tuple(replace(each, **chance) for each in found.builds)
+        return predicted(replace(found, builds=builds, hops_s=hops_s)).gap_s
+
+    plain = gaps_s()
+    assert plain == pytest.approx(gaps_s(turns_s=turns_s), rel=0.1)
+    assert gaps_s(turns_s=())[-1] < 0.9 * plain[-1]
+    longer = (0.8,) * 5 + (1.2,) * 5
+    assert gaps_s(turns_s=(), vary=(longer, longer))[1] == pytest.approx(1.2 * gaps_s(turns_s=())[1], rel=0.1)
+    jitter = gaps_s(turns_s=(), hops_s=(0.0, 0.010))
+    assert jitter[-1] - gaps_s(turns_s=())[-1] == pytest.approx(0.010, abs=0.002)
 
 
 def test_the_same_digits_again(recorded):
