@@ -327,7 +327,7 @@ def test_it_chooses_what_distserves_table_says_is_best(folder: Path, rate: float
 
 @pytest.mark.slow
 def test_every_placement_of_their_search(folder: Path) -> None:
-    """13 of 15 to the last digit; two, with stages in front and behind, within their search's four steps."""
+    """13 of 15 to the last digit; the others, with two stages on every worker, within four of their search's steps."""
     table = peer.planned(folder)
     ours = {placement: peer.sustained(folder, placement) for placement in table}
     equal = [placement for placement in table if ours[placement] == table[placement]]
