@@ -181,7 +181,7 @@ class Planner:
         self._known[question] = event.attained
         return [] if self._out else self._resume(self._known)
 
-    def deadline(self) -> None:
+    def deadline(self) -> float | None:
         """None: it waits for answers only."""
         return None
 
@@ -558,7 +558,9 @@ class Planner:
             devices, exact = need.least * fit.cell.devices, need.least == need.enough
             attained = need.attained.get(need.least)
             if pool is not None and pool.cell == fit.cell:
-                said = f"{pool.count * times} of them" + ("" if use == "mixed" else f", {need.least} for this phase alone")
+                said = f"{pool.count * times} of them" + (
+                    "" if use == "mixed" else f", {need.least} for this phase alone"
+                )
                 options.append(Option(fit.cell.name, "chosen", pool.devices * times, True, said, attained))
                 continue
             about = "" if exact else "at least "

@@ -16,8 +16,10 @@ from core.errors import SetupError
 from scheduler.layout import Cell, Layout, Pool
 from scheduler.plan import Evaluate
 
-SMALL = ("--model", "llama-3.1-8b", "--gpus", "2", "--rate", "20", "--stages", "1", "--gpu-hour", "3.6")
-SMALL += ("--requests", "150", "--jobs", "1")
+SMALL = (
+    "--model", "llama-3.1-8b", "--gpus", "2", "--rate", "20", "--stages", "1", "--gpu-hour", "3.6", "--requests", "150",
+    "--jobs", "1",
+)  # fmt: skip
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
