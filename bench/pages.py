@@ -25,7 +25,8 @@ from tests.transfer.peer import arena
 from transfer import nixl
 from transfer.digest import Sums
 from transfer.plan import Cost
-from transfer.thread import Connected, Event, LaneProbed, Opened, Pulled, TransferThread
+from transfer.thread import TransferThread
+from transfer.thread_events import Connected, Event, LaneProbed, Opened, Pulled
 
 KV = KvShape(layers=32, kv_heads=8, head_dim=128, page_tokens=16, dtype="bfloat16")
 TOKENS = 1024

@@ -37,7 +37,8 @@ from bench.report import Row, emit, median, parser, progress
 from core.kv import PageRun
 from transfer import nixl
 from transfer.inprocess import InProcess
-from transfer.thread import Event, TransferThread
+from transfer.thread import TransferThread
+from transfer.thread_events import Event
 from transfer.transport import Card, Transport
 from transfer.zeromq import ZeroMq
 
@@ -50,6 +51,8 @@ REQUESTS = {"3 MiB": 12, "24 MiB": 96}
 """Pages of a request: 192 and 1,536 tokens."""
 RUNS = 5
 """A request is a handful of runs."""
+SPLITS = (2, RUNS, 12)
+"""12: of the small request every page lies by itself."""
 ARENA_NBYTES = 768 * MIB
 LANES = ("nixl", "nixl tcp", "zeromq", "inprocess")
 MOONCAKE = "mooncake"
@@ -169,6 +172,8 @@ class Lane:
         self.transport.read(self.ids, "source#02", source, target)
         pause_s = 0.00005
         while not (ended := self.transport.poll()):
+            if self.transport.more:
+                continue
             time.sleep(pause_s)
             pause_s = min(pause_s * 1.5, 0.001)
         if getattr(ended[0], "reason", ""):
@@ -251,11 +256,11 @@ class Itself:
         mine, remote = self.lists[nbytes]
         self._run(self.agent.make_prepped_xfer("READ", mine, ours.astype(np.int32), remote, theirs.astype(np.int32)))
 
-    def plain(self, nbytes: int, theirs: Places, ours: Places) -> None:
-        """Read pieces of `nbytes` by their first bytes, a descriptor each, to the end."""
+    def plain(self, nbytes: int | Places, theirs: Places, ours: Places) -> None:
+        """Read pieces of `nbytes`, or of so many each, by their first bytes, a descriptor each, to the end."""
 
         def rows(starts: Places, base: int) -> Any:
-            table = np.stack([starts + base, np.full_like(starts, nbytes), np.zeros_like(starts)], axis=1)
+            table = np.stack([starts + base, np.zeros_like(starts) + nbytes, np.zeros_like(starts)], axis=1)
             return self.agent.get_xfer_descs(table.astype(np.uint64), "DRAM")
 
         there, here = rows(theirs, self.remote_base), rows(ours, self.base)
@@ -289,6 +294,8 @@ class Scatter:
         self.rng = rng
         self.whole = [(self.runs(1), self.runs(1)) for _ in range(8)]
         """Places for one contiguous read, whoever does it: where it lies decides what is in a cache."""
+        self.split = {count: [(self.runs(count), self.runs(count)) for _ in range(8)] for count in SPLITS}
+        """The same for reads in several runs."""
 
     def runs(self, count: int) -> list[PageRun]:
         """`count` separate runs of whole pages, equal in size but for one page."""
@@ -313,6 +320,8 @@ class Scatter:
         return [PageRun(int(block) * size, size) for block in self.blocks(nbytes)]
 
 
+CLOSE = 8
+"""Times as many repeats of page runs and of one contiguous read: they differ by less than one repeat's luck."""
 Works = dict[str, tuple[int, Callable[[int], None]]]
 """Name -> rounds a sample, and what one round does."""
 
@@ -352,8 +361,8 @@ def add_request(works: Works, lane: Lane, name: str, scatter: Scatter) -> None:
         works[key] = (rounds, ours)
 
     reads(f"{name} runs 1", scatter.whole)
-    for count in (2, RUNS, 12):
-        reads(f"{name} runs {count}", [(scatter.runs(count), scatter.runs(count)) for _ in range(8)])
+    for count, plans in scatter.split.items():
+        reads(f"{name} runs {count}", plans)
     for nbytes in BLOCKS:
         reads(f"{name} blocks {nbytes}", [(scatter.block_runs(nbytes), scatter.block_runs(nbytes)) for _ in range(4)])
 
@@ -376,6 +385,18 @@ def add_itself(works: Works, itself: Itself, name: str, scatter: Scatter) -> Non
         itself.plain(scatter.nbytes, *whole[i % len(whole)])
 
     works[f"{name} itself"] = (rounds, contiguous)
+
+    def split(count: int) -> None:
+        sizes = np.array([run.count * UNIT_NBYTES for run in scatter.split[count][0][0]], dtype=np.int64)
+        places = [(scatter.starts(theirs), scatter.starts(ours)) for theirs, ours in scatter.split[count]]
+
+        def several(i: int) -> None:
+            itself.plain(sizes, *places[i % len(places)])
+
+        works[f"{name} itself in {count}"] = (rounds, several)
+
+    for count in SPLITS:
+        split(count)
     for nbytes in BLOCKS:
         turns(f"{name} itself {nbytes}", itself.plain, nbytes, nbytes)
         turns(f"{name} prepared {nbytes}", itself.read, nbytes, 1)
@@ -430,9 +451,12 @@ def measure(
     for _, work in works.values():
         timed(work, 1, 0)
     samples: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats):
+    close = [name for name in works if " runs " in name or name.endswith(" itself") or " itself in " in name]
+    for repeat in range(CLOSE * repeats):
         # In another order each time: what a work leaves in the caches is the next one's luck.
-        for name, (rounds, call) in rng.sample(list(works.items()), len(works)):
+        names = list(works) if repeat < repeats else close
+        for name in rng.sample(names, len(names)):
+            rounds, call = works[name]
             samples[name].append(timed(call, rounds, 1 + repeat * rounds))
     lane.close()
     return rows_of(lane_name, sizes, {name: median(values) for name, values in samples.items()})
@@ -459,9 +483,10 @@ def rows_of(lane: str, sizes: list[int], seconds: dict[str, float]) -> list[Row]
                 case = f"{lane}: {name} request in {count} page runs"
                 rows.append(Row(case, total / ours / 1e9, total / other / 1e9, label, "GB/s"))
 
-        for count in (2, RUNS, 12):
+        for count in SPLITS:
             against(count, "runs 1", "one contiguous read")
             against(count, "itself", "one contiguous read, NIXL itself")
+            against(count, f"itself in {count}", "the same runs, NIXL itself")
         for nbytes in BLOCKS:
             against(RUNS, f"blocks {nbytes}", f"blocks of {nbytes // KIB} KiB, same transport")
             against(RUNS, f"itself {nbytes}", f"blocks of {nbytes // KIB} KiB, NIXL itself")

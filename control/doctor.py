@@ -154,7 +154,8 @@ def _own_lane() -> Finding:
     """What the best transport reaches between two arenas of this process: no deployment runs that has real lanes."""
     from control.launcher import pick_transport
     from control.worker import make_transport
-    from transfer.thread import Event, LaneProbed, Opened, TransferThread
+    from transfer.thread import TransferThread
+    from transfer.thread_events import Event, LaneProbed, Opened
 
     kind, _ = pick_transport("auto")
     unit, count = 64 * 2**10, 64
@@ -184,7 +185,7 @@ def _own_lane() -> Finding:
 
 
 def _owner(event: object) -> str:
-    from transfer.thread import Opened
+    from transfer.thread_events import Opened
     from transfer.transport import Card
 
     return Card.decode(event.metadata).owner if isinstance(event, Opened) else ""

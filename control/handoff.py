@@ -28,7 +28,8 @@ from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, Peer
 from scheduler.prefill_policy import FetchOver, Granted, HandOffOver
 from transfer import sink as taking
 from transfer import source as giving
-from transfer.thread import Digested, DigestFailed, Pulled, TransferThread
+from transfer.thread import TransferThread
+from transfer.thread_events import Digested, DigestFailed, Pulled
 from transfer.transport import ReadFailed, ReadFenced
 
 log = logging.getLogger("baton.handoff")

@@ -31,11 +31,13 @@ class Gateways:
         self,
         me: Member,
         driver: Driver,
+        came: Callable[[Identity], None],
         heard: Callable[[Identity, Message], None],
         lost: Callable[[Identity], None],
     ) -> None:
         self._me = me
         self._driver = driver
+        self._came = came
         self._heard = heard
         self._lost = lost
         self._streams: dict[Identity, Stream] = {}
@@ -71,6 +73,7 @@ class Gateways:
         self._streams.pop(member.identity, None)
         self._driver.post("gateways", Connected(member.identity))
         self._streams[member.identity] = stream
+        self._came(member.identity)
 
     def heard(self, stream: Stream, frame: Frame) -> None:
         assert stream.peer is not None

@@ -53,7 +53,7 @@ from scheduler.learning import Announce, Learning, LearningCommand, StepTook
 from scheduler.migration import MigrationConfig
 from scheduler.past_future import PastFuture
 from scheduler.policies import Policy
-from transfer import thread as lanes
+from transfer import thread_events as lanes
 from transfer.digest import Sums
 from transfer.sink import Sink
 from transfer.source import Source
@@ -201,7 +201,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         driver.seat("costs", self._learning, self._reprice)
         self._ways = Lanes(LANES)
         driver.seat("lanes", self._ways, self._lay)
-        self._gateways = Gateways(self._base, driver, self._gateway_heard, self._gateway_lost)
+        self._gateways = Gateways(self._base, driver, self._gateway_came, self._gateway_heard, self._gateway_lost)
         self._peers = Peers(
             self._base,
             self._greeting,
@@ -288,7 +288,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         """Steps take another time than the policies here, or those who choose workers, have been told."""
         match command:
             case Repriced():
-                for seat, shell in (("prefill", self._prefill), ("decode", self._decode)):
+                for seat, shell in (("prefill", self._prefill), ("decode", self._decode), ("mixed", self._mixed)):
                     if shell is not None:
                         self._driver.post(seat, command)
             case Announce(cost):
@@ -454,6 +454,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                     self._driver.post("prefill", message)
                 if self._decode is not None:
                     self._driver.post("decode", message)
+
+    def _gateway_came(self, gateway: Identity) -> None:
+        if self._decode is not None:
+            self._driver.post("decode", decode_policy.GatewayCame(gateway))
 
     def _gateway_lost(self, gateway: Identity) -> None:
         if self._mixed is not None:

@@ -49,11 +49,14 @@ class Accept:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """No: ask another worker. `wait_s` is when it might be yes."""
+    """No: ask another worker."""
 
     ticket: Ticket
     reason: str
     wait_s: float = 0.0
+    """Until it would have its first token here."""
+    again_s: float = 0.0
+    """Until it might be yes, if nobody else came; 0: who can tell, it lacks something else than time."""
 
 
 @quick_init

@@ -239,8 +239,8 @@ def frames(message: m.Message) -> list[Frame]:
             return [Frame(offer=offer)]
         case m.Accept(_, cached_tokens, wait_s):
             return [Frame(accept=worker_pb2.Accept(ticket=ticket, cached_tokens=cached_tokens, wait_s=wait_s))]
-        case m.Reject(_, reason, wait_s):
-            return [Frame(reject=worker_pb2.Reject(ticket=ticket, reason=reason, wait_s=wait_s))]
+        case m.Reject(_, reason, wait_s, again_s):
+            return [Frame(reject=worker_pb2.Reject(ticket=ticket, reason=reason, wait_s=wait_s, again_s=again_s))]
         case m.Prompt(_, request, second, holdings):
             cuts = range(0, len(request.prompt), PIECE_TOKENS)
             pieces = [worker_pb2.PromptPiece(ticket=ticket, tokens=request.prompt[c : c + PIECE_TOKENS]) for c in cuts]
@@ -359,7 +359,8 @@ class Reader:
             case "accept":
                 return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)
             case "reject":
-                return m.Reject(_ticket_from(frame.reject.ticket), frame.reject.reason, frame.reject.wait_s)
+                no = frame.reject
+                return m.Reject(_ticket_from(no.ticket), no.reason, no.wait_s, no.again_s)
             case "slot_free":
                 return m.SlotFree(identity(frame.slot_free.worker), frame.slot_free.tokens)
             case "prompt":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,8 +211,13 @@ def _loss(lines: Sequence[Vector], samples: Iterable[Sample]) -> float:
 
 def margins_of(errors: Iterable[float]) -> tuple[float, ...]:
     """Relative errors (measured / predicted - 1) at QUANTILES, at least 0: the smallest that covers such a share."""
-    ordered = sorted(errors)
-    return tuple(max(0.0, ordered[max(0, math.ceil(q * len(ordered)) - 1)]) for q in QUANTILES)
+    return margins_by_time([(error, 1.0) for error in sorted(errors)])
+
+
+def margins_by_time(ordered: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+    """The same of (error, seconds predicted), ascending: the smallest that covers such a share of the seconds."""
+    seconds = list(itertools.accumulate(seconds for _, seconds in ordered))
+    return tuple(max(0.0, ordered[bisect_left(seconds, q * seconds[-1] * (1 - 1e-12))][0]) for q in QUANTILES)
 
 
 def fit(

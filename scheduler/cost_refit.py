@@ -2,10 +2,16 @@
 
 Recursive least squares with forgetting, as normal equations of the relative error, solved for non-negative coefficients
 (`scheduler/cost_fit.py`); with a prior that keeps its shape and takes the machine's level.
+
+A machine may take longer in two ways: everything takes so many times as long, or every step is delayed, because others
+want its processors. Steps of 0.2 ms that take 13 say nothing about what a step of a second takes. So the level and a
+delay are told apart, by which of them explains better what was seen; and margins are shares of the time, not of the
+steps, for what a long prompt takes is not in doubt because most short steps are.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +24,7 @@ from scheduler.cost_fit import (
     TRANSFER_GRID,
     Normal,
     Vector,
-    margins_of,
+    margins_by_time,
     nnls,
     predicted,
 )
@@ -33,10 +39,11 @@ class RefitSettings:
     | forget | 0.995 | a sample | weight of all earlier ones: a memory of 1 / (1 - forget) = 200 samples |
     | prior_weight | 1 | samples | weight of the prior's shape, which never fades: nothing is left undetermined |
     | outlier | 3 | ratio | measured / predicted beyond it, or below its inverse, moves no coefficient |
-    | patience | 8 | samples | that many outliers in a row on one side are a change of level |
+    | patience | 8 | samples | that many outliers in a row on one side are a change, of level or of delay |
     | drift | 0.2 | relative | so is a block of samples whose median error is beyond it |
+    | sudden | 9 | ratio | no level changes so much at once: it is a delay, unless a level explains it far better |
     | block | 32 | samples | of which that median is taken, outliers left out |
-    | window | 256 | samples | of which the margins are quantiles, outliers included |
+    | window | 256 | samples | of whose time the margins are quantiles, outliers included |
     | trusted | 16 | samples | in the window, before which margins are the prior's |
     """
 
@@ -45,6 +52,7 @@ class RefitSettings:
     outlier: float = 3.0
     patience: int = 8
     drift: float = 0.2
+    sudden: float = 9.0
     block: int = 32
     window: int = 256
     trusted: int = 16
@@ -56,6 +64,7 @@ class RefitSettings:
             ("outlier", self.outlier > 1, "above 1"),
             ("patience", self.patience >= 1, "at least 1"),
             ("drift", self.drift > 0, "above 0"),
+            ("sudden", self.sudden > 1, "above 1"),
             ("block", self.block >= 1, "at least 1"),
             ("window", self.window >= 1, "at least 1"),
             ("trusted", self.trusted >= 1, "at least 1"),
@@ -85,10 +94,11 @@ class _Learner:
                     normal.add(features, at, at, settings.prior_weight / len(points))
         self._learned = [Normal.zero(size) for _ in prior]
         self._level = [1.0, 1.0]  # sum of measured / prior, and of ones, both fading
-        self._errors: list[float] = []  # the window, oldest first
-        self._ordered: list[float] = []
-        self._held: list[float] = []  # measured / predicted of outliers in a row, on one side
-        self._block: list[float] = []  # measured / predicted of others
+        self._delay_s = 0.0  # of every step, in `lines`, not in what was learned
+        self._errors: list[tuple[float, float]] = []  # the window, oldest first: relative, and seconds predicted
+        self._ordered: list[tuple[float, float]] = []
+        self._held: list[tuple[float, float]] = []  # measured and predicted of outliers in a row, on one side
+        self._block: list[tuple[float, float]] = []  # and of others
         self.seen = 0
         self.outliers = 0
 
@@ -98,24 +108,23 @@ class _Learner:
             return
         self.seen += 1
         ratio = seconds / before_s
-        self._note(ratio - 1)
+        self._note(ratio - 1, before_s)
         settings = self._settings
         if 1 / settings.outlier <= ratio <= settings.outlier:
             self._held.clear()
-            self._block.append(ratio)
+            self._block.append((seconds, before_s))
             self._learn(features, seconds)
             if len(self._block) >= settings.block:
-                middle = _median(self._block)
-                self._block.clear()
-                if abs(middle - 1) > settings.drift:
-                    self._change(middle)
+                block, self._block = self._block, []
+                if abs(_median([took / thought for took, thought in block]) - 1) > settings.drift:
+                    self._change(block)
             return
         self.outliers += 1
-        if self._held and (self._held[-1] > 1) != (ratio > 1):
+        if self._held and (self._held[-1][0] > self._held[-1][1]) != (ratio > 1):
             self._held.clear()
-        self._held.append(ratio)
+        self._held.append((seconds, before_s))
         if len(self._held) >= settings.patience:
-            self._change(_median(self._held))
+            self._change(self._held)
 
     def _learn(self, features: Vector, seconds: float) -> None:
         forget = self._settings.forget
@@ -131,9 +140,10 @@ class _Learner:
             taught.add(heights.index(max(heights)))
         for at in sorted(taught):
             # In units of the prediction: in units of the measurement, lucky samples would count more than others.
-            self._learned[at].add(features, seconds, max(heights))
-        if (prior_s := predicted(self._prior, features)) > 0:
-            self._level[0] = forget * self._level[0] + seconds / prior_s
+            self._learned[at].add(features, seconds - self._delay_s, max(heights))
+        # A step that is mostly delayed says nothing of the level.
+        if (prior_s := predicted(self._prior, features)) > 0 and self._delay_s <= max(heights) / 2:
+            self._level[0] = forget * self._level[0] + (seconds - self._delay_s) / prior_s
             self._level[1] = forget * self._level[1] + 1
         self._update()
 
@@ -147,30 +157,51 @@ class _Learner:
             ]
             moment = [a + b / level for a, b in zip(learned.moment, shape.moment, strict=True)]
             self.lines[at] = nnls(gram, moment)
+            self.lines[at][0] += self._delay_s
 
-    def _change(self, factor: float) -> None:
-        """The machine takes `factor` times as long as it did: what was learned keeps its shape."""
-        for normal in self._learned:
-            normal.rescale(factor)
-        self._level[0] *= factor
+    def _change(self, samples: Sequence[tuple[float, float]]) -> None:
+        """The machine takes longer, or less long, than it did: what was learned keeps its shape."""
+        factor = _median([took / thought for took, thought in samples])
+        more_s = max(-self._delay_s, _median([took - thought for took, thought in samples]))
+        if self._is_delay(samples, factor, more_s):
+            self._delay_s += more_s
+        else:
+            for normal in self._learned:
+                normal.rescale(factor)
+            self._level[0] *= factor
+            self._delay_s *= factor
         for kept in (self._held, self._block, self._errors, self._ordered):
             kept.clear()
         self._update()
 
-    def _note(self, error: float) -> None:
-        self._errors.append(error)
-        insort(self._ordered, error)
+    def _is_delay(self, samples: Sequence[tuple[float, float]], factor: float, more_s: float) -> bool:
+        """Whether `samples` are explained by so much more delay, rather than by a machine `factor` times as slow.
+
+        Steps of about one length fit either. Then it is a delay that has ended, if there was one, or a first one, if
+        the factor is beyond what machines do.
+        """
+        if more_s == 0:
+            return False
+        level = _median([abs(math.log(took / (thought * factor))) for took, thought in samples])
+        delay = _median([abs(math.log(took / max(thought + more_s, MEASURABLE_S[0]))) for took, thought in samples])
+        likely = self._delay_s > 0 if factor < 1 else self._delay_s == 0 and factor > self._settings.sudden
+        return delay <= 2 * level if likely else delay < level / 2
+
+    def _note(self, error: float, before_s: float) -> None:
+        self._errors.append((error, before_s))
+        insort(self._ordered, (error, before_s))
         if len(self._errors) > self._settings.window:
             del self._ordered[bisect_left(self._ordered, self._errors.pop(0))]
 
     def margins(self) -> tuple[float, ...] | None:
-        return margins_of(self._ordered) if len(self._errors) >= self._settings.trusted else None
+        return margins_by_time(self._ordered) if len(self._errors) >= self._settings.trusted else None
 
     def document(self) -> dict[str, Any]:
         return {
             "lines": self.lines,
             "learned": [asdict(normal) for normal in self._learned],
             "level": self._level,
+            "delay_s": self._delay_s,
             "errors": self._errors,
             "held": self._held,
             "block": self._block,
@@ -182,10 +213,11 @@ class _Learner:
         self.lines = [list(line) for line in document["lines"]]
         self._learned = [Normal([list(r) for r in n["gram"]], list(n["moment"])) for n in document["learned"]]
         self._level = list(document["level"])
-        self._errors = list(document["errors"])
+        self._delay_s = document["delay_s"]
+        self._errors, self._held, self._block = (
+            [(first, second) for first, second in document[name]] for name in ("errors", "held", "block")
+        )
         self._ordered = sorted(self._errors)
-        self._held = list(document["held"])
-        self._block = list(document["block"])
         self.seen = document["seen"]
         self.outliers = document["outliers"]
 

@@ -53,7 +53,15 @@ class Withdrawn:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class GatewayGone:
-    """A gateway died, and its requests with it."""
+    """A gateway died, and its requests with it: nothing is promised to one of them until it is back."""
+
+    identity: Identity
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
+class GatewayCame:
+    """A gateway's stream stands: one that was lost has come back as the same."""
 
     identity: Identity
 
@@ -325,6 +333,7 @@ DecodeEvent = (
     | Withdrawn
     | Cancel
     | GatewayGone
+    | GatewayCame
     | Drain
     | Ran
     | RunFailed

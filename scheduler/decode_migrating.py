@@ -218,10 +218,8 @@ class MigratingPolicy(DecodePolicy):
         if key in self._guests:
             raise LocalError(f"{key} was asked for twice")
         need = self._shape.pages_for(len(request.prompt) + request.sampling.max_tokens)
-        if self.draining:
-            return [Answer(key, False, "draining")]
-        if need > self._capacity:
-            return [Answer(key, False, f"needs {need} pages, the worker has {self._capacity}")]
+        if (why := self._unwilling(offer.placed, need)) is not None:
+            return [Answer(key, False, why)]
         if self._retired or self._stalled() or any(map(self._waits, self._waiting)):
             return [Answer(key, False, "others wait for memory")]
         self._asked += 1

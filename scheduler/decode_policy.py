@@ -36,7 +36,7 @@ from core.errors import LocalError
 from core.kv import KvShape
 from core.messages import Cancel, Failed, Finished, Freeness
 from core.pages import Owner, Pages
-from core.request import Request, Stage
+from core.request import Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity
 from scheduler.cost import CostModel, Repriced
@@ -50,6 +50,7 @@ from scheduler.decode_events import (
     DropHandOff,
     Ended,
     Evict,
+    GatewayCame,
     GatewayGone,
     Grow,
     HandOver,
@@ -94,6 +95,7 @@ __all__ = [
     "DropHandOff",
     "Ended",
     "Evict",
+    "GatewayCame",
     "GatewayGone",
     "Grow",
     "HandOver",
@@ -188,6 +190,8 @@ class DecodePolicy:
         """Of all who were promised memory."""
         self._pins = Pins(config.pins)
         self._guests: dict[str, Guest] = {}
+        self._lost_gateways: dict[str, Identity] = {}
+        """The last life of each gateway that was lost: who still asks for its requests has not heard of it yet."""
         self._asked = 0
         self._waiting: deque[Guest] = deque()
         """In order of asking; those that do not wait any more are dropped when they come first."""
@@ -324,7 +328,10 @@ class DecodePolicy:
                 elif branch in guest.rows:
                     guest.rows[branch].cancelled = True
                     commands += self._stop(guest, now)
+            case GatewayCame(identity):
+                self._lost_gateways.pop(identity.name, None)
             case GatewayGone(identity):
+                self._lost_gateways[identity.name] = identity
                 mine = [guest for guest in self._guests.values() if guest.ticket.minter == identity]
                 self.ignored += not mine
                 for guest in mine:
@@ -385,10 +392,8 @@ class DecodePolicy:
             need += pages
         if request.hints.session:
             self._pins.resume(request.hints.session, now)
-        if self.draining:
-            return [Answer(key, False, "draining")]
-        if need > self._capacity:
-            return [Answer(key, False, f"needs {need} pages, the worker has {self._capacity}")]
+        if (why := self._unwilling(ticket, need)) is not None:
+            return [Answer(key, False, why)]
         self._asked += 1
         guest = Guest(ticket, request, key, self._asked, now + request.timeout_s, now, pages)
         guest.shares = request.sampling.n > 1
@@ -400,6 +405,16 @@ class DecodePolicy:
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
         self._retest = self._retest or len(self._waiting) == 1
         return []
+
+    def _unwilling(self, placed: Ticket, need: int) -> str | None:
+        """Why nothing is promised now or later to a request of that gateway's ticket that needs so many pages."""
+        if self.draining:
+            return "draining"
+        if need > self._capacity:
+            return f"needs {need} pages, the worker has {self._capacity}"
+        if self._lost_gateways and self._lost_gateways.get(placed.minter.name) == placed.minter:
+            return "its gateway was lost"
+        return None
 
     def _admit(self, now: float) -> list[DecodeCommand]:
         """Promise memory in order of asking; nobody is overtaken, so nobody starves."""

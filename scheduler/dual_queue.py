@@ -105,7 +105,8 @@ class DualQueue:
        never shorter than the knee;
     4. late jobs.
 
-    What is left of a long step's tokens goes to other long ones; a short step below the knee is filled up with a long
+    What is left of a long step's tokens goes to other long ones as long as that saves all who wait more than it costs
+    those in the step, who get no token before its end; a short step below the knee is filled up with a long
     one's. **Ages**: a job ages `grace_s` after its deadline and `stretch` times its own time after its acceptance,
     whichever is later. From then on no job that ages later is the first of a step as long as this one can start, and
     none starts at all while it lacks memory of this worker. So, once its sink has promised its own, its last chunk ends
@@ -214,15 +215,7 @@ class DualQueue:
     def wait_s(self, new: int, cached: int, now: float, wanted_s: float = math.inf, suspendable: bool = False) -> float:
         rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
         if new > self.short_tokens:
-            own = self._due(Job("", new, cached, now, now + wanted_s))
-            own_s, slack_s = self._by_deadline(now, own)
-            if wanted_s < math.inf:
-                alone_s = self._alone_s(own)
-                filled = min(1.0, (own_s - alone_s) / wanted_s) if wanted_s > 0 else 1.0
-                lacking_s = self._set.headroom * filled**2 * alone_s - slack_s
-                if lacking_s > 0:
-                    return max(own_s, wanted_s + lacking_s)
-            return own_s
+            return self._by_deadline(now, self._due(Job("", new, cached, now, now + wanted_s)))[0]
         own_s = self._pace.seconds(self._short_backlog, new, cached)
         if suspendable and rest_s > self._set.suspend_s and self._can_spare(own_s, now):
             rest_s = self._set.suspend_s
@@ -232,6 +225,15 @@ class DualQueue:
             if job.wanted_by - now - self._alone_s(job) < rest_s + own_s:
                 rest_s += self._chunk_s(job)
         return max(rest_s, self._gather.longest) + own_s
+
+    def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
+        if new <= self.short_tokens or wanted_s == math.inf:
+            return 0.0
+        own = self._due(Job("", new, cached, now, now + wanted_s))
+        own_s, slack_s = self._by_deadline(now, own)
+        alone_s = self._alone_s(own)
+        filled = min(1.0, (own_s - alone_s) / wanted_s) if wanted_s > 0 else 1.0
+        return max(0.0, self._set.headroom * filled**2 * alone_s - slack_s)
 
     # Steps.
     def next(self, now: float, start: Start) -> Sequence[Take]:
@@ -456,14 +458,31 @@ class DualQueue:
             budget = max(self._knee, self._within(closes_at - now, anchor))
         step: list[Take] = []
         key: str | None = anchor.key
+        rows: list[tuple[int, int]] = []
         while key is not None and budget and len(step) < self._rows:
-            job = self._started(self._jobs[key], start)
-            if job is None:
+            job = self._jobs[key]
+            tokens = min(budget, job.left)
+            if step and not self._worth_waiting(rows, tokens, job.context):
                 break
-            step.append(self._take(job, min(budget, job.left)))
+            fresh = self._started(job, start)
+            if fresh is None:
+                break
+            step.append(self._take(fresh, min(budget, fresh.left)))
+            rows.append((step[-1][1], fresh.context))
             budget -= step[-1][1]
             key = self._long.first() or self._late.first()
         return self._begin(step, now, short=False)
+
+    def _worth_waiting(self, rows: list[tuple[int, int]], tokens: int, context: int) -> bool:
+        """Whether those of a step should wait for another one's tokens in it, in seconds of all who wait.
+
+        In a step of their own those take longer by what a step costs however few its tokens are: that is saved for
+        whom they belong to and for all behind it.
+        """
+        alone_s, step_s = self._pace.step_s([(tokens, context)]), self._pace.step_s(rows)
+        longer_s = self._pace.step_s([*rows, (tokens, context)]) - step_s
+        behind = len(self._long) + len(self._late)
+        return behind * (alone_s - longer_s) >= len(rows) * longer_s
 
     def _go_on(self, head: str, now: float, start: Start) -> list[Take]:
         """Whoever should be next cannot start: those who have begun go on, so that their memory becomes free.

@@ -17,6 +17,11 @@ class Chunks:
         self._config = config
         self._cost = cost if config.gap_s else None
 
+    def reprice(self, cost: CostModel) -> None:
+        """Steps take another time than before."""
+        if self._cost is not None:
+            self._cost = cost
+
     def take(self, want: int, behind: int, left: int, others: list[Row], beside: tuple[int, int]) -> int:
         """Of a prompt's `want` tokens behind others of its own, with `left` of the budget; 0 if it has to wait.
 

@@ -26,6 +26,7 @@ from typing import Literal
 from core.messages import Cancel, Offer, Prompt
 from core.quick import quick_init
 from core.request import Request, Ticket
+from scheduler.cost import Repriced
 from scheduler.decode_events import Ended, Grow, Join
 from scheduler.prefill_events import Answer, Began, EndSequence, GatewayGone, Invite, Span
 
@@ -130,7 +131,7 @@ class Suspend:
     key: str
 
 
-MixedEvent = Offer | Prompt | Cancel | GatewayGone | Stepped | StepFailed
+MixedEvent = Offer | Prompt | Cancel | GatewayGone | Stepped | StepFailed | Repriced
 MixedCommand = Answer | Invite | Begin | Step | Cut | Suspend | EndSequence
 
 

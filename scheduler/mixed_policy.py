@@ -43,7 +43,7 @@ from core.request import Stage
 from core.sampling import MAX_N
 from core.standing import Standing
 from core.worker import Identity
-from scheduler.cost import CostModel
+from scheduler.cost import CostModel, Repriced
 from scheduler.mixed_batch import Batch, Job, Row, State
 from scheduler.mixed_chunk import Chunks
 from scheduler.mixed_events import (
@@ -199,6 +199,10 @@ class MixedPolicy:
                     self._cancel(job, now, commands)
             case StepFailed():
                 self._step_failed(event, now, commands)
+            case Repriced(cost):
+                self._waits.reprice(cost)
+                self._chunks.reprice(cost)
+                self._eased = True
         if self._step is None:
             self._plan(commands, now)
         else:
@@ -293,7 +297,7 @@ class MixedPolicy:
         if wait_s > offer.wait_s:
             self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
             why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
-            commands.append(Answer(Reject(ticket, why, wait_s)))
+            commands.append(Answer(Reject(ticket, why, wait_s, wait_s - offer.wait_s)))
             return
         job = Job(ticket, prefix, now)
         row = job.rows[0] = Row(ticket.key, job, prompt, offer.max_tokens, prompt)

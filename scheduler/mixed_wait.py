@@ -37,6 +37,12 @@ class Waits:
         self._ends = (0.0, 0.0, 0.0, 0.0)
         """Decayed counts of ended rows and of their pages, as of when, and since when."""
 
+    def reprice(self, cost: CostModel) -> None:
+        """Steps take another time than before; who was told to go by measured speeds goes on to."""
+        if self._cost is not None:
+            self._cost = cost
+            self._chunks.reprice(cost)
+
     def owe(self, row: Row, left: int) -> None:
         """The row counts for so many tokens to compute from now on, the last ones of its goal."""
         goal, before = row.goal, row.left

@@ -90,6 +90,13 @@ class Order(Protocol):
         """
         ...
 
+    def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
+        """How much time is lacking to take on a request that would have its first token as wanted; 0: none is.
+
+        For those that were accepted, or for more important ones to come.
+        """
+        ...
+
     def next(self, now: float, start: Start) -> Sequence[Take]:
         """What to compute now, as no step is running; nothing if there is nothing, or if it is better to wait.
 
@@ -295,6 +302,9 @@ class Line(ABC):
 
     def wait_s(self, new: int, cached: int, now: float, wanted_s: float = math.inf, suspendable: bool = False) -> float:
         return self.less_begun(self._pace.seconds(self.before(new), new, cached), now)
+
+    def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
+        return 0.0
 
     def less_begun(self, seconds: float, now: float) -> float:
         """Less what the running step, which is in the backlog, has behind it."""

@@ -368,10 +368,13 @@ class PrefillPolicy:
         prefix = self._shape.names(offer.prefix, offer.prefix_page_tokens)
         known = prefix[: (prompt - 1) // self._shape.page_tokens]
         cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
-        wait_s = self.predicted_wait_s(now, prompt - cached, cached, offer.wait_s)
-        if wait_s > offer.wait_s:
+        wait_s, again_s = self._outlook(now, prompt - cached, cached, offer.wait_s)
+        if again_s > 0:
             self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
-            return Answer(Reject(ticket, f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s", wait_s))
+            why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
+            if wait_s <= offer.wait_s:
+                why += f", but there is no time to spare for {again_s:.2f} s"
+            return Answer(Reject(ticket, why, wait_s, again_s))
         if self._pages + pages > self._config.accept_share * self._capacity:
             self._refusals.add(ticket.minter, prompt - cached, offer.wait_s, now)
             return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
@@ -385,6 +388,13 @@ class PrefillPolicy:
         self._until.put(key, held.until)
         self._order.expect(Job(key, prompt - cached, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
+
+    def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
+        """Seconds until the first token of a request that comes now, and until it is accepted if no other comes."""
+        wait_s = self.predicted_wait_s(now, new, cached, wanted_s)
+        if wait_s > wanted_s:
+            return wait_s, wait_s - wanted_s
+        return wait_s, self._order.lacks_s(new, cached, now, wanted_s)
 
     def _prompted(self, event: Prompt, now: float) -> _Held | None:
         """The prompt of an accepted offer is here; None: of one that has lapsed, or another prompt."""
@@ -813,7 +823,7 @@ class PrefillPolicy:
         def welcome(new: int, wait_s: float) -> bool:
             pages = self._pages + self._shape.pages_for(new)
             fits = pages <= self._config.accept_share * self._capacity
-            return fits and self.predicted_wait_s(now, new, 0, wait_s) <= wait_s
+            return fits and self._outlook(now, new, 0, wait_s)[1] == 0
 
         told = self._refusals.told(now, welcome)
         return [Invite(gateway, SlotFree(self._me, tokens)) for gateway, tokens in told]

@@ -351,7 +351,7 @@ class Router:
             return self._strand(flight)
         if not flight.placements and self.missing() and not flight.refusals and need.wait_s and self._lately(now):
             return self._hope(flight, now)
-        if not flight.refusals or not need.wait_s or min(r.wait_s for r in flight.refusals.values()) > need.wait_s:
+        if not need.wait_s or all(no.again_s or no.wait_s > need.wait_s for no in flight.refusals.values()):
             return self._shed(flight)
         return self._park(flight)
 
@@ -424,11 +424,11 @@ class Router:
         if not flight.refusals:
             why = self.missing() or "no worker with room for it answers"
             return self._end(call, phase, why, "UNAVAILABLE")
-        best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
+        best = min(flight.refusals.values(), key=lambda no: no.again_s or no.wait_s)
         asked, there = len(flight.refusals), len(self._workers.prefills)
         who = f"all {asked}" if asked >= there else f"{asked} of {there}"
         why = f"{who} prefill workers refused; {best.ticket.source.name}: {best.reason}"
-        return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.wait_s, 0.1))
+        return self._end(call, phase, why, "RESOURCE_EXHAUSTED", retry_s=max(best.again_s or best.wait_s, 0.1))
 
     # Waiting for a worker.
     def _strand(self, flight: Flight, resumes: float = math.inf) -> list[RouterCommand]:

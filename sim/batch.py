@@ -107,7 +107,7 @@ class Batch:
 
     def begin(self, now: float) -> None:
         """The engine goes on now with the rows it has."""
-        slowness = self._worker.slowness
+        slowness = self._worker.decodes()
         if self._changed or self._last_s != now or self._base[3] != slowness:
             self._base = now, self.steps, self.context, slowness
             self._changed = False

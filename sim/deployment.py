@@ -7,8 +7,9 @@ steps, their orders and their reads took. Nothing of what was delivered is looke
 
 | term | is | of |
 |---|---|---|
-| steps | the model that the worker learned last, times measured / predicted over all its steps, by phase | a worker |
+| steps | the model that it learned last, times measured / predicted over all its steps, by phase | a worker |
 | turn, pause | a + b * steps, by least squares: an order's time from decision to end, less its steps' | a worker |
+| chance | each order's steps and turn: drawn from what all of its phase took, over what is said of them | a worker |
 | hop | from an offer's or an answer's sending to its taking | all |
 | read | from a prompt's end, where memory was promised by then, until all of its KV is verified, less a hop | all |
 
@@ -43,6 +44,8 @@ from sim.workload import Workload
 T = TypeVar("T")
 
 LANE = "recorded"
+DRAWN = 1000
+"""What varies is drawn from so many that were recorded, or some more."""
 GAP_RATIO = 1.01
 """Edges of the gaps' histogram: percentiles are to be compared to a percent."""
 
@@ -296,19 +299,25 @@ def _build(member: Member, lives: list[_Life], lane: Lane) -> tuple[Build, Terms
         if member.costs is None:
             raise SetupError(f"{name}: got no word of what its steps take, want the recording of a worker that learned")
         learned = CostModel(name, member.costs.prefill, member.costs.decode)
-    sums = {"prefill": [0.0, 0.0], "decode": [0.0, 0.0]}
+    steps_of: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
+    """What they took, and what is said of them."""
     for life in lives:
         for rows, batch, context, took_s in life.steps:
-            both = sums["prefill" if rows else "decode"]
-            both[0] += took_s
-            both[1] += learned.step_s(rows, batch, context)
-    ratios = {phase: took_s / said_s if said_s > 0 else 1.0 for phase, (took_s, said_s) in sums.items()}
-    turn_s, pause_s = _line([each for life in lives for each in life.turns])
+            if (said_s := learned.step_s(rows, batch, context)) > 0:
+                steps_of["prefill" if rows else "decode"].append((took_s, said_s))
+    ratios = {
+        phase: sum([took_s for took_s, _ in both]) / sum([said_s for _, said_s in both]) if both else 1.0
+        for phase, both in steps_of.items()
+    }
+    turns = [each for life in lives for each in life.turns]
+    turn_s, pause_s = _line(turns)
     measured = learned.at(ratios["prefill"], ratios["decode"])
-    steps = tuple((fixed_s + pause_s, row_s, token_s) for fixed_s, row_s, token_s in measured.decode)
-    cost = replace(measured, decode=steps, lanes=(*LANES, lane))
+    decode = tuple((fixed_s + pause_s, row_s, token_s) for fixed_s, row_s, token_s in measured.decode)
+    cost = replace(measured, decode=decode, lanes=(*LANES, lane))
     terms = Terms(ratios["prefill"], ratios["decode"], turn_s, pause_s)
-    return Build(name, member.role, cost, member.kv, member.pages, turn_s=turn_s), terms
+    turns_s = _few([max(0.0, took_s - pause_s * steps) for steps, took_s in turns])
+    vary = tuple(_few([took_s / (said_s * ratios[phase]) for took_s, said_s in steps_of[phase]]) for phase in ratios)
+    return Build(name, member.role, cost, member.kv, member.pages, turns_s=turns_s, vary=(vary[0], vary[1])), terms
 
 
 def _faults(changes: list[tuple[float, str, bool]], names: set[str], begin: float, end: float) -> Iterator[Fault]:
@@ -352,6 +361,11 @@ def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     if y < slope * x:
         return 0.0, max(0.0, y / x)
     return max(0.0, y - max(0.0, slope) * x), max(0.0, slope)
+
+
+def _few(recorded: list[float]) -> tuple[float, ...]:
+    """Some of them, evenly, ascending."""
+    return tuple(sorted(recorded)[:: max(1, len(recorded) // DRAWN)])
 
 
 def _commonest(values: Iterable[T]) -> T:

@@ -41,8 +41,10 @@ class Build:
     pages: int
     tp: int = 1
     """Devices it takes."""
-    turn_s: float = 0.0
-    """From a policy's order to the begin of its first step."""
+    turns_s: tuple[float, ...] = ()
+    """From a policy's order to the begin of its first step: drawn from these, by chance; 0 without any."""
+    vary: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())
+    """So many times as long as `cost` says do the steps of an order take, which prefill or decode: drawn likewise."""
 
 
 def workers(

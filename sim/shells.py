@@ -72,7 +72,7 @@ class PrefillShell:
                 worker.send(message.ticket.minter, message)
             case filling.RunChunk():
                 seconds = self._cost.prefill_s([(span.stop - span.start, span.start) for span in command.spans])
-                self._start(_Step(command, seconds * worker.slowness + worker.turn_s, worker.loop.now))
+                self._start(_Step(command, seconds * worker.prefills() + worker.turn_s(), worker.loop.now))
             case filling.SealPages():
                 sealed = giving.Sealed(command.key, command.pages, command.tokens, command.firsts)
                 worker.post(worker.source_seat, sealed)
@@ -203,7 +203,7 @@ class DecodeShell:
             if join.recompute is not None:
                 start, stop = join.recompute
                 extra_s += self._cost.prefill_s([(stop - start, start)]) * self._worker.slowness
-        batch.begin(self._worker.loop.now + self._worker.turn_s + extra_s)
+        batch.begin(self._worker.loop.now + self._worker.turn_s() + extra_s)
         self.runs += 1
         self._until(command.run_id, min(batch.steps + command.steps, batch.first_end()))
 
@@ -292,10 +292,10 @@ class MixedShell:
         if command.spans:
             rows = [(span.stop - span.start, span.start) for span in command.spans]
             batched = len(batch) if command.rows else 0
-            seconds = self._cost.step_s(rows, batched, batch.context if batched else 0) * worker.slowness
-            self._wait(command, batch.steps, now + worker.turn_s + seconds)
+            seconds = self._cost.step_s(rows, batched, batch.context if batched else 0) * worker.prefills()
+            self._wait(command, batch.steps, now + worker.turn_s() + seconds)
         else:
-            batch.begin(now + worker.turn_s)
+            batch.begin(now + worker.turn_s())
             steps = min(batch.steps + command.steps, batch.first_end())
             self._wait(command, steps, batch.time_of(steps))
 

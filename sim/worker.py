@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -65,7 +66,7 @@ class Worker(Process):
         """To a gateway or to another worker; False if it is known to be gone."""
         self.upper = world.upper
         self.slowness = 1.0
-        self.turn_s = build.turn_s
+        self._chance = random.Random(build.name)
         self.draining = False
         self.moves = build.role is Role.DECODE and policy.migration is not None
         """Rows may move from here to others and back."""
@@ -104,6 +105,23 @@ class Worker(Process):
             Taken: gives,
             Freeness: decodes,
         }
+
+    def turn_s(self) -> float:
+        """From an order to the begin of its first step, this time."""
+        return self._drawn(self.build.turns_s) if self.build.turns_s else 0.0
+
+    def prefills(self) -> float:
+        """So many times as long as the cost model says does this prefill step take."""
+        vary = self.build.vary[0]
+        return self.slowness * self._drawn(vary) if vary else self.slowness
+
+    def decodes(self) -> float:
+        """The same of the decode steps of an order."""
+        vary = self.build.vary[1]
+        return self.slowness * self._drawn(vary) if vary else self.slowness
+
+    def _drawn(self, recorded: tuple[float, ...]) -> float:
+        return recorded[int(self._chance.random() * len(recorded))]
 
     @property
     def prefill_seat(self) -> Seat:

@@ -68,6 +68,7 @@ class InProcess:
         self._peers: dict[str, Card] = {}
         self._reads: dict[int, _Read] = {}
         self._ended: deque[Completion] = deque()
+        self._more = False
         self._broken: dict[str, str] = {}
         """Why peers cannot be read any more."""
         self._untold: list[str] = []
@@ -117,6 +118,7 @@ class InProcess:
         for read_id, read in list(self._reads.items()):
             while budget > 0 and read_id in self._reads:
                 budget -= self._copy(read_id, read)
+        self._more = budget <= 0
         ended = list(self._ended)
         self._ended.clear()
         return ended
@@ -146,6 +148,10 @@ class InProcess:
     @property
     def busy(self) -> bool:
         return bool(self._reads or self._ended)
+
+    @property
+    def more(self) -> bool:
+        return self._more
 
     def fds(self) -> tuple[int, ...]:
         return ()

@@ -234,6 +234,7 @@ class Nixl:
         self._reads: dict[int, _Read] = {}
         self._doubtful: dict[int, _Read] = {}
         self._ended: deque[Completion] = deque()
+        self._more = False
         self._untold: list[tuple[str, _Peer]] = []
         """Lanes that broke since `broken` was asked."""
 
@@ -322,6 +323,7 @@ class Nixl:
                     break
                 budget -= nbytes
             self._finish(read)
+        self._more = budget <= 0
         ended = list(self._ended)
         self._ended.clear()
         return ended
@@ -368,6 +370,10 @@ class Nixl:
     @property
     def busy(self) -> bool:
         return bool(self._reads or self._ended)
+
+    @property
+    def more(self) -> bool:
+        return self._more
 
     def fds(self) -> tuple[int, ...]:
         return ()

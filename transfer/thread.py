@@ -29,6 +29,20 @@ from transfer.memory import settle
 from transfer.plan import Cost
 from transfer.probe import Probe
 from transfer.repage import block_pages, lay_out, reading
+from transfer.thread_events import (
+    Closed,
+    Connected,
+    ConnectFailed,
+    Digested,
+    DigestFailed,
+    Event,
+    LaneBroke,
+    LaneProbed,
+    Opened,
+    OpenFailed,
+    ProbeFailed,
+    Pulled,
+)
 from transfer.transport import Completion, ReadDone, ReadFailed, ReadFenced, Span, Transport
 
 IDLE_S = 0.02
@@ -46,127 +60,6 @@ DIGEST_NBYTES = 8 << 20
 COST = Cost()
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The transport exists and the arena is registered: `metadata` is what peers need."""
-
-    transport: str
-    metadata: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class OpenFailed:
-    """The transport cannot be used; the thread has ended."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    """`peer` can be read; its lane is built by the first reads (see `LaneProbed`)."""
-
-    peer: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectFailed:
-    """`peer` cannot be read, and why."""
-
-    peer: str
-    reason: str
-    attempt: int = 0
-    """As it was given to `connect`, here and below."""
-
-
-@dataclass(frozen=True, slots=True)
-class LaneProbed:
-    """The lane from `peer` is up and measured."""
-
-    peer: str
-    gbytes_per_s: float
-    """1e9 bytes a second, over the scratch pages that were given."""
-    latency_us: float
-    """Median of reads of 4 KiB, from posting to the poll that saw the end."""
-    transports: str
-    attempt: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProbeFailed:
-    """The lane from `peer` could not be measured. `doubtful` are scratch pages that a read may still land in."""
-
-    peer: str
-    reason: str
-    doubtful: PageRun | None = None
-    read_id: int = 0
-    """Pass it to `fence` to end the doubt; its `ReadFenced` is posted."""
-    attempt: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LaneBroke:
-    """No page of `peer` can be read any more, and why, until it is disconnected and connected anew."""
-
-    peer: str
-    reason: str
-    attempt: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """A `pull` brought its pages; `digests` are of what is in them, in their order."""
-
-    read_id: int
-    nbytes: int
-    seconds: float
-    """Of the read, without the digests."""
-    digests: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Digested:
-    """The digests a job asked for, in the order of its pages."""
-
-    job_id: int
-    digests: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class DigestFailed:
-    """A job asked for something impossible."""
-
-    job_id: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Closed:
-    """The thread has ended: nothing can land any more, and what had not ended has no other event than this.
-
-    `error` says why if nobody asked for it.
-    """
-
-    error: str = ""
-
-
-Event = (
-    Completion
-    | Opened
-    | OpenFailed
-    | Connected
-    | ConnectFailed
-    | LaneProbed
-    | ProbeFailed
-    | LaneBroke
-    | Pulled
-    | Digested
-    | DigestFailed
-    | Closed
-)
 
 
 @dataclass(slots=True)
@@ -434,7 +327,7 @@ class TransferThread:
             self._bell.ring()  # there may be more
 
     def _wait_s(self) -> float:
-        if self._jobs:
+        if self._jobs or self._open().more:
             return 0.0
         if self._open().busy or self._probes:
             self._pause_s = min(self._pause_s * 1.5, LIVELY_S)

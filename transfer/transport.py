@@ -155,6 +155,11 @@ class Transport(Protocol):
         """True while polling soon is worth it: reads are in flight, or a peer was served a moment ago."""
         ...
 
+    @property
+    def more(self) -> bool:
+        """True if the last `poll` stopped early, so that calls need not wait for it: poll again at once."""
+        ...
+
     def fds(self) -> tuple[int, ...]:
         """File descriptors that become readable when `poll` has news; none: only polling tells."""
         ...

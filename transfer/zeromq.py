@@ -199,6 +199,10 @@ class ZeroMq:
             or time.monotonic() - self._served < SERVED_S
         )
 
+    @property
+    def more(self) -> bool:
+        return False
+
     def fds(self) -> tuple[int, ...]:
         peers = [socket for peer in self._peers.values() if not peer.lost for socket in (peer.socket, peer.monitor)]
         return tuple(int(socket.get(zmq.FD)) for socket in (self._router, *peers))

@@ -23,7 +23,7 @@ from scheduler.lanes import LanesConfig
 from tests.cast import SHAPE
 from tests.live.cluster import until
 from tests.transfer.faults import Faulty, Rule, Rules
-from transfer import thread as lanes
+from transfer import thread_events as lanes
 from transfer.inprocess import InProcess
 from transfer.transport import ReadFailed, ReadFenced
 

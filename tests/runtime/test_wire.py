@@ -142,7 +142,7 @@ MESSAGES: dict[type, st.SearchStrategy] = {
         m.Cancel, tickets, text, st.booleans(), st.none() | counts, st.lists(words, max_size=3).map(tuple)
     ),
     m.Accept: st.builds(m.Accept, tickets, counts, seconds),
-    m.Reject: st.builds(m.Reject, tickets, text, seconds),
+    m.Reject: st.builds(m.Reject, tickets, text, seconds, seconds),
     m.Tokens: st.builds(
         m.Tokens,
         tickets,

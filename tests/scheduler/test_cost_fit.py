@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -253,6 +254,51 @@ def test_outliers_move_nothing_and_count_as_errors() -> None:
     assert stormy.outliers == 80
     assert calm.outliers == 0
     assert stormy.model().margin("decode", 0.99) > 10 > 0.2 > stormy.model().margin("decode", 0.8)
+
+
+BUSY = CostModel("a busy host", ((6e-5, 2e-6, 2e-8, 0.0),), ((1e-3, 1e-5, 1e-8),))
+"""Steps of a fraction of a millisecond, which others on its processors delay by dozens."""
+
+
+def short_steps(refit: Refit, count: int, rng: random.Random, delays_s: Sequence[float]) -> None:
+    for _ in range(count):
+        rows = [(rng.randint(20, 64), 0)]
+        refit.step(rows, 0, 0, BUSY.prefill_s(rows) * rng.gauss(1, 0.03) + rng.choice(delays_s))
+
+
+@pytest.mark.parametrize("delays_s", [(0.010, 0.013, 0.030), (0.013,)])
+def test_delayed_short_steps_say_nothing_of_long_ones(delays_s) -> None:
+    refit, rng = Refit(BUSY), random.Random(8)
+    long = [(3000, 0)]
+    short_steps(refit, 40, rng, (0.0,))
+    short_steps(refit, 100, rng, delays_s)
+    model = refit.model()
+    assert 0.008 < model.prefill_s([(40, 0)]) < 0.035
+    assert model.prefill_s(long) * (1 + model.margin("prefill", 0.9)) < 3 * BUSY.prefill_s(long)
+    short_steps(refit, 40, rng, (0.0,))
+    assert refit.model().prefill_s([(40, 0)]) == pytest.approx(BUSY.prefill_s([(40, 0)]), rel=0.2)
+    assert refit.model().prefill_s(long) == pytest.approx(BUSY.prefill_s(long), rel=0.2)
+
+
+def test_what_seemed_a_delay_is_a_slow_machine_when_long_steps_say_so() -> None:
+    refit, rng, slow = Refit(BUSY), random.Random(9), scaled(BUSY, 30.0)
+    for tokens in (40, 3000, 40):
+        for _ in range(40):
+            rows = [(rng.randint(tokens // 2, tokens), 0)]
+            refit.step(rows, 0, 0, slow.prefill_s(rows) * rng.gauss(1, 0.03))
+    for tokens in (40, 3000):
+        assert refit.model().prefill_s([(tokens, 0)]) == pytest.approx(slow.prefill_s([(tokens, 0)]), rel=0.3)
+
+
+def test_margins_are_shares_of_the_time() -> None:
+    """Half of the steps are delayed a hundred times over, and are a hundredth of what is predicted."""
+    refit, rng = Refit(BUSY), random.Random(10)
+    for _ in range(100):
+        short_steps(refit, 1, rng, (0.02,))
+        refit.step([(3000, 0)], 0, 0, BUSY.prefill_s([(3000, 0)]) * rng.gauss(1, 0.03))
+    model = refit.model()
+    assert model.prefill_s([(3000, 0)]) == pytest.approx(BUSY.prefill_s([(3000, 0)]), rel=0.1)
+    assert model.margin("prefill", 0.9) < 0.1
 
 
 def test_outliers_on_both_sides_in_turn_are_no_change() -> None:

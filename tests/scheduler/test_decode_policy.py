@@ -23,6 +23,7 @@ from scheduler.decode_policy import (
     DropHandOff,
     Ended,
     Evict,
+    GatewayCame,
     GatewayGone,
     Grow,
     Join,
@@ -250,6 +251,20 @@ def test_a_gateway_takes_its_requests_along():
     machine.on(Asked(ticket(2), ask()), 0.0)
     machine.on(Asked(ticket(3, minter=OTHER_GATEWAY), ask()), 0.0)
     assert machine.on(GatewayGone(GATEWAY), 0.0) == [Cut(1), DropHandOff(ticket(2).key, "its gateway was lost")]
+
+
+def test_nothing_is_promised_to_requests_of_a_gateway_that_was_lost():
+    """Their prefill workers have not heard of it yet. The same gateway may come back, and so may its name."""
+    machine = policy()
+    machine.on(GatewayGone(GATEWAY), 0.0)
+    assert machine.on(Asked(ticket(), ask()), 0.1) == [Answer(KEY, False, "its gateway was lost")]
+    other, next_life = ticket(2, minter=OTHER_GATEWAY), ticket(3, minter=GATEWAY._replace(incarnation=9))
+    for each in (other, next_life):
+        assert machine.on(Asked(each, ask()), 0.1) == [Answer(each.key, True)]
+    machine.on(GatewayCame(OTHER_GATEWAY), 0.2)
+    assert machine.on(Asked(ticket(4), ask()), 0.2) == [Answer(ticket(4).key, False, "its gateway was lost")]
+    machine.on(GatewayCame(GATEWAY), 0.3)
+    assert machine.on(Asked(ticket(5), ask()), 0.3) == [Answer(ticket(5).key, True)]
 
 
 @pytest.mark.parametrize("where", ["waiting", "promised", "running"])

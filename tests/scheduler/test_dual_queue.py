@@ -75,6 +75,23 @@ STORIES = {
         86.9 run long:191
         """,
     ),
+    "long prompts whose steps would take as long alone do not wait for each other": (
+        DualQueue(1000, 4, COST, PLAIN),
+        [Arrival(0.0, "a", 150, 4.0), Arrival(0.0, "b", 200, 5.0)],
+        """
+        0 run a:150
+        15 run b:200
+        """,
+    ),
+    "the last tokens of one wait for another one's if that saves all behind them more": (
+        DualQueue(256, 4, COST, PLAIN),
+        [Arrival(0.0, "a", 286, 4.0), Arrival(0.0, "b", 150, 5.0), Arrival(0.0, "c", 150, 6.0)],
+        """
+        0 run a:256
+        25.6 run a:30 b:150
+        43.6 run c:150
+        """,
+    ),
     "a chunk ends with the window of those who gather": (
         DualQueue(1024, 4, COST, DualQueueSettings(fill=False, gather=GatherSettings(0.01555, 0.01555))),
         [Arrival(0.0, "s0", 20, 0.4), Arrival(0.0, "long", 2000, 5.0)],
@@ -294,9 +311,13 @@ def test_nobody_is_let_in_who_makes_a_long_job_late():
     """10,000 tokens/s. Behind 4,000 tokens wanted in 1 s, 5,000 that are wanted sooner can be in time, 7,000 cannot."""
     order = DualQueue(1000, 8, COST, replace(PLAIN, headroom=0.0))
     order.expect(Job("a", 4000, 0, 0.0, 1.0), 0.0)
-    assert order.wait_s(5000, 0, 0.0, wanted_s=0.8) == pytest.approx(0.5)
-    assert order.wait_s(7000, 0, 0.0, wanted_s=0.8) == pytest.approx(0.8 + 0.1), "0.1 s too long for the one before"
-    assert order.wait_s(7000, 0, 0.0, wanted_s=2.0) == pytest.approx(1.1), "behind it there is room"
+    for new, wanted_s, first_s, lacks_s in (
+        (5000, 0.8, 0.5, 0.0),
+        (7000, 0.8, 0.7, 0.1),  # too long for the one before
+        (7000, 2.0, 1.1, 0.0),  # behind it there is room
+    ):
+        assert order.wait_s(new, 0, 0.0, wanted_s) == pytest.approx(first_s)
+        assert order.lacks_s(new, 0, 0.0, wanted_s) == pytest.approx(lacks_s)
 
 
 @pytest.mark.parametrize(
@@ -308,18 +329,20 @@ def test_who_needs_much_of_a_full_line_is_refused(before, new, accepted):
     order = DualQueue(1000, 8, COST, PLAIN)
     if before:
         order.expect(Job("a", before, 0, 0.0, 0.9), 0.0)
-    wait_s = order.wait_s(new, 0, 0.0, wanted_s=1.0)
-    assert (wait_s <= 1.0) == accepted
-    assert wait_s >= (before + new) / 10_000 - 1e-9
+    assert order.wait_s(new, 0, 0.0, wanted_s=1.0) == pytest.approx((before + new) / 10_000)
+    lacks_s = order.lacks_s(new, 0, 0.0, wanted_s=1.0)
+    assert (lacks_s == 0) == accepted
     if before:
         spare_s = min(0.9 - before / 10_000, 1.0 - (before + new) / 10_000)
-        assert (8 * new / 10_000 * (before / 10_000) ** 2 <= spare_s) == accepted
+        assert lacks_s == pytest.approx(max(0.0, 8 * new / 10_000 * (before / 10_000) ** 2 - spare_s))
 
 
 @pytest.mark.parametrize(("wanted_s", "accepted"), [(60.0, True), (20.5, True), (19.0, False), (math.inf, True)])
 def test_an_idle_worker_takes_whatever_can_be_done_in_time(wanted_s, accepted):
     """20 s of work, which is more than a job without a deadline is thought to have."""
-    assert (DualQueue(1000, 8, COST, PLAIN).wait_s(200_000, 0, 0.0, wanted_s) <= wanted_s) == accepted
+    order = DualQueue(1000, 8, COST, PLAIN)
+    assert (order.wait_s(200_000, 0, 0.0, wanted_s) <= wanted_s) == accepted
+    assert (order.lacks_s(200_000, 0, 0.0, wanted_s) == 0) == accepted
 
 
 def test_what_short_ones_take_of_the_time_is_not_there_for_long_ones():

@@ -12,7 +12,7 @@ from core.pages import Owner, Pages
 from core.request import Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
-from scheduler.cost import CostModel
+from scheduler.cost import CostModel, Repriced
 from scheduler.mixed_chunk import Chunks
 from scheduler.mixed_events import PREFILL_FIRST, SARATHI, VLLM
 from scheduler.mixed_policy import (
@@ -472,8 +472,24 @@ def test_an_offer_is_accepted_if_its_first_token_will_be_soon_enough():
     queued(machine, 1, 40)
     # 40 and 24 tokens are four full steps of 3 s.
     told = give(machine, Offer(ticket(2), 24, 8, 11.9))
-    assert told == [Answer(Reject(ticket(2), "first token in 12.00 s, wanted in 11.90 s", 12.0))]
+    late_s = 12.0 - 11.9
+    assert told == [Answer(Reject(ticket(2), "first token in 12.00 s, wanted in 11.90 s", 12.0, late_s))]
     assert give(machine, Offer(ticket(3), 24, 8, 12.0)) == [Answer(Accept(ticket(3), 0, 12.0))]
+
+
+def test_what_was_learned_of_steps_sizes_chunks_and_predicts_waits():
+    """Somebody was refused: it hears of a machine that is faster than was thought."""
+    machine = policy(cost=COST, budget_tokens=16, gap_s=3.0)
+    queued(machine, 1, 40)
+    give(machine, Offer(ticket(2), 24, 8, 6.0))
+    told = give(machine, Repriced(COST.at(0.5, 0.5)))
+    assert [command.message for command in told if isinstance(command, Invite)] == [SlotFree(MIXED, 24)]
+    assert machine.predicted_wait_s(0.0, 24) == 6.0
+    (step,) = [command for command in give(machine, Stepped(1), 1.0) if isinstance(command, Step)]
+    assert step.spans[0].stop - step.spans[0].start == 16
+    give(machine, Repriced(COST.at(2.0, 2.0)), 1.5)
+    (step,) = [command for command in give(machine, Stepped(2), 2.0) if isinstance(command, Step)]
+    assert step.spans[0].stop - step.spans[0].start < 16, "a full step would take longer than the gap"
 
 
 def test_a_decode_step_that_is_under_way_is_waited_for():

@@ -17,7 +17,7 @@ from core.request import Request, Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.cost import Repriced
-from scheduler.dual_queue import DualQueue
+from scheduler.dual_queue import DualQueue, DualQueueSettings
 from scheduler.fcfs import Fcfs
 from scheduler.prefill_policy import (
     Answer,
@@ -143,7 +143,7 @@ def test_an_offer_is_rejected_when_the_queue_would_make_it_late():
     queued(machine, 2, 80, wait_s=99.0)
     assert machine.predicted_wait_s(1.0, 8) == 11.0
     (answer,) = machine.on(offer(3, 8, wait_s=10.0), 1.0)
-    assert answer.message == Reject(ticket(3), "first token in 11.00 s, wanted in 10.00 s", 11.0)
+    assert answer.message == Reject(ticket(3), "first token in 11.00 s, wanted in 10.00 s", 11.0, 1.0)
     (answer,) = machine.on(offer(4, 8, wait_s=11.0), 1.0)
     assert answer.message == Accept(ticket(4), wait_s=11.0)
 
@@ -583,6 +583,17 @@ def test_a_cancelled_sequence_of_a_suspended_step_is_freed_by_the_steps_own_end(
     assert commands[-1] == Resume(1)
     assert machine.on(ChunkDone(1, ()), 0.9) == [EndSequence(KEY)]
     assert ledger(machine).count(holder(KEY)) == 0
+
+
+def test_who_would_make_another_one_late_is_told_when_it_might_come_again():
+    """A token takes 0.1 s. 10 tokens are wanted within 2 s: 12 more before them would make them 0.2 s late."""
+    config = PrefillConfig(chunk_tokens=6, max_rows=3, ungranted_share=1.0)
+    machine = PrefillPolicy(P1, SHAPE, Pages(40), config, DualQueue(6, 3, SLOW, DualQueueSettings(headroom=0.0)))
+    machine.on(offer(1, 10, wait_s=2.0), 0.0)
+    (answer,) = machine.on(offer(2, 12, wait_s=1.9), 0.0)
+    no = answer.message
+    assert (no.wait_s, no.again_s) == (pytest.approx(1.2), pytest.approx(0.2))
+    assert no.reason == "first token in 1.20 s, wanted in 1.90 s, but there is no time to spare for 0.20 s"
 
 
 @pytest.mark.parametrize("event", [Suspended(1), Suspended(7)])

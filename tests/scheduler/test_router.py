@@ -123,6 +123,15 @@ def test_a_request_is_shed_at_once_where_waiting_cannot_help():
     assert machine.on(Reject(ticket(1, attempt=2, source=P2), "busy too", 29.6), 0.5) == [end]
 
 
+def test_who_may_come_again_later_is_not_kept_waiting():
+    """Its first token would be in time, but somebody's would not be any more; the soonest chance is what it is told."""
+    machine = router()
+    machine.on(Arrived(1, ask()), 0.0)
+    machine.on(Reject(ticket(1), "busy", 3.0, 9.0), 0.5)
+    end = End(1, Phase.REJECTED, "all 2 prefill workers refused; prefill-2: busy too", "RESOURCE_EXHAUSTED", 7.0)
+    assert machine.on(Reject(ticket(1, attempt=2, source=P2), "busy too", 4.0, 7.0), 0.5) == [end]
+
+
 def test_an_offer_that_is_not_answered_is_recalled_and_goes_to_the_next_worker():
     machine = router()
     machine.on(Arrived(1, ask()), 0.0)

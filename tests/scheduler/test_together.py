@@ -562,6 +562,8 @@ class Worker(Process):
         """What a gateway said meanwhile was missed: both sides start anew."""
         if isinstance(self.world.processes[peer], Gateway):
             self.gateway_gone(peer)
+            if "decode" in self.machines:
+                self.post("decode", decode.GatewayCame(peer))
         elif self.world.fetches and self.role.prefills:
             self.post("prefill", Lane(peer, "wire", 1.0, 10.0))
 

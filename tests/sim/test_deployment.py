@@ -107,7 +107,7 @@ class Recorder:
 def recorded(tmp_path, monkeypatch):
     """Simulates, and records meanwhile; returns the folder and the outcomes."""
 
-    def run(name: str = "baton", scenario: Scenario = CALM, slow: float = 1.0, requests: int = 50):
+    def run(name: str = "baton", scenario: Scenario = CALM, slow: float = 1.0, requests: int = 50, **chance):
         recorder = Recorder(tmp_path, name, slow)
         seat, member = Process.seat, Worker.member
 
@@ -121,7 +121,7 @@ def recorded(tmp_path, monkeypatch):
             Worker, "member", lambda self: replace(member(self), costs=Costs(COST.prefill, COST.decode))
         )
         builds = [
-            replace(each, cost=COST, turn_s=TURN_S)
+            replace(each, **{"cost": COST, "turns_s": (TURN_S,), **chance})
             for each in workers("2 prefill, 2 decode", "h200-llama-3.1-8b", kv=100_000)
         ]
         ends: list[Outcome] = []
@@ -183,6 +183,19 @@ def test_steps_that_took_longer_than_learned_take_so_long(recorded):
         assert (terms.prefill, terms.decode) == pytest.approx((1.25, 1.0) if prefill else (1.0, 1.25))
         assert terms.turn_s <= TURN_S + 1e-9
         assert build.cost.prefill_s([(100, 0)]) == pytest.approx((CHUNK_S + 100 * TOKEN_S) * terms.prefill)
+
+
+def test_what_took_longer_by_chance_does_so_as_often(recorded):
+    """A tenth of the orders take half as long again, and a tenth of the turns twenty times as long."""
+    vary = (0.95,) * 9 + (1.45,)
+    folder, _ = recorded("fcfs", requests=200, turns_s=(0.001,) * 9 + (0.020,), vary=(vary, vary))
+    found = deployment(folder)
+    decode = next(build for build in found.builds if build.role == "decode")
+    assert sum(turn_s > 0.015 for turn_s in decode.turns_s) / len(decode.turns_s) == pytest.approx(0.1, abs=0.05)
+    seen, said = measured(found.calls), predicted(found)
+    assert said.gap_s == pytest.approx(seen.gap_s, rel=0.1)
+    plain = replace(found, builds=tuple(replace(each, turns_s=(), vary=((), ())) for each in found.builds))
+    assert predicted(plain).gap_s[-1] < 0.8 * seen.gap_s[-1]
 
 
 def test_the_same_digits_again(recorded):

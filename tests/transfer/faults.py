@@ -277,6 +277,10 @@ class Faulty:
         late = any(math.isfinite(each.lands) for each in self._late.values())
         return bool(self.inner.busy or self._reads or self._ended or late)
 
+    @property
+    def more(self) -> bool:
+        return self.inner.more
+
     def fds(self) -> tuple[int, ...]:
         return self.inner.fds()
 

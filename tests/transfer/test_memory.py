@@ -13,7 +13,8 @@ import pytest
 from tests.transfer.peer import arena
 from transfer.inprocess import InProcess
 from transfer.memory import STEP_NBYTES, settle
-from transfer.thread import Opened, TransferThread
+from transfer.thread import TransferThread
+from transfer.thread_events import Opened
 
 NBYTES = 3 * STEP_NBYTES + 5 * mmap.PAGESIZE
 

@@ -20,7 +20,8 @@ from tests.transfer.peer import arena, make
 from transfer import nixl
 from transfer.digest import digests
 from transfer.inprocess import InProcess
-from transfer.thread import (
+from transfer.thread import TransferThread
+from transfer.thread_events import (
     Closed,
     Connected,
     ConnectFailed,
@@ -33,7 +34,6 @@ from transfer.thread import (
     OpenFailed,
     ProbeFailed,
     Pulled,
-    TransferThread,
 )
 from transfer.transport import ReadDone, ReadFailed, ReadFenced, Transport
 

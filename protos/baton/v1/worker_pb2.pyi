@@ -188,14 +188,16 @@ class Accept(_message.Message):
     def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ...) -> None: ...
 
 class Reject(_message.Message):
-    __slots__ = ("ticket", "reason", "wait_s")
+    __slots__ = ("ticket", "reason", "wait_s", "again_s")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_S_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     reason: str
     wait_s: float
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., wait_s: _Optional[float] = ...) -> None: ...
+    again_s: float
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., reason: _Optional[str] = ..., wait_s: _Optional[float] = ..., again_s: _Optional[float] = ...) -> None: ...
 
 class SlotFree(_message.Message):
     __slots__ = ("worker", "tokens")
