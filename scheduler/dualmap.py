@@ -101,6 +101,8 @@ class DualMap:
         self._ring = Ring(config.points)
         self._heat = Heat(first_pages=config.first_pages, window=config.window, hot=config.hot, cool=config.cool)
         self._known: dict[Identity, Known] = {}
+        self._having: dict[int, set[Identity]] | None = None
+        """The same by page, where prefill workers fetch: nobody else asks who has one."""
         self._samples: dict[Identity, tuple[float, float]] = {}
         """Tokens and seconds of prefills."""
         self._version = 0
@@ -157,17 +159,22 @@ class DualMap:
         known = self._known.get(post.identity)
         if known is None:
             known = self._known[post.identity] = Known(self._config.known_pages or post.member.pages)
-        known.add(prefix)
+        forgotten = known.add(prefix)
+        if self._having is not None:
+            for page in prefix:
+                self._having.setdefault(page, set()).add(post.identity)
+            self._lacks(post.identity, [page for page in forgotten if page not in known])
 
     def holders(self, source: Post, need: Need, pages: int, workers: Workers) -> tuple[tuple[Identity, int], ...]:
+        self._refresh(workers)
+        if self._having is None or len(need.prefix) <= pages:
+            return ()
         found = []
-        for who, known in self._known.items():
+        # A page is there only with all before it: who has more than so many has the next.
+        for who in self._having.get(need.prefix[pages], ()):
             post = workers.get(who)
-            if post is None or post is source or post.member.kv != source.member.kv:
-                continue
-            there = known.pages(need.prefix)
-            if there > pages:
-                found.append((-there, who))
+            if post is not None and post is not source and post.member.kv == source.member.kv:
+                found.append((-self._known[who].pages(need.prefix), who))
         return tuple([(who, -less) for less, who in sorted(found)[:HOLDERS]])
 
     def prefilled(self, source: Post, tokens: int, seconds: float) -> None:
@@ -188,7 +195,7 @@ class DualMap:
         }
 
     def restore(self, document: Mapping[str, Any]) -> None:
-        self._version = 0
+        self._version, self._having = 0, None
         self._heat.restore(document["heat"])
         self._samples = {Identity.parse(who): (tokens, s) for who, (tokens, s) in document["samples"].items()}
         self._known = {Identity.parse(who): Known.of(pages) for who, pages in document["known"].items()}
@@ -202,12 +209,29 @@ class DualMap:
         self._named = {post.identity.name: post for post in posts}
         self._ring.set(self._named)
         self._mixed = len({post.decodes for post in posts}) == 2
-        self._known = {who: known for who, known in self._known.items() if who in workers}
+        for who in [who for who in self._known if who not in workers]:
+            gone = self._known.pop(who)
+            self._lacks(who, gone)
+        if not workers.fetches:
+            self._having = None
+        elif self._having is None:
+            self._having = {}
+            for who, known in self._known.items():
+                for page in known:
+                    self._having.setdefault(page, set()).add(who)
         self._samples = {who: sample for who, sample in self._samples.items() if who in workers}
         told = [(post.identity, post.member.costs) for post in (*posts, *workers.decodes.posts)]
         self._costs = {
             who: CostModel(who.name, costs.prefill, costs.decode) for who, costs in told if costs is not None
         }
+
+    def _lacks(self, who: Identity, pages: Iterable[int]) -> None:
+        """It has none of these any more."""
+        for page in pages if self._having is not None else ():
+            there = self._having.get(page, set())
+            there.discard(who)
+            if not there:
+                self._having.pop(page, None)
 
     def _pair(self, need: Need) -> tuple[Post, ...]:
         """The prefix's two workers."""

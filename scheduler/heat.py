@@ -6,7 +6,7 @@ old one is dropped. So memory is bounded, a step is O(1), and what is used stays
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -82,11 +82,20 @@ class Known:
         self._young: set[int] = set()
         self._old: set[int] = set()
 
-    def add(self, prefix: Sequence[int]) -> None:
-        """It computes these pages, or has them."""
+    def __contains__(self, page: int) -> bool:
+        return page in self._young or page in self._old
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._young
+        yield from self._old - self._young
+
+    def add(self, prefix: Sequence[int]) -> Collection[int]:
+        """It computes these pages, or has them; others are forgotten for them, which are among those returned."""
         self._young.update(prefix)
-        if len(self._young) > self._half:
-            self._old, self._young = self._young, set()
+        if len(self._young) <= self._half:
+            return ()
+        forgotten, self._old, self._young = self._old, self._young, set()
+        return forgotten
 
     def pages(self, prefix: Sequence[int]) -> int:
         """How many of its first pages it may have. A page is there only with all before it, so halving finds it."""

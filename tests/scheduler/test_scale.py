@@ -6,6 +6,8 @@ built-in functions that no profiler sees into. `bench/scale.py` has the seconds.
 
 from __future__ import annotations
 
+import functools
+import json
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -16,8 +18,9 @@ from core.messages import Accept, Finished, Handed, Offer, Prompt, Reject, SlotF
 from core.request import Request
 from core.sampling import Sampling
 from core.worker import Identity, Role
-from scheduler.dualmap import DualMap
+from scheduler.dualmap import HOLDERS, DualMap, DualMapConfig
 from scheduler.least_loaded import LeastLoaded
+from scheduler.placement import Need, Workers
 from scheduler.ring import Ring
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, End, ToOne, WorkerDown, WorkerUp
@@ -61,6 +64,23 @@ class Spent:
     compared: float = 0.0
 
 
+def spent(do, times=1):
+    """On average."""
+    calls, before = 0, Load.compared
+
+    def profile(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    former = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        do()
+    finally:
+        sys.setprofile(former)
+    return Spent(calls / times, (Load.compared - before) / times)
+
+
 class Gateway:
     """A router among so many workers, with a request for each of them under way."""
 
@@ -72,7 +92,7 @@ class Gateway:
         self.counter = 0
         self.prefills = [Identity(f"prefill-{n}", 1) for n in range(size * 2 // 5)]
         self.decodes = [Identity(f"decode-{n}", 1) for n in range(size - len(self.prefills))]
-        self.up = self.spent(lambda: [self.join(n) for n in range(size)], size)
+        self.up = spent(lambda: [self.join(n) for n in range(size)], size)
         for _ in range(size):
             self.come()
 
@@ -80,22 +100,6 @@ class Gateway:
         role = Role.PREFILL if number < len(self.prefills) else Role.DECODE
         who = (self.prefills + self.decodes)[number]
         self.router.on(WorkerUp(worker(who, role, pages=10_000)), 0.0)
-
-    def spent(self, do, times=1):
-        """Of the router, on average."""
-        calls, before = 0, Load.compared
-
-        def profile(frame, event, argument):
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        former = sys.getprofile()
-        sys.setprofile(profile)
-        try:
-            do()
-        finally:
-            sys.setprofile(former)
-        return Spent(calls / times, (Load.compared - before) / times)
 
     def do(self, event):
         commands = self.router.on(event, 0.0)
@@ -146,7 +150,7 @@ def test_a_request_from_arrival_to_end(kind):
                 gateway.come()
                 gateway.settle()
 
-        costs[size] = gateway.spent(some, 60)
+        costs[size] = spent(some, 60)
         gateway.router.check()
     grows_no_faster_than_the_logarithm(costs)
 
@@ -171,7 +175,7 @@ def test_one_that_is_refused_four_times_and_waits_until_somebody_has_room():
             for who in gateway.prefills[:4]:
                 gateway.do(SlotFree(who, 10_000))
 
-        costs[size] = gateway.spent(waits, 30)
+        costs[size] = spent(waits, 30)
         assert len(gateway.router._parked)
         gateway.router.check()
     grows_no_faster_than_the_logarithm(costs)
@@ -194,7 +198,7 @@ def test_one_that_waits_is_offered_to_the_first_with_room_and_no_other_is_looked
                     gateway.do(Reject(offer.ticket, "full", 0.0))
                     gateway.do(SlotFree(offer.ticket.source, 10_000))
 
-        costs[size] = gateway.spent(parks, 20)
+        costs[size] = spent(parks, 20)
         gateway.router.check()
     grows_no_faster_than_the_logarithm(costs)
 
@@ -241,3 +245,55 @@ def test_a_ring_is_the_same_whoever_came_in_which_order():
         fresh.set(reversed(some))
         keys = [dice.randrange(2**64) for _ in range(20)]
         assert [ring.pair(key) for key in keys] == [fresh.pair(key) for key in keys]
+
+
+def fetching(size):
+    """Workers that fetch, and a placement that knows of some pages at each."""
+    placement = DualMap(DualMapConfig(known_pages=64))
+    posts = Workers(placement.queue_load, placement.decode_load)
+    for number in range(size):
+        who = Identity(f"prefill-{number}", 1)
+        posts.up(replace(worker(who, Role.PREFILL, pages=10_000), fetches=True))
+    placement.fewest(Need(1, 1), posts)
+    for number, post in enumerate(posts.prefills.posts):
+        placement.kept(post, (1, 2, 1000 + number))
+    return placement, posts
+
+
+def test_who_has_a_prompts_pages_is_found_without_a_look_at_every_worker():
+    costs = {}
+    for size in SIZES:
+        placement, posts = fetching(size)
+        source, other = posts.prefills.posts[:2]
+        need = Need(20, 28, (1, 2, 1001, 7))
+        assert placement.holders(source, need, 2, posts) == ((other.identity, 3),)
+        costs[size] = spent(functools.partial(placement.holders, source, need, 2, posts))
+    assert costs[1000].calls == costs[10].calls
+
+
+def test_holders_are_those_whose_memory_has_the_pages_whatever_came_and_went():
+    dice = random.Random(4)
+    placement, posts = fetching(12)
+    chains = [tuple(range(100 * chain, 100 * chain + dice.randrange(2, 9))) for chain in range(12)]
+    for step in range(600):
+        everyone = posts.prefills.posts
+        match dice.randrange(12):
+            case 0 if len(everyone) > 2:
+                posts.down(dice.choice(everyone).identity)
+            case 1:
+                who = Identity(f"prefill-{dice.randrange(12)}", 1 + step)
+                posts.up(replace(worker(who, Role.PREFILL), fetches=dice.random() < 0.9))
+            case 2:
+                placement.restore(json.loads(json.dumps(placement.document())))
+            case _:
+                chain = dice.choice(chains)
+                placement.kept(dice.choice(everyone), chain[: dice.randrange(1, len(chain) + 1)])
+        source, prefix = dice.choice(posts.prefills.posts), dice.choice(chains)
+        pages = dice.randrange(len(prefix) + 1)
+        if not posts.fetches:
+            continue
+        memory = {post.identity: placement._known[post.identity] for post in posts.prefills.posts
+                  if post.identity in placement._known and post is not source}  # fmt: skip
+        there = sorted((-known.pages(prefix), who) for who, known in memory.items() if known.pages(prefix) > pages)
+        want = tuple((who, -less) for less, who in there[:HOLDERS])
+        assert placement.holders(source, Need(20, 28, prefix), pages, posts) == want
