@@ -12,6 +12,7 @@ from core.request import Kind, Slo
 from scheduler.budgets import BudgetConfig, Budgets, gap_left, split
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, WorkerUp
+from core.worker import Role
 from tests.cast import D1, GATEWAY, P1, ask, worker
 
 CONFIG = BudgetConfig(first=0.25, first_least=0.05, margin=0.9, least_gap_s=0.02)
@@ -59,7 +60,7 @@ def test_what_is_learned_of_lengths_leaves_more_for_each_token():
 
 def test_a_router_gives_goals_to_who_has_a_deadline_and_the_rest_of_it_to_later_attempts():
     machine = Router(GATEWAY, RouterConfig())
-    for member in (worker(P1), worker(D1)):
+    for member in (worker(P1, Role.PREFILL), worker(D1, Role.DECODE)):
         machine.on(WorkerUp(member), 0.0)
     (sent,) = machine.on(Arrived(1, replace(ask(6, 66), slo=Slo(deadline_s=10.0))), 5.0)
     assert sent.message.wait_s == pytest.approx(2.5)
