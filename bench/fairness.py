@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.report import Row, emit, parser, progress
-from core.request import Kind, Phase, Slo
+from core.request import Phase, Slo
 from scheduler.policies import BATON, Policy
 from sim.fleet import workers
 from sim.generators import SHAPES, generate

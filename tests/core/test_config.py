@@ -135,7 +135,13 @@ def test_bytes_are_read_with_their_unit(text, want):
 
 @pytest.mark.parametrize(
     ("text", "want"),
-    [("", ()), (" ", ()), ("a=2", (("a", 2.0),)), (" a=2, b=0.5", (("a", 2.0), ("b", 0.5))), ("x=y=3", (("x=y", 3.0),))],
+    [
+        ("", ()),
+        (" ", ()),
+        ("a=2", (("a", 2.0),)),
+        (" a=2, b=0.5", (("a", 2.0), ("b", 0.5))),
+        ("x=y=3", (("x=y", 3.0),)),
+    ],
 )
 def test_weights_of_tenants_are_read(text, want):
     assert weights(text) == want

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.request import Kind, Slo
+from core.worker import Role
 from scheduler.budgets import BudgetConfig, Budgets, gap_left, split
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, WorkerUp
-from core.worker import Role
 from tests.cast import D1, GATEWAY, P1, ask, worker
 
 CONFIG = BudgetConfig(first=0.25, first_least=0.05, margin=0.9, least_gap_s=0.02)

@@ -12,6 +12,8 @@ from core.pages import Owner, Pages
 from core.request import Hints, Request, Slo, Ticket
 from core.worker import Identity, Role
 from scheduler.cost import CostModel
+from scheduler.decode_policy import Answer as Promise
+from scheduler.decode_policy import State as Waits
 from scheduler.decode_policy import (
     Asked,
     Cut,
@@ -23,7 +25,6 @@ from scheduler.decode_policy import (
     Run,
     Tell,
 )
-from scheduler.decode_policy import Answer as Promise
 from scheduler.prefill_policy import (
     Answer,
     AskForSink,
@@ -64,7 +65,7 @@ def send(machine: PrefillPolicy, counter: int, prompt: int, now: float = 0.0, ba
     return commands
 
 
-def computed(machine: PrefillPolicy, run: RunChunk, now: float, *done: int):
+def computed(machine: PrefillPolicy, run, now: float, *done: int):
     begun = tuple(Began(key(counter), First(7)) for counter in done)
     commands = machine.on(ChunkDone(run.run_id, begun), now)
     machine.check()
@@ -121,9 +122,9 @@ def fed(machine: PrefillPolicy, count: int, tenant: str, at: float, first: int, 
 def test_a_tenant_above_its_share_leaves_room_for_others():
     machine = prefill(ungranted_share=1.0, spare=0.3)
     *_, run = send(machine, 1, 16, tenant="flood")
-    *_, run = computed(machine, run, 1.0, 1)
+    computed(machine, run, 1.0, 1)
     *_, run = send(machine, 2, 16, 1.0, tenant="steady")
-    *_, run = computed(machine, run, 2.0, 2)
+    computed(machine, run, 2.0, 2)
     assert machine._speed == 16.0
     # 9 s are allowed; 0.3 of them are 2.7 s, which are 43 tokens.
     refused = fed(machine, 6, "flood", 2.0, 10)
@@ -309,7 +310,7 @@ def test_memory_is_lent_only_when_nobody_else_waits_and_never_all_of_it():
     assert row(machine, 1, prompt=8, most=12) is not None  # 5 pages in the worst case
     assert row(machine, 2, prompt=8, most=12) is None, "8 pages may be lent, 10 are there"
     assert row(machine, 3, prompt=8, most=12, slo=Slo()) is not None
-    assert machine.queue()["waiting"] == 1
+    assert machine.queue()[Waits.WAITING] == 1
 
 
 def test_it_gives_its_memory_to_whoever_waits_for_some():
@@ -324,7 +325,7 @@ def test_it_gives_its_memory_to_whoever_waits_for_some():
     assert isinstance(told.message, Failed)
     assert (told.message.ticket, told.message.code) == (ticket(1), "ABORTED")
     assert Promise(key(2), True) in commands
-    assert (machine.yielded, machine.queue()["running"]) == (1, 0)
+    assert (machine.yielded, machine.queue()[Waits.RUNNING]) == (1, 0)
 
 
 def test_a_large_one_has_all_of_an_idle_workers_memory():

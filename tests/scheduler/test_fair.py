@@ -47,9 +47,9 @@ def test_who_was_idle_has_saved_up_nothing():
     for _ in range(10):
         fair.charge("busy", 100)
     fair.join("idle")
-    turns = []
+    turns: list[str] = []
     for _ in range(6):
-        turns.append(fair.first())
+        turns.append(fair.first() or "")
         fair.charge(turns[-1], 100)
     assert sorted(turns) == ["busy"] * 3 + ["idle"] * 3, "they take turns from then on"
 
@@ -242,7 +242,7 @@ def test_tenants_take_turns_in_the_lane():
         lane.add(f"free{number}", (), "free")
     served = []
     for _ in range(40):
-        key = lane.first()
+        key = lane.first() or ""
         served.append(key[:4])
         lane.fair.charge(served[-1], 100)
         lane.drop(key)
