@@ -1,16 +1,16 @@
 """Tenants and classes on simulated H200 workers: a tenant that floods, and work that fills what others leave.
 
-Written down before anything was tuned. Four prefill and four decode workers of Llama 3.1 8B, goals of 0.4 s to the first
-token and 50 ms for the gaps, answers as long as nobody knows. Two shapes of requests, by the quantiles of public traces:
-Azure's conversations and ShareGPT's. Arrivals are Poisson. `capacity` is the rate at which the deployment serves what
-all comes at once.
+Written down before anything was tuned. Four prefill and four decode workers of Llama 3.1 8B, goals of 0.4 s to the
+first token and 50 ms for the gaps, answers as long as nobody knows. Two shapes of requests, by the quantiles of public
+traces: Azure's conversations and ShareGPT's. Arrivals are Poisson. `capacity` is the rate at which the deployment
+serves what all comes at once.
 
 *Flood*: a tenant sends a quarter of the capacity for 60 s; from 20 s to 50 s another one sends twice the capacity. What
 is reported is by how many points the first one's attainment differs from what it is alone, with the same requests.
-*Batch*: a tenant sends half of the capacity for 60 s; all the while there is work of the batch class, whose prompts begin
-alike in groups of 8. What is reported is by how many points the attainment of the others differs from what it is without
-it, and which share of the idle capacity (the capacity less what the others sent) the batch class filled until the last
-of the others came.
+*Batch*: a tenant sends half of the capacity for 60 s; all the while there is work of the batch class, whose prompts
+begin alike in groups of 8. What is reported is by how many points the attainment of the others differs from what it is
+without it, and which share of the idle capacity (the capacity less what the others sent) the batch class filled until
+the last of the others came.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bench.report import Row, emit, parser, progress
-from core.request import Kind, Phase, Slo
+from core.request import Phase, Slo
 from scheduler.policies import BATON, Policy
 from sim.fleet import workers
 from sim.generators import SHAPES, generate

@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -22,6 +22,7 @@ from core.sampling import Logprobs
 from core.standing import Standing
 from core.worker import Greeting, Identity, Member, ProcessEnded, Role
 from engine.grammar import available
+from gateway.goodput import Goodput, Seen
 from gateway.intake import Intake, ModelFacts
 from gateway.replies import Batch, Outcome, Replies, Reply
 from gateway.service import SERVICE, InferenceService
@@ -58,6 +59,7 @@ class _Client:
     """Serves the call."""
     refuse: Callable[[RequestError], Awaitable[object]] | None
     """Ends the call from beside that task, which may be waiting for the client to read."""
+    seen: Seen = field(default_factory=Seen)
 
 
 def response(index: int, batch: Batch, end: inference_pb2.End | None = None) -> inference_pb2.GenerateResponse:
@@ -132,6 +134,8 @@ class Gateway:
         self._e2e = self._metrics.histogram("request_e2e_seconds", "Arrival to end, at the gateway.")
         self._stage = self._metrics.histogram("stage_latency_seconds", "Stages of requests.", ("stage",))
         self._requests = self._metrics.counter("requests", "Requests by how they ended.", ("outcome", "code"))
+        judged = "Requests by whether all that was promised was kept; a bounded number of tenants is told apart."
+        self._goodput = Goodput(self._metrics.counter("requests_judged", judged, ("class", "tenant", "good")))
         self.address = self._server.address
         self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
         self._me = Member(
@@ -300,6 +304,8 @@ class Gateway:
                     total_s = self._driver.now() - client.arrived_at
                     self._traces.ended(client.request, command, total_s, client.replies)
                     self._e2e.observe(total_s)
+                    request = client.request
+                    self._goodput.ended(client.seen, request.slo, request.hints.tenant, total_s, command.phase)
                     for stage in command.stages:
                         self._stage.labels(stage.name).observe(stage.seconds)
                     client.replies.end(command)
@@ -352,9 +358,12 @@ class Gateway:
     def _observe(self, client: _Client, reply: Reply, tokens: int) -> None:
         now = self._driver.now()
         if reply.last_token_at is not None:
-            self._gap.observe((now - reply.last_token_at) / tokens)
+            gap_s = (now - reply.last_token_at) / tokens
+            self._gap.observe(gap_s)
+            client.seen.gap(gap_s, tokens, client.request.slo)
         elif all(each.last_token_at is None for each in client.replies.all):
-            self._ttft.observe(now - client.arrived_at)
+            client.seen.ttft_s = now - client.arrived_at
+            self._ttft.observe(client.seen.ttft_s)
         reply.last_token_at = now
 
     def _last(self, client: _Client, index: int, batch: Batch, outcome: Outcome) -> inference_pb2.GenerateResponse:

@@ -1,10 +1,10 @@
 """A deadline for a whole answer, turned into goals for the first token and for the gaps. Pure.
 
 After JITServe (NSDI'26), as far as its abstract says: what a request needs is what is left of it over the time that is
-left, with its length forecast, and forecast anew as tokens appear. Here the forecast is that of `scheduler/forecast.py`,
-and what comes of it are two promises that every other machine keeps already: `Slo.ttft_s`, by which a prefill worker
-accepts and orders, and `Slo.gap_s`, by which a decode worker bounds its batch. JITServe's order by goodput a unit of
-bandwidth, and its sub-deadlines of compound requests, are not here.
+left, with its length forecast, and forecast anew as tokens appear. Here the forecast is that of
+`scheduler/forecast.py`, and what comes of it are two promises that every other machine keeps already: `Slo.ttft_s`, by
+which a prefill worker accepts and orders, and `Slo.gap_s`, by which a decode worker bounds its batch. JITServe's order
+by goodput a unit of bandwidth, and its sub-deadlines of compound requests, are not here.
 
 | parameter | default | unit | meaning |
 |---|---|---|---|

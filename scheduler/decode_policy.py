@@ -471,6 +471,8 @@ class DecodePolicy:
                         memory.set_aside()
                         continue
                     self._wanted = self._running
+                    if not (self._wanted or self._coming):
+                        commands += self._revoke(max(1, guest.pages - memory.free), lent=True)
                 if not fits or not self._crowd.allows(gap_s, tokens, rows):
                     self._short = memory.total, now
                     break
@@ -819,14 +821,15 @@ class DecodePolicy:
             commands += self._retire(victim) if victim else revoked
         return commands
 
-    def _revoke(self, short: int) -> list[DecodeCommand]:
-        """Take promises back of which nothing was used yet, newest first, until `short` pages are to come."""
+    def _revoke(self, short: int, *, lent: bool = False) -> list[DecodeCommand]:
+        """Take promises back of which nothing was used yet, newest first, until `short` pages are to come; `lent`: of
+        the batch class only."""
         commands: list[DecodeCommand] = []
         for guest in reversed(self._guests.values()):
             if short <= 0:
                 break
             unused = guest.state is State.PROMISED and not self._ledger.count(guest.key)
-            if unused and not (guest.cancelled or guest.revoked):
+            if unused and not (guest.cancelled or guest.revoked) and (guest.batch or not lent):
                 guest.revoked = True
                 self.revoked += 1
                 self._coming += guest.pages

@@ -5,9 +5,9 @@ are computed for it, over its weight; an output token counts for `OUTPUT` prompt
 next. A tenant that comes back from idleness begins at the least of those that wait, so it saves up nothing.
 
 **Bound.** While two tenants both wait, the tokens charged to them over their weights, since both did, differ by at most
-`c_a / w_a + c_b / w_b`, c being the largest single charge. So a tenant that waits is served at the latest when each other
-one that does was charged `c_a / w_a + c_b / w_b` a unit of weight since: nobody starves. What is charged late, as output
-tokens are at the end of an answer, counts as one charge.
+`c_a / w_a + c_b / w_b`, c being the largest single charge. So a tenant that waits is served at the latest when each
+other one that does was charged `c_a / w_a + c_b / w_b` a unit of weight since: nobody starves. What is charged late, as
+output tokens are at the end of an answer, counts as one charge.
 
 `Shares` says who has had more than its share of a worker lately, so that those who have not find room there. See below.
 
@@ -172,15 +172,15 @@ class Parked:
 class Shares:
     """Whether a tenant has had more than its share of a worker lately, as of its offers.
 
-    A tenant is *above its share* if the tokens that were accepted of it, over its weight, are more than those of all over
-    the weights of all that came lately; a token that was accepted a while ago counts for less, by half every 1.4 s. A
-    worker accepts those of a tenant above its share only as long as its whole line takes no longer than `spare` of the
-    goal (`PrefillConfig.spare`). So, however much some tenants send,
+    A tenant is *above its share* if the tokens that were accepted of it, over its weight, are more than those of all
+    over the weights of all that came lately; a token that was accepted a while ago counts for less, by half every 1.4
+    s. A worker accepts those of a tenant above its share only as long as its whole line takes no longer than `spare` of
+    the goal (`PrefillConfig.spare`). So, however much some tenants send,
 
-    - whoever is not above its share finds at least `1 - spare` of its goal free, but for what tenants that were not above
-      theirs put there, and
-    - of two tenants whose offers always come, while the line is longer than that, neither has had more than the other by
-      more than one request of its own, by weight.
+    - whoever is not above its share finds at least `1 - spare` of its goal free, but for what tenants that were not
+      above theirs put there, and
+    - of two tenants whose offers always come, while the line is longer than that, neither has had more than the other
+      by more than one request of its own, by weight.
 
     One tenant alone is never above its share, and nothing is counted: nothing is kept free for those that have not come
     for `recent_s`. One that comes back has had nothing lately; that is worth as much as it could be accepted in 2 s.

@@ -4,9 +4,9 @@ Tenants take turns by `Fair`; within a tenant, requests that begin alike follow 
 computed is still there for the next (BatchLLM: the prefix tree depth first). Names of pages are chained hashes, so the
 order of their tuples is that of the tree. Its other ideas, who decodes most first and batches by memory, are not here.
 
-**Bound.** A round is all that waited when it began; who comes later is in the next. So a request is preceded, within its
-tenant, by what was there when it came, and by what came before the round that was running ended: nobody is overtaken for
-ever by those whose prefix is earlier in the order.
+**Bound.** A round is all that waited when it began; who comes later is in the next. So a request is preceded, within
+its tenant, by what was there when it came, and by what came before the round that was running ended: nobody is
+overtaken for ever by those whose prefix is earlier in the order.
 """
 
 from __future__ import annotations

@@ -10,10 +10,9 @@ and its chunks, a step each, and the order's steps take turns. So neither waits 
 but for memory: what such a request lacks of this worker's when its turn comes, nobody else who starts takes before it.
 
 Those of the batch class (`Slo.batch`) are none of its business either. They run when the order has nothing to run, in
-steps of their own, which are short because they are not suspended: whoever comes waits for the rest of one at most. They
-start when their sink has promised its memory and there is memory here, so that they never hold some while they wait.
-How much of the wait that an offer allows may be filled before it is accepted depends on its tenant's share of the line
-(`scheduler/fair.py`).
+steps of their own, which are short because they are not suspended: whoever comes waits for the rest of one at most.
+They start when their sink has promised its memory and there is memory here, so that they never hold some while they
+wait. Offers of a tenant above its share of this worker (`scheduler/fair.py`) are accepted only while the line is short.
 """
 
 from __future__ import annotations

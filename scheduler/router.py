@@ -60,6 +60,8 @@ from scheduler.router_events import (
     WorkerUp,
 )
 
+MOST_DOUBLINGS = 30
+"""Of the wait after an attempt that failed; it ends long before."""
 LEFT_S = 1.0
 """News of a sink comes no later than this after a prefill worker said that its KV was not taken there."""
 LATER_S = 60.0
@@ -1033,14 +1035,15 @@ class Router:
         fate, certain = suspicion(call.presences, now)
         if fate is Suspicion.POISONOUS and certain <= now:
             return [*commands, *self._poisonous(call, recalled=flight)]
-        if flight.placements >= self._config.max_attempts:
+        # What the batch class lost it may have given back to others, which is no failure however often.
+        if flight.placements >= self._config.max_attempts and not call.request.slo.batch:
             why = f"{flight.placements} attempts, the last: {why}"
             return [*commands, *self._end(call, Phase.FAILED, why, "UNAVAILABLE", recalled=flight)]
         others = blamed is not None and self._workers.others(blamed)
         tried = {blamed} if blamed is not None and others else set()
         resumes = 0.0
         if blamed is not None and (flight.placements > 1 or not others):
-            wait_s = self._config.again_s * 2 ** max(0, flight.placements - 1)
+            wait_s = self._config.again_s * 2 ** min(MOST_DOUBLINGS, max(0, flight.placements - 1))
             resumes = now + min(wait_s, self._config.again_most_s)
         resumes = max(resumes, certain)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)

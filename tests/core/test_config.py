@@ -15,6 +15,7 @@ from core.config import (
     from_json,
     nbytes,
     to_json,
+    weights,
 )
 from core.errors import SetupError
 from core.worker import Role
@@ -90,6 +91,8 @@ def test_a_role_is_taken_by_its_name():
         ({"kv_memory": "0"}, "kv_memory: got '0'"),
         ({"host_memory": "some"}, "host_memory: got 'some'"),
         ({"host_memory": "-1"}, "host_memory: got '-1'"),
+        ({"deadline_s": -1.0}, "deadline_s: got -1.0"),
+        ({"tenants": "a=2,a=3"}, "tenants: got 'a=3'"),
     ],
 )
 def test_a_deployment_that_cannot_work_says_why(values, message):
@@ -128,6 +131,26 @@ def test_settings_survive_the_way_to_their_process(config):
 )
 def test_bytes_are_read_with_their_unit(text, want):
     assert nbytes(text) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("", ()),
+        (" ", ()),
+        ("a=2", (("a", 2.0),)),
+        (" a=2, b=0.5", (("a", 2.0), ("b", 0.5))),
+        ("x=y=3", (("x=y", 3.0),)),
+    ],
+)
+def test_weights_of_tenants_are_read(text, want):
+    assert weights(text) == want
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "=2", "a=0", "a=-1", "a=inf", "a=nan", "a=2,,b=1", "a=2,a=3"])
+def test_weights_that_mean_nothing_are_refused(text):
+    with pytest.raises(SetupError, match="tenants: got"):
+        weights(text)
 
 
 @pytest.mark.parametrize("text", ["", "G", "0", "-1M", "64Q", "inf", "1e999", "nan", "ten", "0.5"])

@@ -13,6 +13,7 @@ from core.config import GatewayConfig
 from core.constraint import Language
 from core.errors import RequestError
 from core.prefix import page_hashes
+from core.request import Slo
 from core.sampling import Sampling
 from engine.grammar import Grammars
 from gateway.intake import Intake, ModelFacts
@@ -249,6 +250,36 @@ def test_a_request_without_goals_gets_the_deployments(tokenizer):
     made.slo.gap_s = 0.5
     request, _ = intake(tokenizer, ttft_s=2.0, gap_s=0.1).request(made, None, nobody)
     assert (request.slo.ttft_s, request.slo.gap_s) == (2.0, 0.5)
+
+
+def test_a_class_is_chosen_by_its_field(tokenizer):
+    here, plain = intake(tokenizer, ttft_s=2.0, gap_s=0.1), asked()
+    plain.slo.deadline_s = 9.0
+    assert here.request(plain, None, nobody)[0].slo == Slo(deadline_s=9.0)
+    plain.slo.ttft_s = 1.0
+    assert here.request(plain, None, nobody)[0].slo == Slo(1.0, deadline_s=9.0)
+    made = asked()
+    made.slo.batch = True
+    assert here.request(made, None, nobody)[0].slo == Slo(batch=True)
+    late = intake(tokenizer, ttft_s=2.0, deadline_s=30.0)
+    assert late.request(asked(), None, nobody)[0].slo == Slo(deadline_s=30.0)
+    made = asked()
+    made.slo.gap_s = 0.5
+    assert late.request(made, None, nobody)[0].slo == Slo(2.0, 0.5), "who brings a goal has its own"
+
+
+@pytest.mark.parametrize("field", ["ttft_s", "gap_s", "deadline_s"])
+def test_goals_that_cannot_be_are_refused(tokenizer, field):
+    for wrong in (-1.0, float("inf"), float("nan")):
+        made = asked()
+        setattr(made.slo, field, wrong)
+        with pytest.raises(RequestError, match=f"slo.{field}: got"):
+            intake(tokenizer).request(made, None, nobody)
+    made = asked()
+    made.slo.batch = True
+    setattr(made.slo, field, 1.0)
+    with pytest.raises(RequestError, match=f"slo.{field}: got 1.0, want 0 with slo.batch"):
+        intake(tokenizer).request(made, None, nobody)
 
 
 def test_the_pages_of_a_prompt_are_named_for_its_tenant(tokenizer):

@@ -75,7 +75,7 @@ def constrained(sampling: Sampling, constraint: Constraint | None) -> Sampling:
 samplings = st.builds(constrained, plain, constraints)
 logs = st.floats(max_value=0, allow_nan=False)
 known = st.builds(Logprobs, counts, logs, tokens, st.lists(logs, max_size=4).map(tuple))
-slos = st.builds(Slo, seconds, seconds)
+slos = st.builds(Slo, seconds, seconds, seconds, st.booleans())
 requests = st.builds(
     Request,
     text,
@@ -128,7 +128,7 @@ carried = st.builds(
 )
 MESSAGES: dict[type, st.SearchStrategy] = {
     m.Offer: st.builds(
-        m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple), counts
+        m.Offer, tickets, counts, counts, seconds, hints, st.lists(words, max_size=3).map(tuple), counts, st.booleans()
     ),
     m.SlotFree: st.builds(m.SlotFree, identities, counts),
     m.Prompt: st.builds(

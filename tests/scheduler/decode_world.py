@@ -423,7 +423,14 @@ class World:
         sampling = Sampling(max_tokens, seed=1, n=n)
         hints, named = Hints(session=session), names(len(self.guests), prompt // PAGE)
         request = Request(
-            "r", tuple(range(prompt)), sampling, timeout_s, Slo(0.0, gap_s, batch=batch), hints, prefix=named, alone=alone
+            "r",
+            tuple(range(prompt)),
+            sampling,
+            timeout_s,
+            Slo(0.0, gap_s, batch=batch),
+            hints,
+            prefix=named,
+            alone=alone,
         )
         guest = Guest(new, request, stops_at, len(self.guests), self.now + timeout_s)
         self.guests[new.key] = guest

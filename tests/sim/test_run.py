@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import SetupError
-from core.request import Phase, Slo
+from core.request import Kind, Phase, Slo
 from scheduler.dualmap import DualMap, DualMapConfig
 from scheduler.policies import BASELINES, BATON, policy
 from sim.fleet import workers
@@ -74,6 +74,33 @@ def test_little_memory_and_many_requests_at_once(name):
     assert len(outcomes) == 60
     assert all(each.phase in (Phase.DONE, Phase.REJECTED) for each in outcomes)
     assert sum(each.phase is Phase.DONE for each in outcomes) >= 20
+    empty(simulation)
+
+
+@pytest.mark.parametrize("name", ["baton", "fcfs", "hrrn", "baton-migrating", "colocated-chunked"])
+def test_classes_and_tenants_end_alike_and_are_told_apart(name):
+    """Little memory, so that the batch class has to give some back."""
+    slos = (None, Slo(batch=True), Slo(deadline_s=60.0), Slo(batch=True))
+    made = generate(AZURE_CONV, seed=5, count=160, rate=40.0)
+    arrivals = [
+        replace(one, slo=slos[number % 4], tenant="ab"[number % 3 == 0]) for number, one in enumerate(made.arrivals)
+    ]
+    outcomes, simulation = run(Workload("w", tuple(arrivals)), name=name, kv=20_000, slo=Slo(20.0, 1.0))
+    assert len(outcomes) == 160
+    assert {each.phase for each in outcomes} <= {Phase.DONE, Phase.REJECTED}
+    assert all(each.tokens == each.output for each in outcomes if each.phase is Phase.DONE)
+    batch = [each for each in outcomes if each.kind is Kind.BATCH]
+    assert len(batch) == 80
+    assert all(each.good for each in batch if each.phase is Phase.DONE)
+    assert sum(each.phase is Phase.DONE for each in batch) > 70
+    late = [each for each in outcomes if each.kind is Kind.DEADLINE and each.e2e_s > 60.0]
+    assert not any(each.good for each in late)
+    parts = simulation.tally.parts
+    assert sum(part.arrived for part in parts.values()) == 160
+    for (kind, tenant), part in parts.items():
+        mine = [each for each in outcomes if (each.kind, each.tenant) == (kind, tenant)]
+        assert (part.arrived, part.good) == (len(mine), sum(each.good for each in mine))
+        assert part.tokens == sum(each.tokens for each in mine if each.phase is Phase.DONE)
     empty(simulation)
 
 

@@ -1,0 +1,33 @@
+"""A small version of the benchmark of tenants and classes: what it promises holds for one seed of each shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench import fairness
+from core.request import Slo
+
+SPAN_S = 8.0
+RATES = {"azure-conv": 160.0, "sharegpt": 80.0}
+"""What these workers do, about."""
+
+
+@pytest.mark.parametrize("shape", [pytest.param("azure-conv", marks=pytest.mark.slow), "sharegpt"])
+def test_a_flood_moves_anothers_attainment_by_at_most_two_points(shape):
+    alone, beside, flooder = fairness.flood(shape, 1, RATES[shape], span_s=SPAN_S)
+    assert beside >= alone - 0.02
+    assert flooder < 0.9, "it was no flood"
+
+
+@pytest.mark.parametrize("shape", [pytest.param("azure-conv", marks=pytest.mark.slow), "sharegpt"])
+def test_the_batch_class_costs_others_at_most_two_points(shape):
+    alone, beside, filled = fairness.fill(shape, 1, RATES[shape], span_s=SPAN_S)
+    assert beside >= alone - 0.02
+    assert filled > 0.4, "nothing was filled"  # answers take a good part of so short a time
+
+
+def test_a_backlog_is_of_the_batch_class_and_begins_alike_in_groups():
+    work = fairness.backlog("sharegpt", 64, 1)
+    assert all(one.slo == Slo(batch=True) and one.tenant == "batch" for one in work.arrivals)
+    firsts = [one.blocks[0] for one in work.arrivals if one.blocks]
+    assert len(set(firsts)) < len(firsts)
