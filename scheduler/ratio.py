@@ -9,8 +9,8 @@ flip is one worker; what it would cost to be wrong is one flip, too.
 
 A period goes like this. If nobody waits, nobody was refused and loads are low, nothing is asked. If traffic is what it
 was when no change helped, it is asked again only after twice as long as the last time. Otherwise these are simulated:
-the ratio that there is; those one, two, four and all flips away, because where a phase has far too little, one worker more
-changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
+the ratio that there is; ratios one, two, four and all flips away, because where a phase has far too little, one worker
+more changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
 gives nobody. One worker is flipped if that, or the way that begins with it, makes more requests good by `gain`. More
 workers are asked for only if too few are good with the best ratio of those that there are; goals that idle workers
 cannot meet ask for none, because no number of workers meets them. A worker is given up only if the rest would serve

@@ -74,7 +74,10 @@ def decisions(simulation: Simulation) -> list:
     return simulation.coordinator.decisions
 
 
-@pytest.mark.parametrize("name", ["baton", "baton-migrating", "fcfs"])
+@pytest.mark.parametrize(
+    "name",
+    ["baton-migrating", *(pytest.param(name, marks=pytest.mark.slow) for name in ("baton", "fcfs"))],
+)
 def test_workers_change_roles_under_load_and_nothing_is_lost(name):
     arrivals = steady(4.0, 90.0, 900, 60)
     pins = ((5.0, Ratio(3, 1)), (45.0, Ratio(1, 3)))
@@ -112,10 +115,11 @@ def test_it_follows_its_traffic_and_a_static_ratio_does_not():
             flips = [each for each in decisions(simulation) if each.chosen.act is not Act.KEEP]
             assert [each.chosen.act for each in flips] == [Act.TO_DECODE] * 2
             assert all(60.0 < each.at_s < 100.0 for each in flips)
-    assert attained["adaptive"] > 0.95
-    assert attained["static"] < 0.6
+    assert attained["adaptive"] > 0.8
+    assert attained["static"] < 0.5
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_in_the_middle_of_a_flip_is_replaced_by_what_is_left():
     arrivals = steady(4.0, 80.0, 900, 100)
     for at_s in (10.3, 10.6):
@@ -130,6 +134,7 @@ def test_a_worker_that_dies_in_the_middle_of_a_flip_is_replaced_by_what_is_left(
         empty(simulation)
 
 
+@pytest.mark.slow
 def test_workers_are_added_and_given_back():
     arrivals = steady(9.0, 60.0, 4000, 20) + steady(0.5, 160.0, 4000, 20, since_s=60.0)
     control = replace(SMALL, bounds=Bounds(least_workers=2, most_workers=4))
