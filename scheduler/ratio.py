@@ -9,8 +9,8 @@ flip is one worker; what it would cost to be wrong is one flip, too.
 
 A period goes like this. If nobody waits, nobody was refused and loads are low, nothing is asked. If traffic is what it
 was when no change helped, it is asked again only after twice as long as the last time. Otherwise these are simulated:
-the ratio that there is; those one, two and four flips away, because where a phase has far too little, one worker more
-changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
+the ratio that there is; ratios one, two, four and all flips away, because where a phase has far too little, one worker
+more changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
 gives nobody. One worker is flipped if that, or the way that begins with it, makes more requests good by `gain`. More
 workers are asked for only if too few are good with the best ratio of those that there are; goals that idle workers
 cannot meet ask for none, because no number of workers meets them. A worker is given up only if the rest would serve
@@ -80,6 +80,8 @@ from scheduler.ratio_events import (
 
 CHANCE = 3.0
 """Standard deviations of a mean over requests, whose tokens vary as much as they are on average."""
+MORE = 3
+"""Requests that a change must make good at least: of few, one is a large share."""
 WORSE = 0.1
 """More refused than when no change helped: it is asked again at once."""
 WORSE_S = 2.0
@@ -270,8 +272,9 @@ class RatioController:
     def _inputs(self, now: float) -> Inputs:
         self._forget(now)
         told = [each for at, each in self._offers if at > now - self._config.window_s]
-        seconds = min(self._config.window_s, math.fsum(each.seconds for each in told)) if told else 0.0
-        # Gateways tell of the same seconds each; the window is what all of them saw.
+        # Several gateways tell of the same seconds.
+        begin = min((at - each.seconds for at, each in self._offers if at > now - self._config.window_s), default=now)
+        seconds = min(self._config.window_s, now - begin)
         per_s = 1 / seconds if seconds else 0.0
         requests = sum(each.requests for each in told)
         prefills = [post for post in self._posts.values() if post.role is Role.PREFILL]
@@ -350,7 +353,7 @@ class RatioController:
                 elif candidate.worker is None and not act.adds:
                     against.append((candidate, Why.NOBODY))
                 elif self._unwanted(act, inputs):
-                    against.append((candidate, Why.NOT_NEEDED))
+                    against.append((candidate, Why.BUSIER if act.flips else Why.NOT_NEEDED))
                 else:
                     found.append(candidate)
         return tuple(found), tuple(against)
@@ -363,8 +366,11 @@ class RatioController:
             role = Role.DECODE if act is Act.TO_PREFILL else Role.PREFILL
             worker = self._lightest(role, flips=True)
             most = sum(post.role is role and post.flips for post in self._posts.values())
-            ratios = [(steps, Ratio(now.prefill + steps * prefill, now.decode + steps * decode)) for steps in STEPS]
-            return [Candidate(act, ratio, worker, steps=k) for k, ratio in ratios if k == 1 or (far and k <= most)]
+            steps = {k for k in STEPS if k == 1 or (far and k <= most)}
+            ratios = {k: Ratio(now.prefill + k * prefill, now.decode + k * decode) for k in range(1, max(2, most))}
+            if far:  # and as far as it may go
+                steps.add(max((k for k, ratio in ratios.items() if self._bounds.allow(ratio, now)), default=1))
+            return [Candidate(act, ratios[k], worker, steps=k) for k in sorted(steps & ratios.keys())]
         if act.adds and self._bounds.most_workers is not None:
             return [Candidate(act, after)]
         if act.removes and self._bounds.least_workers is not None:
@@ -397,9 +403,9 @@ class RatioController:
 
     def _lightest(self, role: Role, *, flips: bool) -> Identity | None:
         """Who of a phase has the least to give up."""
-        posts = [post for post in self._posts.values() if post.role is role and (post.flips or not flips)]
-        posts.sort(key=lambda post: (post.load, post.waiting, post.identity))
-        return posts[0].identity if posts else None
+        posts = (post for post in self._posts.values() if post.role is role and (post.flips or not flips))
+        found = min(posts, key=lambda post: (post.load, post.waiting, post.identity), default=None)
+        return found.identity if found is not None else None
 
     def _to_pin(self, now: float, inputs: Inputs, keep: Candidate, pinned: Ratio) -> list[RatioCommand]:
         wanted = max(1, min(pinned.prefill, sum(inputs.ratio) - 1))
@@ -427,9 +433,9 @@ class RatioController:
             return self._decide(now, inputs, keep, Why.UNKNOWN, question, event, against, event.reason)
         chosen, why, reasons = self._choose(question, event, now)
         against = (*reasons.items(), *question.against)
-        if chosen.worker is not None and chosen.worker not in self._posts:
-            against = ((chosen, Why.NOBODY), *[each for each in against if each[0] != keep])
-            return self._decide(now, inputs, keep, Why.NOBODY, question, event, against, "it was lost meanwhile")
+        if chosen.act is not Act.KEEP and (self.ratio != inputs.ratio or not self._stands(chosen)):
+            against = ((chosen, Why.OTHERS), *[each for each in against if each[0] != keep])
+            return self._decide(now, inputs, keep, Why.OTHERS, question, event, against)
         if chosen.act is Act.KEEP:
             self._asked = (question.traffic, inputs.refused, _oldest(inputs))
             self._rest_s = min(self._config.rest_most_s, max(self._config.period_s, 2 * self._rest_s))
@@ -440,6 +446,14 @@ class RatioController:
         else:
             self._wake()
         return self._decide(now, inputs, chosen, why, question, event, against)
+
+    def _stands(self, chosen: Candidate) -> bool:
+        """Whether whom it names is there, in the role that it had."""
+        if chosen.worker is None:
+            return True
+        post = self._posts.get(chosen.worker)
+        prefills = chosen.act in (Act.TO_DECODE, Act.REMOVE_PREFILL)
+        return post is not None and post.role is (Role.PREFILL if prefills else Role.DECODE)
 
     def _wake_but_spare(self) -> None:
         spare = self._spare
@@ -459,7 +473,7 @@ class RatioController:
         for each, score in scores.items():
             if not each.act.flips:
                 continue
-            needed, turn = config.gain, self._turns(each.act)
+            needed, turn = max(config.gain, MORE / max(1, score.requests)), self._turns(each.act)
             if turn and not self._moved(traffic):
                 needed *= 2
             if score.good - good < needed:
@@ -488,11 +502,12 @@ class RatioController:
             against[each] = Why.NO_GAIN
         if good < wanted:
             more = max(adding, key=lambda each: scores[each].good, default=None)
-            if more is not None and scores[more].good - good >= config.gain:
+            needed = max(config.gain, MORE / max(1, scores[keep].requests))
+            if more is not None and scores[more].good - good >= needed:
                 del against[more]
                 against[keep] = Why.SECOND
                 return more, Why.BETTER, against
-            return keep, Why.INFEASIBLE if infeasible else Why.SHORT, against
+            return keep, Why.INFEASIBLE if infeasible else Why.NO_GAIN if adding else Why.SHORT, against
         if infeasible:
             return keep, Why.INFEASIBLE, against
         for each in adding:

@@ -53,7 +53,8 @@ class Act(StrEnum):
 
 
 STEPS = (1, 2, 4)
-"""Flips that ratios are away that are looked at: where a phase has far too little, one worker more may not show."""
+"""Flips that ratios are away that are looked at, beside the farthest: where a phase has far too little, one worker more
+may not show."""
 STEP: dict[Act, tuple[int, int]] = {
     Act.KEEP: (0, 0),
     Act.TO_PREFILL: (1, -1),
@@ -78,6 +79,7 @@ class Why(StrEnum):
     FEW = "too few requests came to judge by"
     CALM = "nobody waits, nobody was refused, and workers have time to spare"
     RESTING = "traffic is what it was when no change was found to help"
+    OTHERS = "workers came, went or changed while it was simulated"
     UNKNOWN = "nothing could be simulated"
     BETTER = "more of the last requests would have been good"
     SPARE = "as many would be good with one worker less and a reserve"
@@ -88,6 +90,7 @@ class Why(StrEnum):
     BOUND = "outside of the bounds"
     NOBODY = "no worker there can change its role"
     PATIENCE = "it has not been so for long enough"
+    BUSIER = "who would give is busier than who would take"
     NOT_NEEDED = "enough are good without it"
     SECOND = "another one gains more"
 
@@ -180,9 +183,9 @@ class Pressed:
     load: float
     """Share of what it can do that is taken: of time where it prefills; of memory or of rows where it decodes."""
     waiting: int
-    """Requests that wait for it."""
+    """Requests that wait there, with KV that nobody has taken or without."""
     oldest_s: float
-    """How long the first of them has."""
+    """How long the first of those has that it has not begun."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ from scheduler.ratio_events import (
     RatioCommand,
     RatioEvent,
     Remove,
+    Score,
     Seen,
     Simulate,
     Simulated,
@@ -131,16 +132,17 @@ class Coordinator(Process):
     def up(self, worker: Worker) -> None:
         """A worker takes requests, in its role."""
         self._busy.pop(worker.me.name, None)
-        self._say(Seen(worker.me, worker.role, len(self._models) == 1))
+        self.tell(Seen(worker.me, worker.role, len(self._models) == 1))
         if self._split is not None and worker.role is Role.PREFILL:
             self.post(self._split, Came(worker.me))
 
     def down(self, worker: Worker) -> None:
         """A worker is lost, or drains for other reasons than ours."""
-        self._say(Gone(worker.me))
+        self.tell(Gone(worker.me))
         self._went(worker)
 
-    def _say(self, event: RatioEvent) -> None:
+    def tell(self, event: RatioEvent) -> None:
+        """The ratio controller hears this: of a worker, or of the planner or an operator."""
         if self._ratio is not None:
             self.post(self._ratio, event)
 
@@ -160,31 +162,33 @@ class Coordinator(Process):
         for name, worker in self._simulation.workers.items():
             if not worker.draining:
                 pressed = self._pressed(name, worker)
-                self._say(pressed)
+                self.tell(pressed)
                 if self._split is not None and worker.prefill is not None:
                     backlog_s = worker.prefill.policy.predicted_wait_s(self.loop.now, 1)
                     late_s = max(0.0, pressed.oldest_s + backlog_s - (self._simulation.settings.slo.ttft_s or math.inf))
                     self.post(self._split, Queued(worker.me, backlog_s, late_s, max(0.0, 1 - pressed.load)))
-        self._say(offered)
+        self.tell(offered)
         if self.loop.pending:
             self.loop.at(self.loop.now + every_s, Kind.FAULT, ORDER, self._report)
 
     def _pressed(self, name: str, worker: Worker) -> Pressed:
-        now, load = self.loop.now, 0.0
+        now, load, waiting = self.loop.now, 0.0, 0
         since: list[float] = []
         if worker.prefill is not None:
             busy_s = worker.prefill.busy_s
             load = min(1.0, (busy_s - self._busy.get(name, 0.0)) / self._control.report_s)
             self._busy[name] = busy_s
+            waiting = sum(worker.prefill.policy.queue().values())
             since = [each.since for each in worker.prefill.policy.standing() if each.state == "queued"]
         elif worker.decode is not None:
             policy, pages = worker.decode.policy, worker.build.pages
             since = [each.since for each in policy.standing() if each.state in ("waiting", "joining")]
             rows = len(worker.decode.batch) / self._simulation.policy.decode_config.max_rows
             load = max(1 - worker.ledger.available / pages, min(1.0, rows))
+            waiting = len(since)
             if since and now - min(since) > self._control.patient_s:
                 load = 1.0
-        return Pressed(worker.me, max(0.0, load), len(since), now - min(since) if since else 0.0)
+        return Pressed(worker.me, max(0.0, load), waiting, now - min(since) if since else 0.0)
 
     # What it does.
     def _perform(self, command: RatioCommand) -> None:
@@ -193,7 +197,7 @@ class Coordinator(Process):
                 self.decisions.append(decision)
             case Simulate():
                 simulated = self._simulated(command)
-                self.loop.at(self.loop.now + self._control.think_s, Kind.FAULT, ORDER, self._tell, simulated)
+                self.loop.at(self.loop.now + self._control.think_s, Kind.FAULT, ORDER, self._ended, simulated)
             case Flip(number, who, role):
                 worker = self._simulation.workers.get(who.name)
                 if worker is None or worker.me != who or worker.draining or worker.role is role:
@@ -222,11 +226,11 @@ class Coordinator(Process):
         self._simulation.drain(worker)
         self._went(worker)
 
-    def _tell(self, event: Simulated | Changed) -> None:
-        self._say(event)
+    def _ended(self, event: Simulated | Changed) -> None:
+        self.tell(event)
 
     def _later(self, event: Changed) -> None:
-        self.loop.at(self.loop.now, Kind.FAULT, ORDER, self._tell, event)
+        self.loop.at(self.loop.now, Kind.FAULT, ORDER, self._ended, event)
 
     def _made(self) -> dict[int, int]:
         """Tokens of all outputs that run, by the address of their arrival."""
@@ -241,8 +245,10 @@ class Coordinator(Process):
         simulation, whatif = self._simulation, self._control.whatif
         arrivals, span_s = self._recent.within(self.loop.now, self._made())
         builds = [replace(worker.build, role=worker.role) for worker in simulation.workers.values()]
-        if not arrivals or len({build.role for build in builds}) < 2:
-            return Simulated(command.number, (), reason="no traffic, or a phase without workers")
+        if len({build.role for build in builds}) < 2:
+            return Simulated(command.number, (), reason="a phase is without workers")
+        if not arrivals:
+            return Simulated(command.number, (Score(1.0, 0),) * len(command.candidates))
         settings, policy = simulation.settings, simulation.policy
         scores = tuple(
             judge(arrivals, span_s, fleet, policy, settings, whatif, candidate.stress)
@@ -255,24 +261,24 @@ class Coordinator(Process):
         """Whether a worker that drains is empty; if so, it takes its role soon, or ends."""
         number, worker, role = what
         if not worker.alive:
-            self._tell(Changed(number, False, "was lost"))
+            self._ended(Changed(number, False, "was lost"))
         elif not worker.empty:
             self.loop.at(self.loop.now + self._control.look_s, Kind.FAULT, ORDER, self._look, what)
         elif role is None:
             self._simulation.end(worker)
-            self._tell(Changed(number, True))
+            self._ended(Changed(number, True))
         else:
             self.loop.at(self.loop.now + self._control.flip_s, Kind.FAULT, ORDER, self._become, (number, worker, role))
 
     def _become(self, what: tuple[int, Worker, Role]) -> None:
         number, worker, role = what
         if not worker.alive:
-            self._tell(Changed(number, False, "was lost"))
+            self._ended(Changed(number, False, "was lost"))
         elif not worker.empty:
             self._look(what)
         else:
             self._simulation.become(worker, role)
-            self._tell(Changed(number, True))
+            self._ended(Changed(number, True))
 
     def _add(self, number: int, role: Role) -> None:
         simulation = self._simulation
@@ -288,7 +294,7 @@ class Coordinator(Process):
     def _added(self, what: tuple[int, str]) -> None:
         number, name = what
         self._simulation.start(name)
-        self._tell(Changed(number, True))
+        self._ended(Changed(number, True))
 
 
 def changed(builds: list[Build], candidate: Candidate) -> Iterator[Build]:

@@ -38,7 +38,7 @@ class _Asked:
 
 
 class Lengths:
-    """A life table of outputs: shares that are longer, by tokens."""
+    """A life table of outputs: at which tokens what share of those that were there ended."""
 
     def __init__(self, spans: Iterable[tuple[int, int, bool]]) -> None:
         """Of (from, to, ended): a request made the tokens from `from` + 1 to `to` in the window, and ended there."""
@@ -55,31 +55,30 @@ class Lengths:
         self._most = stops[-1] if stops else UNKNOWN_TOKENS // 2
         self._tokens: list[int] = []
         """At which some ended, rising."""
-        self._left: list[float] = []
-        """The share that is longer than each of these, falling."""
-        left = 1.0
+        self._stay: list[float] = []
+        """The share of those that were at each of these that did not end there."""
         for tokens, count in sorted(ends.items()):
             if count:
                 there = bisect_left(begins, tokens) - bisect_left(stops, tokens)
-                left *= 1 - count / there
                 self._tokens.append(tokens)
-                self._left.append(left)
+                self._stay.append(1 - count / there)
 
     def drawn(self, made: int, share: float) -> int:
         """The output below which this share of those lies that are longer than `made`."""
-        at = bisect_right(self._tokens, made)
-        longer = self._left[at - 1] if at else 1.0
-        # The first place where no more than that are left; shares fall.
-        found = bisect_left(self._left, -longer * (1 - share), lo=at, key=lambda left: -left)
-        return self._tokens[found] if found < len(self._tokens) else 2 * max(made, self._most)
+        left = 1.0
+        for index in range(bisect_right(self._tokens, made), len(self._tokens)):
+            left *= self._stay[index]
+            if left <= 1 - share:
+                return self._tokens[index]
+        return 2 * max(made, self._most)
 
     @property
     def mean(self) -> float:
         """Tokens of an output."""
         total, before, left = 0.0, 0, 1.0
-        for tokens, after in zip(self._tokens, self._left, strict=True):
+        for tokens, stay in zip(self._tokens, self._stay, strict=True):
             total += left * (tokens - before)
-            before, left = tokens, after
+            before, left = tokens, left * stay
         return total + left * max(0, 2 * self._most - before)
 
 

@@ -271,3 +271,20 @@ def test_help_lists_the_policies_and_loads_nothing_heavy() -> None:
             for name, found in POLICIES.items():
                 assert name in done.stdout
                 assert found.about in done.stdout
+
+
+def test_an_adaptive_ratio_is_explained_decision_by_decision(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--trace", "lmsys", "--requests", "400", "--rate", "8", "--workers", "3 prefill, 1 decode")
+    words += ("--cost", "h200-qwen2.5-32b", "--ratio", "adaptive", "--out", str(tmp_path))
+    [run] = as_json(capsys, *words)["runs"]
+    assert run["decisions"]
+    for each in run["decisions"]:
+        assert each["words"].startswith("decision ")
+        assert each["ratio"] in each["words"]
+    assert "--ratio adaptive" in (tmp_path / "report.html").read_text()
+    assert "command.RatioController.Decided" in (tmp_path / "timeline.csv").read_text()
+    code, _, err = baton(capsys, *SMALL, "--ratio", "adaptive", "--goodput")
+    assert code != 0
+    assert "want a run at one rate" in err
