@@ -55,6 +55,7 @@ from scheduler.prefill_events import (
     WithdrawHandOff,
 )
 from scheduler.prefill_fetches import Fetches
+from scheduler.prefill_keeps import Keeps
 from scheduler.refusals import Refusals
 
 __all__ = [
@@ -124,6 +125,8 @@ class _Held:
     first_at: float = 0.0
     """When it was to have its first token, as predicted when it was accepted."""
     priority: int = 0
+    session: str = ""
+    """Whose KV is kept for the next turn; empty: nobody's."""
     fetched: dict[str, str] | None = None
     """What it took to fetch pages for it, if that was tried."""
     fetched_at: float = 0.0
@@ -181,8 +184,11 @@ class PrefillPolicy:
         config: PrefillConfig,
         order: Order | None = None,
         fetches: Fetches | None = None,
+        keeps: Keeps | None = None,
     ) -> None:
         self._me = me
+        self.keeps = keeps
+        """None: no session's KV is kept."""
         self.fetches = fetches
         """None: whatever is not here is computed."""
         self._shape = shape
@@ -214,6 +220,8 @@ class PrefillPolicy:
         self._moved = False
         """Others may be next in line than when their sinks were asked."""
         self._refusals = Refusals()
+        self._now = 0.0
+        """Of the event."""
         self._eased = False
         """There is less to do, or more memory, than when a request was refused."""
         self.ignored = 0
@@ -233,6 +241,7 @@ class PrefillPolicy:
 
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
+        self._now = now
         match event:
             case Offer():
                 commands.append(self._offered(event, now))
@@ -278,6 +287,8 @@ class PrefillPolicy:
                 self._order.reprice(cost)
                 if self.fetches is not None:
                     self.fetches.reprice(cost)
+                if self.keeps is not None:
+                    self.keeps.reprice(cost)
                 self._eased = True
             case FetchOver():
                 self._fetched(event, now)
@@ -294,6 +305,8 @@ class PrefillPolicy:
     def deadline(self) -> float | None:
         """Already past when one that could not start now may, because somebody else in this arena freed memory."""
         due = self._until.lowest()
+        if self.keeps is not None:
+            due = min(due, self.keeps.deadline())
         if self._running is None:
             for held in self._blocked:
                 if self._may_start(held):
@@ -383,6 +396,9 @@ class PrefillPolicy:
         self._counts[State.OFFERED] += 1
         self._pages += pages
         self._until.put(key, held.until)
+        if self.keeps is not None and offer.hints.session:
+            held.session = offer.hints.session
+            self.keeps.came(held.session, self._shareable(held), now)
         self._order.expect(Job(key, prompt - cached, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
@@ -405,11 +421,35 @@ class PrefillPolicy:
         if held.request.alone:
             self._order.drop(held.key)
             self._alone[held.key] = held
+            self._moved = True
+        elif held.session and self._holds_back(held, now):
+            self._order.drop(held.key)
         else:
-            self._order.ready(held.key, now)
-            if self._asks_nobody(held):
-                self._order.granted(held.key)
+            self._ready(held, now)
+
+    def _ready(self, held: _Held, now: float) -> None:
+        """It is in line from now on."""
+        self._order.ready(held.key, now)
+        if self._asks_nobody(held):
+            self._order.granted(held.key)
         self._moved = True
+
+    def _holds_back(self, held: _Held, now: float) -> bool:
+        """Whether it waits outside of the line until the KV of running programs leaves room for its own."""
+        assert self.keeps is not None
+        until = held.wanted_by - (held.first_at - held.accepted_at)
+        return self.keeps.holds(held.key, held.session, self._need(held), held.pages, until, now)
+
+    def _let_in(self, now: float) -> None:
+        """Those for whom there is room now, or who have waited long enough; what is cached of each may be other than
+        when it was offered."""
+        assert self.keeps is not None
+        while (key := self.keeps.first(now)) is not None:
+            held = self._requests[key]
+            if not self.keeps.lets_in(key, self._need(held), now):
+                return
+            self._expect(held, now)
+            self._ready(held, now)
 
     def _fetch(self, held: _Held, holdings: tuple[Holding, ...], now: float, commands: list[PrefillCommand]) -> bool:
         """Whether it waits for pages of its prompt, because to pull them is quicker than to compute them."""
@@ -430,10 +470,8 @@ class PrefillPolicy:
         for key in self.fetches.over(event):
             held = self._requests[key]
             held.fetched, held.fetched_at = event.detail, now
-            cached = self._ledger.cached(self._shareable(held)) * self._shape.page_tokens
-            new, accepted_at = held.prompt_tokens - cached, held.accepted_at
             self._order.drop(key)
-            self._order.expect(Job(key, new, cached, accepted_at, held.wanted_by, 0, held.priority), now)
+            self._expect(held, now)
             self._line_up(held, now)
             self._eased = True
 
@@ -444,12 +482,22 @@ class PrefillPolicy:
             if late.state is not State.OFFERED:
                 commands.append(Answer(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
             commands += self._cancel(late, "deadline")
+        if self.keeps is not None and self.keeps.over(now):
+            self._eased = True
         return commands
+
+    def _expect(self, held: _Held, now: float) -> None:
+        """What is left of it to compute by what is cached now."""
+        cached = self._ledger.cached(self._shareable(held)) * self._shape.page_tokens
+        new = held.prompt_tokens - cached
+        self._order.expect(Job(held.key, new, cached, held.accepted_at, held.wanted_by, 0, held.priority), now)
 
     # Steps.
     def _plan(self, now: float) -> list[PrefillCommand]:
         """If no step runs, the order says which is next; else the sinks of who starts next are asked."""
         commands: list[PrefillCommand] = []
+        if self.keeps is not None and self.keeps.waiting:
+            self._let_in(now)
         if self._running is None:
             self._planned_at = now
             if self._blocked:
@@ -488,12 +536,14 @@ class PrefillPolicy:
         if before is not None and self._gives_way(held, before):
             return None
         commands += self._ask(held)
-        if not self._may_start(held):
+        if not self._may_start(held) and not self._has_yielded(held):
             self._blocked.append(held)
             return None
         shared = self._ledger.share(held.holder, self._shareable(held), Owner.PREFILLING) if held.prefix else 0
         self._ledger.bind(held.holder, held.pages - shared, Owner.PREFILLING)
         held.begun, held.started_at = True, now
+        if held.session and self.keeps is not None:
+            self.keeps.began(key, held.session)
         self._vast.pop(key, None)
         held.done = held.cached = shared * self._shape.page_tokens
         self._enter(held, State.RUNNING)
@@ -502,6 +552,18 @@ class PrefillPolicy:
         commands.append(Begin(held.ticket, held.request, self._ledger.pages(held.holder)))
         new = held.prompt_tokens - held.cached
         return Job(key, new, held.cached, held.accepted_at, held.wanted_by, 0, held.priority)
+
+    def _has_yielded(self, held: _Held) -> bool:
+        """Whether it may start since pins have given the memory that it lacked."""
+        return self.keeps is not None and self.keeps.yields(self._lacks(held)) and self._may_start(held)
+
+    def _need(self, held: _Held) -> int:
+        """Pages that it takes of those available."""
+        return self._ledger.need(held.pages, self._shareable(held)) if held.prefix else held.pages
+
+    def _lacks(self, held: _Held) -> int:
+        """Pages that are missing for its start."""
+        return self._need(held) - self._ledger.available
 
     def _run_alone(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
         """The next chunk of the first that is to be alone in its steps, if it may start."""
@@ -571,10 +633,7 @@ class PrefillPolicy:
         held.grant = grant
 
     def _may_start(self, held: _Held) -> bool:
-        pages = held.pages
-        if held.prefix:
-            pages = self._ledger.need(pages, self._shareable(held))
-        if pages > self._ledger.available:
+        if self._lacks(held) > 0:
             return False
         if held.grant is not Grant.ASKED:
             return held.grant is Grant.GIVEN or self._asks_nobody(held)
@@ -746,9 +805,21 @@ class PrefillPolicy:
         self._vast.pop(held.key, None)
         self._counts[held.state] -= 1
         self._pages -= held.pages
+        if held.session:
+            self._keep(held)
         self._ledger.release(held.holder)
         self._eased = True
         return [EndSequence(held.key)] if held.begun else []
+
+    def _keep(self, held: _Held) -> None:
+        """It goes: its session's next turn may want what it leaves."""
+        assert self.keeps is not None
+        if not held.begun:
+            self.keeps.left(held.key, held.session, self._now)
+        elif held.request is not None:
+            named = held.prefix[: held.done // self._shape.page_tokens]
+            tool = held.request.hints.tool
+            self.keeps.paused(held.session, tool, named, held.done - held.cached, self._now)
 
     def _cached(self, held: _Held) -> int:
         """Tokens that were not computed, if they may be others than were said when it was accepted."""
@@ -793,6 +864,8 @@ class PrefillPolicy:
             case State.FETCHING:
                 assert self.fetches is not None
                 return f"pages of its prompt from {self.fetches.source(held.key)}"
+            case State.QUEUED if self.keeps is not None and held.key in self.keeps:
+                return f"room beside what {len(self.keeps)} programs keep: {self._need(held)} pages"
             case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
                 return f"memory: {held.pages} pages, {self._ledger.available} are free"
             case State.QUEUED if held in self._blocked:
