@@ -6,8 +6,9 @@ then on each turn finds its history gone, computes it again, and pushes out some
 what computing everything every time takes. So the KV of a program stays for as long as `Programs` says that it will
 probably be back (Continuum), and goes on to stay while its next turn waits for its start. And a turn whose KV is not
 here, a program's first or one that came back too late, waits out of the line until there is room for it beside what is
-kept (ThunderAgent pauses programs), the program that came first before others (Continuum's order), or for `patience_s`;
-then pins yield to it. So nobody waits for longer than that.
+kept (ThunderAgent pauses programs), the program that came first before others (Continuum's order), until the worker has
+nothing else to compute, or for `patience_s`; then pins yield to it. So nobody waits for longer than that, and nobody at
+an idle worker: what is pushed out then costs time that was to be had for nothing.
 
 Pins yield at once, the least recent first, to everybody who is in line: to those that have no session and to turns of
 programs that are kept. A request without a session makes no pin, and never waits here.
@@ -55,14 +56,16 @@ class Keeps:
         self._cost = cost
         self._config = config
         self.programs = Programs(config.programs)
+        self.kept: set[str] = set()
+        """Sessions with a pin, as far as nobody else in this arena ended it."""
         self._ends = Ranked()
-        """Sessions that are kept while they pause, by when that ends."""
+        """Of these, those that pause, by when their pin ends."""
         self._here: dict[str, int] = {}
         """Turns of a session that are here and have not begun; what is kept of it stays till then."""
         self._line = Ranked()
         """Turns that wait for room, in the order in which they are let in."""
-        self._since: dict[str, float] = {}
-        """When these began to wait."""
+        self.waiting: dict[str, float] = {}
+        """Since when these wait."""
         self._late = Ranked()
         """They go in then at the latest."""
         self._coming: dict[str, int] = {}
@@ -76,19 +79,6 @@ class Keeps:
         self.held = 0
         """Turns that had to wait for room."""
 
-    def __len__(self) -> int:
-        """Programs that are kept while they pause."""
-        return len(self._ends)
-
-    def __contains__(self, key: str) -> bool:
-        """Whether a turn waits for room."""
-        return key in self._since
-
-    @property
-    def waiting(self) -> int:
-        """Turns that wait for room."""
-        return len(self._since)
-
     def reprice(self, cost: CostModel) -> None:
         """Computing again takes as long as this model says, from now on."""
         self._cost = cost
@@ -98,24 +88,25 @@ class Keeps:
         """A turn was accepted; `prefix` is what it may use of what is kept, which stays until it begins."""
         self.programs.came(session, now)
         self._here[session] = self._here.get(session, 0) + 1
-        if self._ends.drop(session):
+        if session in self.kept:
+            self._ends.drop(session)
             self._ledger.pin(PIN + session, prefix)  # the last to yield, from now on
 
     def holds(self, key: str, session: str, pages: int, all_pages: int, until: float, now: float) -> bool:
-        """Whether a turn that takes so many of its pages has to wait for room: it is `first` some time, and then let in.
+        """Whether a turn that takes so many of its pages waits for room: it is `first` some time, and then let in.
 
         `until`: it waits no longer than that, whatever the patience.
         """
         if pages <= max(self._config.small * self._ledger.total, all_pages / 2):
             return False
-        if until <= now or (not self._since and self._fits(pages)):
+        if until <= now or (not self.waiting and self._fits(pages)):
             self._enter(key, pages, 0.0)
             return False
         program = self.programs.get(session)
         self._line.put(key, now if program is None else program.came_at)
-        self._since[key] = now
+        self.waiting[key] = now
         if self._here[session] == 1:
-            self._ledger.unpin(PIN + session)
+            self._unpin(session)
         self._late.put(key, min(until, now + self._config.patience_s))
         self.held += 1
         return True
@@ -124,11 +115,11 @@ class Keeps:
         """Who would be let in next: who has waited long enough, else who is first in line."""
         return self._late.first() if self._late.lowest() <= now else self._line.first()
 
-    def lets_in(self, key: str, pages: int, now: float) -> bool:
-        """Whether the first of those who wait may go in now, as it takes so many pages."""
-        if now < self._late.rank(key) and not self._fits(pages):
+    def lets_in(self, key: str, pages: int, now: float, idle: bool = False) -> bool:
+        """Whether the first of those who wait may go in now, as it takes so many pages; `idle`: even without room."""
+        if not idle and now < self._late.rank(key) and not self._fits(pages):
             return False
-        since = self._since.pop(key)
+        since = self.waiting.pop(key)
         self._line.drop(key)
         self._late.drop(key)
         self._enter(key, pages, now - since)
@@ -138,30 +129,28 @@ class Keeps:
         """A turn has started, with what there was."""
         self._expected -= self._coming.pop(key, 0)
         if self._gone(session):
-            self._ledger.unpin(PIN + session)
+            self._unpin(session)
 
     def left(self, key: str, session: str, now: float) -> None:
         """A turn has gone before it started."""
         self._line.drop(key)
         self._late.drop(key)
-        self._since.pop(key, None)
+        self.waiting.pop(key, None)
         self._expected -= self._coming.pop(key, 0)
-        if self._gone(session):
-            self._ends.put(session, now)
+        if self._gone(session) and session in self.kept:
+            self._ends.put(session, now + self._config.programs.first_s)
 
-    def paused(self, session: str, tool: str, prefix: tuple[int, ...], new: int, now: float) -> None:
-        """A turn is over here: keep the pages of its prompt that are full, as long as that is worth it.
-
-        `new`: tokens of it that were computed.
-        """
-        tokens = len(prefix) * self._page_tokens
-        cost = self._cost
-        self.programs.left(session, tool, cost.prefill_s([(new, tokens)]), now)
+    def paused(self, session: str, tool: str, prefix: tuple[int, ...], now: float) -> None:
+        """A turn is over here: keep `prefix`, the full pages of its prompt, for as long as that is worth it."""
+        self.programs.left(session, tool, now)
+        if not prefix:
+            return
+        reload_s = self._cost.prefill_s([(len(prefix) * self._page_tokens, 0)])
         share = len(prefix) / self._ledger.total
-        reload_s = cost.prefill_s([(tokens, 0)]) if tokens else 0.0
         keeps_s = self.programs.keeps_s(tool, reload_s, self._wait_s, share)
-        if keeps_s > 0 and prefix:
+        if keeps_s > 0:
             self._ledger.pin(PIN + session, prefix)
+            self.kept.add(session)
             if session not in self._here:
                 self._ends.put(session, now + keeps_s)
 
@@ -173,14 +162,16 @@ class Keeps:
         names = self._ledger.yield_pins(pages)
         self.yielded += len(names)
         for name in names:
-            self._ends.drop(name.removeprefix(PIN))
+            session = name.removeprefix(PIN)
+            self._ends.drop(session)
+            self.kept.discard(session)
         return bool(names)
 
     def over(self, now: float) -> bool:
         """End the pins whose time is up; whether there were any."""
         ended = self._ends.until(now)
         for session in ended:
-            self._ledger.unpin(PIN + session)
+            self._unpin(session)
         return bool(ended)
 
     def deadline(self) -> float:
@@ -191,8 +182,10 @@ class Keeps:
         """Raise AssertionError if an invariant does not hold."""
         self.programs.check()
         assert all(count > 0 for count in self._here.values())
-        assert not self._here.keys() & {session for session, _ in self._ends.items()}
-        assert self._since.keys() == {key for key, _ in self._line.items()} == {key for key, _ in self._late.items()}
+        pausing = {session for session, _ in self._ends.items()}
+        assert not self._here.keys() & pausing
+        assert self.kept <= self._here.keys() | pausing, "kept for ever"
+        assert self.waiting.keys() == {key for key, _ in self._line.items()} == {key for key, _ in self._late.items()}
         assert self._expected == sum(self._coming.values())
 
     def _fits(self, pages: int) -> bool:
@@ -203,6 +196,10 @@ class Keeps:
         self._wait_s += self._config.forget * (waited_s - self._wait_s)
         self._coming[key] = pages
         self._expected += pages
+
+    def _unpin(self, session: str) -> None:
+        self.kept.discard(session)
+        self._ledger.unpin(PIN + session)
 
     def _gone(self, session: str) -> bool:
         """One turn less is here before its start; whether it was the last."""

@@ -305,8 +305,9 @@ class PrefillPolicy:
     def deadline(self) -> float | None:
         """Already past when one that could not start now may, because somebody else in this arena freed memory."""
         due = self._until.lowest()
-        if self.keeps is not None:
-            due = min(due, self.keeps.deadline())
+        keeps = self.keeps
+        if keeps is not None and (keeps.kept or keeps.waiting):
+            due = min(due, keeps.deadline())
         if self._running is None:
             for held in self._blocked:
                 if self._may_start(held):
@@ -440,16 +441,23 @@ class PrefillPolicy:
         until = held.wanted_by - (held.first_at - held.accepted_at)
         return self.keeps.holds(held.key, held.session, self._need(held), held.pages, until, now)
 
-    def _let_in(self, now: float) -> None:
-        """Those for whom there is room now, or who have waited long enough; what is cached of each may be other than
-        when it was offered."""
+    def _let_in(self, now: float, *, idle: bool = False) -> None:
+        """Those for whom there is room now, or who have waited long enough, or one, as there is nothing else to do.
+
+        What is cached of each may be other than when it was offered.
+        """
         assert self.keeps is not None
         while (key := self.keeps.first(now)) is not None:
             held = self._requests[key]
-            if not self.keeps.lets_in(key, self._need(held), now):
+            if not self.keeps.lets_in(key, self._need(held), now, idle):
                 return
             self._expect(held, now)
             self._ready(held, now)
+            idle = False
+
+    def _idle(self) -> bool:
+        """No step runs and nobody is in line for one, or lacks anything that it needs to start."""
+        return self._suspended is None and not self._alone and not self._blocked
 
     def _fetch(self, held: _Held, holdings: tuple[Holding, ...], now: float, commands: list[PrefillCommand]) -> bool:
         """Whether it waits for pages of its prompt, because to pull them is quicker than to compute them."""
@@ -512,6 +520,9 @@ class PrefillPolicy:
                 first = next(iter(self._alone.values()))
             self._after_alone = False
             takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
+            if not takes and self.keeps is not None and self.keeps.waiting and self._idle():
+                self._let_in(now, idle=True)
+                takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
             if takes:
                 commands.append(self._run(takes))
                 return commands
@@ -555,15 +566,13 @@ class PrefillPolicy:
 
     def _has_yielded(self, held: _Held) -> bool:
         """Whether it may start since pins have given the memory that it lacked."""
-        return self.keeps is not None and self.keeps.yields(self._lacks(held)) and self._may_start(held)
+        if self.keeps is None or not self._ledger.pinned:
+            return False
+        return self.keeps.yields(self._need(held) - self._ledger.available) and self._may_start(held)
 
     def _need(self, held: _Held) -> int:
         """Pages that it takes of those available."""
         return self._ledger.need(held.pages, self._shareable(held)) if held.prefix else held.pages
-
-    def _lacks(self, held: _Held) -> int:
-        """Pages that are missing for its start."""
-        return self._need(held) - self._ledger.available
 
     def _run_alone(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
         """The next chunk of the first that is to be alone in its steps, if it may start."""
@@ -633,7 +642,10 @@ class PrefillPolicy:
         held.grant = grant
 
     def _may_start(self, held: _Held) -> bool:
-        if self._lacks(held) > 0:
+        pages = held.pages
+        if held.prefix:
+            pages = self._ledger.need(pages, self._shareable(held))
+        if pages > self._ledger.available:
             return False
         if held.grant is not Grant.ASKED:
             return held.grant is Grant.GIVEN or self._asks_nobody(held)
@@ -819,7 +831,7 @@ class PrefillPolicy:
         elif held.request is not None:
             named = held.prefix[: held.done // self._shape.page_tokens]
             tool = held.request.hints.tool
-            self.keeps.paused(held.session, tool, named, held.done - held.cached, self._now)
+            self.keeps.paused(held.session, tool, named, self._now)
 
     def _cached(self, held: _Held) -> int:
         """Tokens that were not computed, if they may be others than were said when it was accepted."""
@@ -864,8 +876,8 @@ class PrefillPolicy:
             case State.FETCHING:
                 assert self.fetches is not None
                 return f"pages of its prompt from {self.fetches.source(held.key)}"
-            case State.QUEUED if self.keeps is not None and held.key in self.keeps:
-                return f"room beside what {len(self.keeps)} programs keep: {self._need(held)} pages"
+            case State.QUEUED if self.keeps is not None and held.key in self.keeps.waiting:
+                return f"room beside what {len(self.keeps.kept)} programs keep: {self._need(held)} pages"
             case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
                 return f"memory: {held.pages} pages, {self._ledger.available} are free"
             case State.QUEUED if held in self._blocked:

@@ -1,4 +1,4 @@
-"""What a worker remembers of programs, and what that is worth: how long their KV is kept, whose turn matters. Pure.
+"""What a worker remembers of programs, and for how long it is worth keeping their KV while they pause. Pure.
 
 A program is what a caller names as a session: turns of a model and, between them, tools. Each turn ends in a pause
 after which the next one probably comes, with all of the history in front; the pauses of a tool resemble each other.
@@ -34,6 +34,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,6 @@ class Program:
 
     came_at: float
     """Its first turn."""
-    steps: int = 0
-    """Turns that came here."""
-    served_s: float = 0.0
-    """Of this worker's time, as predicted."""
     paused_at: float = -1.0
     """Since when it is away; below 0: it is here."""
     tool: str = ""
@@ -99,8 +96,8 @@ class Pauses:
 
 
 def _envelope(ordered: list[float]) -> list[tuple[float, float]]:
-    """Vertices of the least concave function above the share of pauses within a time, with what a step up to each costs:
-    seconds for a probability of 1."""
+    """Vertices of the least concave function above the share of pauses within a time; with each, what the step up to it
+    costs, in seconds for a probability of 1."""
     count = len(ordered)
     hull: list[tuple[float, int]] = [(0.0, 0)]
     for number, pause_s in enumerate(ordered, 1):
@@ -116,7 +113,7 @@ def _envelope(ordered: list[float]) -> list[tuple[float, float]]:
         hull.append((pause_s, number))
     return [
         ((later_s - earlier_s) * count / (later - earlier), later_s)
-        for (earlier_s, earlier), (later_s, later) in zip(hull, hull[1:], strict=False)
+        for (earlier_s, earlier), (later_s, later) in pairwise(hull)
     ]
 
 
@@ -147,7 +144,6 @@ class Programs:
             program = Program(now)
             self._bound()
         self._programs[session] = program
-        program.steps += 1
         if program.paused_at >= 0:
             pause_s, program.paused_at = now - program.paused_at, -1.0
             del self._away[session]
@@ -155,14 +151,12 @@ class Programs:
         self._over(now)
         return program
 
-    def left(self, session: str, tool: str, served_s: float, now: float) -> None:
-        """A turn has left this worker, which spent so long on it; the next one comes when its answer and `tool` are
-        over."""
+    def left(self, session: str, tool: str, now: float) -> None:
+        """A turn has left this worker; the next one comes when its answer and `tool` are over."""
         program = self._programs.pop(session, None)
         if program is None:
             return
         self._programs[session] = program
-        program.served_s += served_s
         program.paused_at, program.tool = now, tool
         self._away.pop(session, None)
         self._away[session] = None

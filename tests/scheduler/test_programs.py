@@ -26,7 +26,7 @@ def seen(pauses, tool: str = "grep", **how) -> Programs:
     programs = Programs(ProgramsConfig(**{"least": 4, "window": 16, "fresh": 1, **how}))
     for number, pause_s in enumerate(pauses):
         programs.came(f"{tool}{number}", 0.0)
-        programs.left(f"{tool}{number}", tool, 0.0, 0.0)
+        programs.left(f"{tool}{number}", tool, 0.0)
         programs.came(f"{tool}{number}", pause_s)
     return programs
 
@@ -63,7 +63,7 @@ def test_tools_differ_and_a_strange_one_is_like_all():
     programs = seen([1] * 8)
     for number in range(4):
         programs.came(f"make{number}", 0.0)
-        programs.left(f"make{number}", "make", 0.0, 0.0)
+        programs.left(f"make{number}", "make", 0.0)
         programs.came(f"make{number}", 30.0)
     kept = [programs.keeps_s(tool, 100.0, 0.0, 1.0) for tool in ("grep", "make", "never seen")]
     assert kept == [1.0, 30.0, 30.0]
@@ -75,7 +75,7 @@ def test_a_program_that_does_not_come_back_is_learned_from():
     programs = seen([5] * 4, window=8)
     for number in range(8):
         programs.came(f"lost{number}", 10.0)
-        programs.left(f"lost{number}", "grep", 0.0, 10.0)
+        programs.left(f"lost{number}", "grep", 10.0)
     assert programs.keeps_s("grep", 6.0, 0.0, 1.0) == 5.0
     for at_s in range(8):
         programs.came("another", 311.0 + at_s)
@@ -83,17 +83,14 @@ def test_a_program_that_does_not_come_back_is_learned_from():
     assert programs.keeps_s("grep", 6.0, 0.0, 1.0) == 0.0
 
 
-def test_what_was_done_for_a_program_adds_up():
+def test_a_program_is_as_old_as_its_first_turn():
     programs = Programs()
     programs.came("a", 1.0)
-    programs.left("a", "", 2.0, 3.0)
-    programs.came("a", 4.0)
-    programs.left("a", "", 0.5, 5.0)
-    programs.left("stranger", "", 0.5, 5.0)
-    found = programs.get("a")
-    assert found is not None
-    assert (found.came_at, found.steps, found.served_s, found.paused_at) == (1.0, 2, 2.5, 5.0)
-    assert programs.get("stranger") is None
+    programs.left("a", "make", 3.0)
+    programs.left("stranger", "make", 5.0)
+    assert (len(programs), programs.get("stranger")) == (1, None)
+    found = programs.came("a", 4.0)
+    assert (found.came_at, found.paused_at, found.tool) == (1.0, -1.0, "make")
 
 
 pauses_ = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 20.0, math.inf]), min_size=1, max_size=20)
@@ -128,12 +125,12 @@ class Town(RuleBasedStateMachine):
     def came(self, session, wait_s):
         self.now += wait_s
         known = self.programs.get(session)
-        steps = 0 if known is None else known.steps
-        assert self.programs.came(session, self.now).steps == steps + 1
+        came_at = self.now if known is None else known.came_at
+        assert self.programs.came(session, self.now).came_at == came_at
 
     @rule(session=st.sampled_from("abcdefgh"), tool=st.sampled_from(["", "x", "y", "z", "w"]))
     def left(self, session, tool):
-        self.programs.left(session, tool, 1.0, self.now)
+        self.programs.left(session, tool, self.now)
 
     @rule(
         tool=st.sampled_from(["", "x", "y", "z", "w"]),
@@ -174,7 +171,7 @@ def told() -> str:
         session, tool, now = f"s{rng.randrange(80)}", f"t{rng.randrange(6)}", float(number)
         programs.came(session, now)
         if rng.random() < 0.9:
-            programs.left(session, tool, rng.random(), now + rng.random())
+            programs.left(session, tool, now + rng.random())
         kept.append(programs.keeps_s(tool, rng.random(), rng.random(), rng.random()))
     return repr((kept, written(programs)))
 
