@@ -29,8 +29,10 @@ from scheduler.migration import MigrationConfig
 from scheduler.mixed_events import PREFILL_FIRST, SARATHI, MixedConfig
 from scheduler.mixed_policy import MixedPolicy
 from scheduler.order import Order
+from scheduler.pins import PinConfig
 from scheduler.placement import Placement
 from scheduler.prefill_fetches import Fetches
+from scheduler.prefill_keeps import Keeps, KeepsConfig
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.round_robin import RoundRobin
 from scheduler.router import Router, RouterConfig
@@ -70,6 +72,8 @@ class Policy:
     router_config: RouterConfig = field(default_factory=RouterConfig)
     prefill_config: PrefillConfig = PREFILL
     decode_config: DecodeConfig = DECODE
+    keeps: KeepsConfig | None = None
+    """How long prefill workers keep the KV of programs whose tools run; None: as long as nobody wants the memory."""
     migration: MigrationConfig | None = None
     """When running rows move to other decode workers; None: never."""
     gap_cap: bool = False
@@ -105,7 +109,8 @@ class Policy:
         """A prefill worker's; `fetch`: it may pull pages of prompts from workers that have them."""
         order = self.order(self.prefill_config, cost)
         fetches = Fetches(me, shape, ledger, cost) if fetch else None
-        return PrefillPolicy(me, shape, ledger, self.prefill_config, order, fetches)
+        keeps = Keeps(shape, ledger, cost, self.keeps) if self.keeps is not None else None
+        return PrefillPolicy(me, shape, ledger, self.prefill_config, order, fetches, keeps)
 
     def decode(self, me: Identity, shape: KvShape, ledger: Pages, cost: CostModel) -> DecodePolicy:
         """A decode worker's."""
@@ -127,6 +132,7 @@ BATON = Policy(
     prefill_config=replace(PREFILL, preempt=True),
     decode_config=replace(DECODE, admission="past_future"),
     gap_cap=True,
+    keeps=KeepsConfig(),
 )
 
 _SHIPPED = (
@@ -190,6 +196,14 @@ BASELINES = (
     ),
 )
 
+UNHINTED = replace(
+    BATON,
+    name="baton-without-hints",
+    about="what callers say of sessions and tools is not looked at",
+    decode_config=replace(BATON.decode_config, pins=PinConfig(most_s=0.0)),
+    keeps=None,
+)
+
 ABLATIONS = (
     replace(BATON, name="baton-without-dual-queue", about="prompts first come, first served", order=fcfs),
     replace(
@@ -208,6 +222,7 @@ ABLATIONS = (
     replace(BATON, name="baton-without-preemption", about="steps are not suspended", prefill_config=PREFILL),
     replace(BATON, name="baton-without-dualmap", about="least loaded worker", placement=lambda cost: LeastLoaded()),
     replace(BATON, name="baton-without-forecast", about="memory for all that may come", decode_config=DECODE),
+    UNHINTED,
     replace(BATON, name="baton-without-gap-cap", about="batches as large as memory allows", gap_cap=False),
     replace(
         BATON,

@@ -61,6 +61,7 @@ from scheduler.prefill_events import (
     WithdrawHandOff,
 )
 from scheduler.prefill_fetches import Fetches
+from scheduler.prefill_keeps import Keeps
 from scheduler.refusals import Refusals
 
 __all__ = [
@@ -134,6 +135,8 @@ class _Held:
     """It runs when nobody else does."""
     lined: int = 0
     """New tokens, until they are computed."""
+    session: str = ""
+    """Whose KV is kept for the next turn; empty: nobody's."""
     fetched: dict[str, str] | None = None
     """What it took to fetch pages for it, if that was tried."""
     fetched_at: float = 0.0
@@ -205,8 +208,11 @@ class PrefillPolicy:
         config: PrefillConfig,
         order: Order | None = None,
         fetches: Fetches | None = None,
+        keeps: Keeps | None = None,
     ) -> None:
         self._me = me
+        self.keeps = keeps
+        """None: no session's KV is kept."""
         self.fetches = fetches
         """None: whatever is not here is computed."""
         self._shape = shape
@@ -249,6 +255,8 @@ class PrefillPolicy:
         self._moved = False
         """Others may be next in line than when their sinks were asked."""
         self._refusals = Refusals()
+        self._now = 0.0
+        """Of the event."""
         self._eased = False
         """There is less to do, or more memory, than when a request was refused."""
         self.ignored = 0
@@ -271,6 +279,7 @@ class PrefillPolicy:
 
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
+        self._now = now
         match event:
             case Offer():
                 commands.append(self._offered(event, now))
@@ -316,6 +325,8 @@ class PrefillPolicy:
                 self._order.reprice(cost)
                 if self.fetches is not None:
                     self.fetches.reprice(cost)
+                if self.keeps is not None:
+                    self.keeps.reprice(cost)
                 self._eased = True
             case FetchOver():
                 self._fetched(event, now)
@@ -332,6 +343,9 @@ class PrefillPolicy:
     def deadline(self) -> float | None:
         """Already past when one that could not start now may, because somebody else in this arena freed memory."""
         due = self._until.lowest()
+        keeps = self.keeps
+        if keeps is not None and (keeps.kept or keeps.waiting):
+            due = min(due, keeps.deadline())
         if self._running is None:
             for held in self._blocked:
                 if self._may_start(held):
@@ -452,10 +466,13 @@ class PrefillPolicy:
         self._until.put(key, held.until)
         if offer.batch:
             self._batch_new += new
-        else:
-            self._line += new
-            self._shares.add(name, new, now)
-            self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
+            return Answer(Accept(ticket, cached, wait_s))
+        self._line += new
+        self._shares.add(name, new, now)
+        if self.keeps is not None and offer.hints.session:
+            held.session = offer.hints.session
+            self.keeps.came(held.session, self._shareable(held), now)
+        self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
     def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
@@ -484,13 +501,45 @@ class PrefillPolicy:
         if held.request.alone:
             self._order.drop(held.key)
             self._alone[held.key] = held
+            self._moved = True
         elif held.batch:
             self._batch[held.key] = held
+            self._moved = True
+        elif held.session and self._holds_back(held, now):
+            self._order.drop(held.key)
         else:
-            self._order.ready(held.key, now)
-            if self._asks_nobody(held):
-                self._order.granted(held.key)
+            self._ready(held, now)
+
+    def _ready(self, held: _Held, now: float) -> None:
+        """It is in line from now on."""
+        self._order.ready(held.key, now)
+        if self._asks_nobody(held):
+            self._order.granted(held.key)
         self._moved = True
+
+    def _holds_back(self, held: _Held, now: float) -> bool:
+        """Whether it waits outside of the line until the KV of running programs leaves room for its own."""
+        assert self.keeps is not None
+        until = held.wanted_by - (held.first_at - held.accepted_at)
+        return self.keeps.holds(held.key, held.session, self._need(held), held.pages, until, now)
+
+    def _let_in(self, now: float, *, idle: bool = False) -> None:
+        """Those for whom there is room now, or who have waited long enough, or one, as there is nothing else to do.
+
+        What is cached of each may be other than when it was offered.
+        """
+        assert self.keeps is not None
+        while (key := self.keeps.first(now)) is not None:
+            held = self._requests[key]
+            if not self.keeps.lets_in(key, self._need(held), now, idle):
+                return
+            self._expect(held, now)
+            self._ready(held, now)
+            idle = False
+
+    def _idle(self) -> bool:
+        """No step runs and nobody is in line for one, or lacks anything that it needs to start."""
+        return self._suspended is None and not self._alone and not self._blocked
 
     def _fetch(self, held: _Held, holdings: tuple[Holding, ...], now: float, commands: list[PrefillCommand]) -> bool:
         """Whether it waits for pages of its prompt, because to pull them is quicker than to compute them."""
@@ -511,10 +560,8 @@ class PrefillPolicy:
         for key in self.fetches.over(event):
             held = self._requests[key]
             held.fetched, held.fetched_at = event.detail, now
-            cached = self._ledger.cached(self._shareable(held)) * self._shape.page_tokens
-            new, accepted_at = held.prompt_tokens - cached, held.accepted_at
             self._order.drop(key)
-            self._order.expect(Job(key, new, cached, accepted_at, held.wanted_by, 0, held.priority), now)
+            self._expect(held, now)
             self._line_up(held, now)
             self._eased = True
 
@@ -525,12 +572,22 @@ class PrefillPolicy:
             if late.state is not State.OFFERED:
                 commands.append(Answer(Failed(late.ticket, "DEADLINE_EXCEEDED", f"ended while {late.state}")))
             commands += self._cancel(late, "deadline")
+        if self.keeps is not None and self.keeps.over(now):
+            self._eased = True
         return commands
+
+    def _expect(self, held: _Held, now: float) -> None:
+        """What is left of it to compute by what is cached now."""
+        cached = self._ledger.cached(self._shareable(held)) * self._shape.page_tokens
+        new = held.prompt_tokens - cached
+        self._order.expect(Job(held.key, new, cached, held.accepted_at, held.wanted_by, 0, held.priority), now)
 
     # Steps.
     def _plan(self, now: float) -> list[PrefillCommand]:
         """If no step runs, the order says which is next; else the sinks of who starts next are asked."""
         commands: list[PrefillCommand] = []
+        if self.keeps is not None and self.keeps.waiting:
+            self._let_in(now)
         if self._running is None:
             self._planned_at = now
             if self._blocked:
@@ -545,6 +602,9 @@ class PrefillPolicy:
                 first = next(iter(self._alone.values()))
             self._after_alone = False
             takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
+            if not takes and self.keeps is not None and self.keeps.waiting and self._idle():
+                self._let_in(now, idle=True)
+                takes = self._order.next(now, lambda key: self._start(key, now, commands, first))
             if takes:
                 commands.append(self._run(takes, now))
                 return commands
@@ -573,12 +633,14 @@ class PrefillPolicy:
         if before is not None and self._gives_way(held, before):
             return None
         commands += self._ask(held)
-        if not self._may_start(held):
+        if not self._may_start(held) and not self._has_yielded(held):
             self._blocked.append(held)
             return None
         shared = self._ledger.share(held.holder, self._shareable(held), Owner.PREFILLING) if held.prefix else 0
         self._ledger.bind(held.holder, held.pages - shared, Owner.PREFILLING)
         held.begun, held.started_at = True, now
+        if held.session and self.keeps is not None:
+            self.keeps.began(key, held.session)
         self._vast.pop(key, None)
         held.done = held.cached = shared * self._shape.page_tokens
         self._enter(held, State.RUNNING)
@@ -587,6 +649,16 @@ class PrefillPolicy:
         commands.append(Begin(held.ticket, held.request, self._ledger.pages(held.holder)))
         new = held.prompt_tokens - held.cached
         return Job(key, new, held.cached, held.accepted_at, held.wanted_by, 0, held.priority)
+
+    def _has_yielded(self, held: _Held) -> bool:
+        """Whether it may start since pins have given the memory that it lacked."""
+        if self.keeps is None or not self._ledger.pinned:
+            return False
+        return self.keeps.yields(self._need(held) - self._ledger.available) and self._may_start(held)
+
+    def _need(self, held: _Held) -> int:
+        """Pages that it takes of those available."""
+        return self._ledger.need(held.pages, self._shareable(held)) if held.prefix else held.pages
 
     def _run_alone(self, now: float, commands: list[PrefillCommand]) -> RunChunk | None:
         """The next chunk of the first that is to be alone in its steps, if it may start."""
@@ -885,9 +957,21 @@ class PrefillPolicy:
         self._vast.pop(held.key, None)
         self._counts[held.state] -= 1
         self._pages -= held.pages
+        if held.session:
+            self._keep(held)
         self._ledger.release(held.holder)
         self._eased = True
         return [EndSequence(held.key)] if held.begun else []
+
+    def _keep(self, held: _Held) -> None:
+        """It goes: its session's next turn may want what it leaves."""
+        assert self.keeps is not None
+        if not held.begun:
+            self.keeps.left(held.key, held.session, self._now)
+        elif held.request is not None:
+            named = held.prefix[: held.done // self._shape.page_tokens]
+            tool = held.request.hints.tool
+            self.keeps.paused(held.session, tool, named, self._now)
 
     def _cached(self, held: _Held) -> int:
         """Tokens that were not computed, if they may be others than were said when it was accepted."""
@@ -934,6 +1018,8 @@ class PrefillPolicy:
                 return f"pages of its prompt from {self.fetches.source(held.key)}"
             case State.QUEUED if held.batch and held not in self._blocked:
                 return "time that nobody else wants"
+            case State.QUEUED if self.keeps is not None and held.key in self.keeps.waiting:
+                return f"room beside what {len(self.keeps.kept)} programs keep: {self._need(held)} pages"
             case State.QUEUED if held in self._blocked and held.pages > self._ledger.available:
                 return f"memory: {held.pages} pages, {self._ledger.available} are free"
             case State.QUEUED if held in self._blocked:

@@ -690,7 +690,7 @@ class PrefillWorker(RuleBasedStateMachine):
         config = PrefillConfig(
             chunk_tokens=6, max_rows=3, offer_s=1.0, ungranted_share=0.5, accept_share=4.0, preempt=True
         )
-        self.machine = PrefillPolicy(P1, SHAPE, self.ledger, config, ORDERS[self.order](6, 3, SLOW))
+        self.machine = self.made(config)
         self.now = 0.0
         self.jobs: dict[str, Job] = {}
         self.asked: dict[str, Asked] = {}
@@ -705,6 +705,19 @@ class PrefillWorker(RuleBasedStateMachine):
         """Gateways, and the most that each was told of since its last refusal."""
         self.line = 0
         self.from_source: deque = deque()
+
+    # What a subclass may have otherwise.
+    def made(self, config: PrefillConfig) -> PrefillPolicy:
+        """The machine."""
+        return PrefillPolicy(P1, SHAPE, self.ledger, config, ORDERS[self.order](6, 3, SLOW))
+
+    def hints(self, data) -> Hints:
+        """What a caller says of a request."""
+        return Hints()
+
+    def rest(self) -> bool:
+        """Nothing is under way: whether something may still come of waiting."""
+        return False
 
     # What the policy asks for.
     def give(self, event) -> None:
@@ -853,12 +866,13 @@ class PrefillWorker(RuleBasedStateMachine):
         request = ask(prompt, max_tokens, timeout_s=timeout_s, start=data.draw(st.integers(0, 2)))
         batch = data.draw(st.sampled_from([False] * 3 + [True]))
         request = replace(request, alone=data.draw(st.sampled_from([False] * 4 + [True])), slo=Slo(batch=batch))
-        hints = Hints(tenant=data.draw(st.sampled_from(["", "", "a", "b"])))
         if request.prompt[0]:
             request = replace(request, prefix=hashes(request))
+        tenant = data.draw(st.sampled_from(["", "", "a", "b"]))
+        request = replace(request, hints=replace(self.hints(data), tenant=tenant))
         self.jobs[new.key] = Job(new, request, data.draw(st.sampled_from([None, D2])))
         wait_s = data.draw(st.sampled_from([0.45, 0.7, 5.0, 1000.0]))
-        self.give(Offer(new, prompt, max_tokens, wait_s, hints, prefix=request.prefix, batch=batch))
+        self.give(Offer(new, prompt, max_tokens, wait_s, request.hints, prefix=request.prefix, batch=batch))
         if self.jobs[new.key].answer == "Accept" and data.draw(st.booleans()):
             self.send(self.jobs[new.key])
 
@@ -999,6 +1013,8 @@ class PrefillWorker(RuleBasedStateMachine):
             else:
                 todo = [a for a in self.asked.values() if not a.over and (a.complete or not a.granted)]
                 if not todo:
+                    if self.rest():
+                        continue
                     break
                 if not todo[0].granted:
                     todo[0].granted = True
