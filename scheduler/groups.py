@@ -22,6 +22,7 @@ from scheduler.router import Router, Trace
 from scheduler.router_events import (
     Arrived,
     ClientGone,
+    Divided,
     End,
     RouterCommand,
     RouterEvent,
@@ -103,6 +104,8 @@ class Groups:
                 return self._over(self._routers[group].on(event, now)) if group is not None else self._ignore()
             case ProcessEnded():
                 # It may be known no more, or not yet: whose it was knows what to do with the word.
+                return self._over([each for router in self._routers.values() for each in router.on(event, now)])
+            case Divided():
                 return self._over([each for router in self._routers.values() for each in router.on(event, now)])
             case SlotFree(identity):
                 return self._of_worker(event, identity, now)

@@ -12,12 +12,14 @@ from control.cli import _duration
 from control.client import waterfall
 from control.requests import gathered
 from core.request import Phase, Stage
+from core.worker import Role
 from gateway.replies import Replies
 from gateway.traces import Traces
 from protos.baton.v1 import inference_pb2, inspect_pb2
-from scheduler.router_events import Arrived, End
-from tests.cast import ask
-from tests.scheduler.test_router import router
+from scheduler.groups import Groups
+from scheduler.router import Router, RouterConfig
+from scheduler.router_events import Arrived, End, WorkerUp
+from tests.cast import D1, GATEWAY, P1, ask, worker
 
 
 def word(machine: str, key: str = "k", request: str = "", age_s: float = 1.0, **more) -> inspect_pb2.Standing:
@@ -97,6 +99,13 @@ def test_a_waterfall_says_who_gave_pages_and_who_did_not():
     one, two = waterfall(inference_pb2.End(stages=stages))
     assert one.endswith("8 kB from decode-0, 2.5 GB/s, ucx: cma")
     assert two.endswith("from d: d was lost")
+
+
+def router() -> Groups:
+    machine = Groups(Router(GATEWAY, RouterConfig()))
+    for member in (worker(P1, Role.PREFILL), worker(D1, Role.DECODE)):
+        machine.on(WorkerUp(member), 0.0)
+    return machine
 
 
 def test_the_last_ends_are_kept_and_no_more():

@@ -276,7 +276,16 @@ def test_help_lists_the_policies_and_loads_nothing_heavy() -> None:
 def test_an_adaptive_ratio_is_explained_decision_by_decision(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    words = ("--trace", "lmsys", "--requests", "400", "--rate", "8", "--workers", "3 prefill, 1 decode")
+    words: tuple[str, ...] = (
+        "--trace",
+        "lmsys",
+        "--requests",
+        "400",
+        "--rate",
+        "8",
+        "--workers",
+        "3 prefill, 1 decode",
+    )
     words += ("--cost", "h200-qwen2.5-32b", "--ratio", "adaptive", "--out", str(tmp_path))
     [run] = as_json(capsys, *words)["runs"]
     assert run["decisions"]

@@ -351,18 +351,22 @@ def test_an_operators_ratio_is_taken_up_without_asking():
 
 def test_while_a_change_is_under_way_nothing_else_is_done():
     fleet = Fleet(4, 4, peak(1))
+
+    def why() -> Why:
+        return fleet.last.why
+
     fleet.slow = True
     fleet.pass_(1)
     (question,) = fleet.stuck
     assert isinstance(question, Simulate)
     fleet.pass_(1)
-    assert fleet.last.why is Why.UNANSWERED
+    assert why() is Why.UNANSWERED
     fleet.stuck.clear()
     fleet.tell(Simulated(question.number, tuple(Score(peak(1)(each.ratio, 1.0), 100) for each in question.candidates)))
     (flip,) = fleet.stuck
     assert isinstance(flip, Flip)
     fleet.pass_(3)
-    assert fleet.last.why is Why.UNDER_WAY
+    assert why() is Why.UNDER_WAY
     assert fleet.stuck == [flip]
 
 

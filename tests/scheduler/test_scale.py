@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ class Load(float):
     __hash__ = float.__hash__
 
 
-def counting(kind):
+def counting(kind: Any) -> Any:
     class Counting(kind):
         def queue_load(self, post):
             return Load(super().queue_load(post))
@@ -108,7 +109,7 @@ class Gateway:
 
     def come(self):
         self.counter += 1
-        prefix = (self.dice.randrange(10 * len(self.prefills)),)
+        prefix: tuple[int, ...] = (self.dice.randrange(10 * len(self.prefills)),)
         prefix += tuple(self.dice.randrange(2**40) for _ in range(3))
         request = Request("r", (0,) * self.dice.randrange(16, 200), Sampling(8), 100.0, prefix=prefix)
         return self.do(Arrived(self.counter, request))

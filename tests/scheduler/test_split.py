@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -131,7 +132,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing():
 
 
 # Placement.
-def divided(*names: str) -> tuple[SplitMap, object, dict]:
+def divided(*names: str) -> tuple[SplitMap, Any, dict]:
     placement = SplitMap()
     workers, posts = fleet(placement, *names)
     workers.divide(("p1", "p2"), ("p3", "p4"), 100)
