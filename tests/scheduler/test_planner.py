@@ -190,6 +190,24 @@ def test_it_can_answer_not_to_disaggregate(prefill, decode, mixed, disaggregate,
     assert found.verdict.startswith("disaggregate" if disaggregate else "do not disaggregate")
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "name"),
+    [(100.0, 7.2, "1 prefill tp1, 2 decode tp1"), (7.2, 100.0, "2 prefill tp1, 1 decode tp1")],
+)
+def test_what_is_enough_for_each_phase_alone_may_not_be_for_both(prefill, decode, name) -> None:
+    one = Cell(1, 1)
+    world = World({"mixed": {}, "prefill": {one: prefill}, "decode": {one: decode}}, far=0.93, alone=1.0)
+    few = Layout(Pool(one, 1), Pool(one, 1))
+    assert (
+        world.attained(few, 8.0)
+        < 0.9
+        <= min(world.room("prefill", Pool(one, 1), 8), world.room("decode", Pool(one, 1), 8))
+    )
+    found = planned(world, 8.0, Cluster(8))
+    assert found.layout is not None
+    assert found.layout.name == name
+
+
 def test_segments_win_where_the_way_between_nodes_is_too_long() -> None:
     world = uniform(10.0, 10.0, 1.0)
     world.far = 0.5
