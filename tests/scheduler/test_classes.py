@@ -13,7 +13,6 @@ from core.request import Hints, Request, Slo, Ticket
 from core.worker import Identity, Role
 from scheduler.cost import CostModel
 from scheduler.decode_policy import Answer as Promise
-from scheduler.decode_policy import State as Waits
 from scheduler.decode_policy import (
     Asked,
     Cut,
@@ -25,6 +24,7 @@ from scheduler.decode_policy import (
     Run,
     Tell,
 )
+from scheduler.decode_policy import State as Waits
 from scheduler.prefill_policy import (
     Answer,
     AskForSink,
