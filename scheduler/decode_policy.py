@@ -483,11 +483,11 @@ class DecodePolicy:
                 commands.append(Answer(guest.key, True))
             waiting.popleft()
         if self._lane and self._short is None:
-            commands += self._lend()
+            commands += self._lend(now)
         return commands
 
     # The batch class.
-    def _lend(self) -> list[DecodeCommand]:
+    def _lend(self, now: float) -> list[DecodeCommand]:
         """Promise memory that nobody else waits for, in order of asking."""
         commands: list[DecodeCommand] = []
         memory, lane = self._memory, self._lane
@@ -497,15 +497,18 @@ class DecodePolicy:
                 claim, rows = self._claim_of(guest), guest.request.sampling.n
                 tokens = rows * (len(guest.request.prompt) + claim.left // 2)
                 room = int(self._config.batch_share * memory.total)
-                alone = len(self._guests) == 1  # what does not fit into its share runs when nobody else is here
+                alone = not (self._crowd.rows or self._lent_rows)  # what is too large for its share has it all
                 fits = guest.pages <= memory.free and (
                     memory.fits(claim, self._decided)
                     if alone
                     else memory.own + guest.pages <= room and self._admission.fits(claim, room, self._decided)
                 )
+                if not fits and alone and self._yield_pins(1):
+                    continue
                 lent_rows, lent_tokens = self._lent_rows + rows, self._lent_tokens + tokens
                 crowded = self._crowd.rows + lent_rows > self._config.max_rows and not alone
                 if not fits or crowded or not self._crowd.allows(0.0, lent_tokens, lent_rows):
+                    self._short = memory.total, now
                     break
                 self._admission.add(claim)
                 memory.promise(guest.key, guest.pages)
