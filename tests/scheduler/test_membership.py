@@ -305,6 +305,6 @@ def test_groups_exchange_no_kv_and_may_differ_in_it():
     (turned,) = machine.on(Joining(foreign), 0.0)
     assert isinstance(turned, Turned)
     assert turned.reason.startswith("fingerprint: got else from prefill-2")
-    (turned,) = machine.on(Joining(replace(foreign, fingerprint="f")), 0.0)
+    (turned,) = machine.on(Joining(replace(foreign, fingerprint="f", transport="zeromq")), 0.0)
     assert isinstance(turned, Turned)
     assert turned.reason.startswith("kv.page_tokens: got 4 from prefill-2, want a multiple or a divisor of 6")

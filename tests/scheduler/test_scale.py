@@ -275,7 +275,7 @@ def test_who_has_a_prompts_pages_is_found_without_a_look_at_every_worker():
 def test_holders_are_those_whose_memory_has_the_pages_whatever_came_and_went():
     dice = random.Random(4)
     placement, posts = fetching(12)
-    chains = [tuple(range(100 * chain, 100 * chain + dice.randrange(2, 9))) for chain in range(12)]
+    chains = [tuple(range(9000 + 10 * chain, 9000 + 10 * chain + dice.randrange(2, 9))) for chain in range(12)]
     for step in range(600):
         everyone = posts.prefills.posts
         match dice.randrange(12):
