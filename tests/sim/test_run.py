@@ -290,7 +290,7 @@ def test_who_decodes_finds_the_answer_of_the_turn_before_and_a_prefill_worker_do
 
 def test_rows_that_outgrow_a_small_arena_are_computed_again_and_end():
     """Lengths are forecast too short: rows are evicted, and what growing rows get ahead never is what others need."""
-    workload = generate(AZURE_CONV, seed=5, count=150, rate=60.0)
+    workload = generate(AZURE_CONV, seed=8, count=150, rate=60.0)
     outcomes, simulation = run(workload, "2 prefill, 1 decode", "baton", kv=10_000, slo=Slo(), max_tokens=2_000)
     assert all(each.code in ("OK", "INVALID_ARGUMENT") for each in outcomes)
     (policy,) = [worker.decode.policy for worker in simulation.workers.values() if worker.decode is not None]
