@@ -429,7 +429,7 @@ class DecodePolicy:
             guest.alone = True
             guest.pages = self._shape.pages_for(prompt + request.sampling.max_tokens)
         self._guests[key] = guest
-        guest.batch = request.slo.batch
+        guest.batch = request.slo.batch and ticket.source != self._me
         line = self._lane if guest.batch else self._waiting
         line.append(guest)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))

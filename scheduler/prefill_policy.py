@@ -432,7 +432,9 @@ class PrefillPolicy:
         known = prefix[: (prompt - 1) // self._shape.page_tokens]
         cached = self._ledger.cached(known) * self._shape.page_tokens if known else 0
         new, name = prompt - cached, ""
-        if offer.batch:
+        # What its own sink keeps for one that waits for idle time would be missing here: a ring of one.
+        batch = offer.batch and ticket.sink != self._me
+        if batch:
             wait_s = 0.0
             if self._batch_new and self._batch_new + new > self._config.batch_queue_tokens:
                 return Answer(Reject(ticket, f"{self._batch_new} tokens of the batch class wait"))
@@ -452,19 +454,19 @@ class PrefillPolicy:
                     why += f", but there is no time to spare for {again_s:.2f} s"
                 return Answer(Reject(ticket, why, wait_s, again_s))
         if self._pages + pages > self._config.accept_share * self._capacity:
-            if not offer.batch:
+            if not batch:
                 self._refusals.add(ticket.minter, new, offer.wait_s, now)
             return Answer(Reject(ticket, f"{pages} pages beside {self._pages} of requests before it", wait_s))
         wanted_by, priority = now + offer.wait_s, offer.hints.priority
         prefix = prefix[: prompt // self._shape.page_tokens]
         held = _Held(key, holder(key), ticket, prompt, pages, prefix, now, now + self._config.offer_s)
         held.accepted_at, held.wanted_by, held.first_at, held.priority = now, wanted_by, now + wait_s, priority
-        held.batch, held.lined = offer.batch, new
+        held.batch, held.lined = batch, new
         self._requests[key] = held
         self._counts[State.OFFERED] += 1
         self._pages += pages
         self._until.put(key, held.until)
-        if offer.batch:
+        if batch:
             self._batch_new += new
             return Answer(Accept(ticket, cached, wait_s))
         self._line += new
