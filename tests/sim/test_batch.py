@@ -32,6 +32,9 @@ class Host:
     records: dict[int, Record] = field(default_factory=dict)
     said: list[Tokens] = field(default_factory=list)
 
+    def decodes(self) -> float:
+        return self.slowness
+
     def record(self, ticket: Ticket) -> Record:
         return self.records[ticket.counter]
 
