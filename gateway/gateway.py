@@ -135,7 +135,8 @@ class Gateway:
         self._stage = self._metrics.histogram("stage_latency_seconds", "Stages of requests.", ("stage",))
         self._requests = self._metrics.counter("requests", "Requests by how they ended.", ("outcome", "code"))
         judged = "Requests by whether all that was promised was kept; a bounded number of tenants is told apart."
-        self._goodput = Goodput(self._metrics.counter("requests_judged", judged, ("class", "tenant", "good")))
+        counter = self._metrics.counter("requests_judged", judged, ("class", "tenant", "good"))
+        self._goodput = Goodput(lambda *labels: counter.labels(*labels).inc())
         self.address = self._server.address
         self.metrics_address = self._metrics.serve(config.listen.rpartition(":")[0])
         self._me = Member(

@@ -8,9 +8,8 @@ by itself is not counted. Names of tenants come from clients, so only the first 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from prometheus_client import Counter
 
 from core.request import Phase, Slo
 
@@ -51,8 +50,9 @@ def good(seen: Seen, slo: Slo, total_s: float, phase: Phase) -> bool:
 class Goodput:
     """Counts of good requests and others, with a bounded number of labels."""
 
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
+    def __init__(self, count: Callable[[str, str, str], None]) -> None:
+        """`count` hears of each request: its class, its tenant's label, and whether it was good, "yes" or "no"."""
+        self._count = count
         self._tenants: set[str] = set()
 
     def ended(self, seen: Seen, slo: Slo, tenant: str, total_s: float, phase: Phase) -> None:
@@ -65,4 +65,4 @@ class Goodput:
             else:
                 tenant = OTHERS
         judged = "yes" if good(seen, slo, total_s, phase) else "no"
-        self._counter.labels(slo.kind, tenant, judged).inc()
+        self._count(slo.kind, tenant, judged)

@@ -7,7 +7,7 @@ import pytest
 from bench import fairness
 from core.request import Slo
 
-SPAN_S = 8.0
+SPAN_S = 12.0
 RATES = {"azure-conv": 160.0, "sharegpt": 80.0}
 """What these workers do, about."""
 

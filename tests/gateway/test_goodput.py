@@ -39,7 +39,8 @@ def test_a_request_is_good_if_all_that_was_promised_was_kept(slo, saw, total_s, 
 
 def test_tenants_beyond_the_most_are_one_label_and_who_left_is_not_counted():
     registry = CollectorRegistry()
-    counts = Goodput(Counter("judged", "", ("class", "tenant", "good"), registry=registry))
+    counter = Counter("judged", "", ("class", "tenant", "good"), registry=registry)
+    counts = Goodput(lambda *labels: counter.labels(*labels).inc())
     for number in range(3 * TENANTS):
         counts.ended(seen(), GOALS, f"t{number}", 1.0, Phase.DONE)
         counts.ended(seen(), GOALS, f"t{number}", 1.0, Phase.CANCELLED)
