@@ -227,11 +227,14 @@ class DualMap:
 
     def _lacks(self, who: Identity, pages: Iterable[int]) -> None:
         """It has none of these any more."""
-        for page in pages if self._having is not None else ():
-            there = self._having.get(page, set())
+        having = self._having
+        if having is None:
+            return
+        for page in pages:
+            there = having.get(page, set())
             there.discard(who)
             if not there:
-                self._having.pop(page, None)
+                having.pop(page, None)
 
     def _pair(self, need: Need) -> tuple[Post, ...]:
         """The prefix's two workers."""
