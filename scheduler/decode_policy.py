@@ -497,11 +497,12 @@ class DecodePolicy:
                 claim, rows = self._claim_of(guest), guest.request.sampling.n
                 tokens = rows * (len(guest.request.prompt) + claim.left // 2)
                 room = int(self._config.batch_share * memory.total)
+                taken = memory.total - memory.free  # not what is bound: rows may have pages early
                 alone = not (self._crowd.rows or self._lent_rows)  # what is too large for its share has it all
                 fits = guest.pages <= memory.free and (
                     memory.fits(claim, self._decided)
                     if alone
-                    else memory.own + guest.pages <= room and self._admission.fits(claim, room, self._decided)
+                    else taken + guest.pages <= room and self._admission.fits(claim, room, self._decided)
                 )
                 if not fits and alone and self._yield_pins(1):
                     continue

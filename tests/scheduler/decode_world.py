@@ -126,7 +126,7 @@ class World:
         self.last_solo = False
         """The last order was of a row that is to be alone."""
         self.oldest: str | None = None
-        """Of the last order's rows, while it goes on."""
+        """Of the last order's rows, those of the batch class last, while it goes on."""
         self.from_sink: deque = deque()
         self.doubts = 0
         self.loans = 0
@@ -183,8 +183,7 @@ class World:
                 assert self.run is None
                 assert sequence.place == "running"
                 sequence.place = "out"
-                if self.ledger.count(key):
-                    assert sequence.guest.request.slo.batch, "stopped for others"
+                if sequence.guest.request.slo.batch:  # its pages are its own until it ends, perhaps in this decision
                     self.forget_oldest(key)
                     self.say(f"stops {key}")
                 else:
@@ -216,9 +215,14 @@ class World:
                 self.told(message)
 
     def retires(self, key: str) -> None:
-        """The oldest row that ran loses its memory only to an older one that has some."""
+        """A row loses its memory after all of the batch class; the oldest that ran only if an older one has some."""
         order = self.sequences[key].guest.order
-        older = [s for s in self.sequences.values() if s.guest.order < order and self.ledger.count(s.key)]
+        holders = [s for s in self.sequences.values() if self.ledger.count(s.key)]
+        lent = [s for s in holders if s.guest.request.slo.batch and not s.alone]
+        assert not self.sequences[key].guest.request.slo.batch, "a row of the batch class was kept for later"
+        here = [s for s in lent if s.guest.hand_off == "over" and not self.gone(s)]
+        assert not here, "a row was retired for one of the batch class"
+        older = [s for s in holders if s.guest.order < order and s not in lent]
         assert key != self.oldest or older, "the oldest row was retired"
         self.forget_oldest(key)
 
@@ -300,8 +304,9 @@ class World:
             assert others == set(run.rows)
             assert self.last_solo or not apart, "who is to be alone waits for more than one order"
             assert self.oldest is None or self.oldest in run.rows, "the oldest row does not go on"
-            order = {key: self.sequences[key].guest.order for key in run.rows}
-            self.oldest = min(run.rows, key=lambda key: (order[key], key))
+            guests = {key: self.sequences[key].guest for key in run.rows}
+            ages = {key: (guest.request.slo.batch, guest.order, key) for key, guest in guests.items()}
+            self.oldest = min(run.rows, key=lambda key: ages[key])
         assert run.steps <= TURN_STEPS or not (apart and others)
         self.last_solo = solo
         self.run, self.last_run, self.done, self.cut = run, run.run_id, 0, False
@@ -572,13 +577,6 @@ class Play(World):
         if guest.hand_off == "promised":
             self.pull(guest)
 
-    def retires(self, key: str) -> None:
-        """The oldest row that ran loses its memory only to an older one that has some."""
-        order = self.sequences[key].guest.order
-        older = [s for s in self.sequences.values() if s.guest.order < order and self.ledger.count(s.key)]
-        assert key != self.oldest or older, "the oldest row was retired"
-        self.forget_oldest(key)
-
     def swapping(self, sequence: Sequence) -> None:
         self.later(1, lambda: self.swapped(sequence))
 
@@ -614,7 +612,7 @@ class Play(World):
     def second(self) -> None:
         """All that happens at the next second."""
         self.at = now = self.at + 1
-        self.now = float(now)
+        self.turn_clock(float(now))  # also while a long order is out
         if self.run is not None:  # step ends come first
             self.step()
         while self.due.get(now) or self.from_sink:

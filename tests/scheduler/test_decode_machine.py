@@ -173,7 +173,7 @@ visits = st.lists(
         n=st.sampled_from([1, 1, 1, 1, 2]),
         gap_s=st.sampled_from([0.0, 0.0, 0.0, 0.15]),
         session=st.sampled_from(["", "", "a", "b"]),
-        batch=st.sampled_from([False, False, False, True]),
+        batch=st.sampled_from([False] * 5 + [True]),
     ),
     min_size=6,
     max_size=12,
