@@ -8,7 +8,7 @@ with the membership; workers open streams and lanes for what it says, and refuse
 |---|---|---|
 | hand_off | decodes | prefills |
 | move | gives and takes running rows | does so, too |
-| fetch | takes prompts, and fetches pages of them | does so, too, or decodes, if its pages are named alike |
+| fetch | takes prompts, and fetches pages of them | any, if its pages are named alike |
 
 Both are of one group and understand each other's pages (`alike.mismatch`). What a worker is allowed depends on
 what it is, not on who it is: workers that are alike share a *kind*, and there are few kinds however many workers there
@@ -42,7 +42,7 @@ def uses(reader: Member, source: Member) -> tuple[Use, ...]:
         found.append(Use.HAND_OFF)
     if reader.migrates and source.migrates:
         found.append(Use.MOVE)
-    if reader.fetches and (source.fetches or source.role.decodes) and reader.kv == source.kv:
+    if reader.fetches and reader.kv == source.kv:
         found.append(Use.FETCH)
     return tuple(found)
 
