@@ -161,7 +161,8 @@ def test_many_that_begin_alike_at_once(exact):
 def fetched(live: Live, name: str, names: tuple[int, ...], cached: int) -> tuple[Ready, list[str]]:
     """What a worker announces to somebody who wants these pages, and who then goes; and what it held meanwhile."""
     known = {each.identity.name: each for each in map(wire.member_from, members(live.deployment.coordinator))}
-    like, holder = replace(known["decode-0"], identity=Identity("stranger", 0x5)), known[name].identity
+    like = replace(known["decode-0"], identity=Identity("stranger", 0x5), fetches=True)
+    holder = known[name].identity
     fetch = Fetch(Ticket(like.identity, 1, 1, holder, like.identity), names, cached, LATE_S)
     said: Queue[list[Frame] | None] = Queue()
     said.put([wire.hello(Greeting(like)), *wire.frames(fetch)])
