@@ -191,8 +191,9 @@ class Gateway:
         counter = self._next = self._next + 1
         arrived_at = self._driver.now()
         try:
-            if (why := self._router.unknown(group := asked.hints.group)) is not None:
+            if (why := self._router.unknown(asked.hints.group)) is not None:
                 raise RequestError("NOT_FOUND", why)
+            group = self._router.served_by(asked.hints.group)
             most = self._router.most_tokens(group)
             pages = self._router.page_tokens(group) if self._config.prefix_cache else 0
             if (constraint := self.intake.constraint(asked)) is not None:

@@ -94,6 +94,7 @@ class Memory:
 
     def bind(self, key: str, pages: int) -> tuple[int, ...]:
         """Pages for somebody who does not run; `free` has so many."""
+        self.set_aside()  # what was kept for rows that have left since is part of it
         self._have(pages)
         self.own += pages
         return self._ledger.bind(key, pages, Owner.DECODING)

@@ -4,7 +4,8 @@ After P/D-Serve (fine-grained organisation): what upstream knows of a request, i
 may have it; within them it is placed as ever. Routers share nothing, so no decision costs more for other groups' load,
 and no request leaves its group: it waits for, or is refused by, the workers that are its own.
 
-A group is there from the start if it was declared, or from its first worker on, and stays when its workers go.
+A group is there from the start if it was declared, or from its first worker on, and stays when its workers go. Where
+there is only the one without a name, requests may name any: then it is a label, by which lengths may be forecast.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Groups:
 
     def unknown(self, group: str) -> str | None:
         """Why a request cannot be of that group, naming those that there are; None if it can."""
-        if group in self._routers:
+        if self._chosen(group) is not None:
             return None
         return f"hints.group: got {group!r}, want one of {', '.join(map(repr, self.names))}"
 
@@ -82,7 +83,7 @@ class Groups:
             case Arrived(counter, request):
                 if counter in self._of:
                     raise LocalError(f"request {counter} arrived twice")
-                chosen = self._routers.get(request.hints.group)
+                chosen = self._chosen(request.hints.group)
                 if chosen is None:
                     why = self.unknown(request.hints.group)
                     assert why is not None
@@ -140,18 +141,24 @@ class Groups:
             return next(iter(found.values()))
         return "; ".join(f"group {name!r}: {found[name]}" for name in self.names)
 
+    def served_by(self, group: str) -> str:
+        """The group whose workers serve requests that name this one."""
+        return "" if len(self._routers) == 1 and "" in self._routers else group
+
     def page_tokens(self, group: str) -> int:
         """Tokens of a page whose hash its workers know it by; 0 while nobody is there."""
-        router = self._routers.get(group)
+        router = self._chosen(group)
         return router.page_tokens if router is not None else 0
 
     def most_tokens(self, group: str) -> MostTokens:
         """What its workers have room for, or had as long as they were there."""
-        return (self._routers.get(group) or self._pattern).most_tokens()
+        router = self._chosen(group)
+        return (self._pattern if router is None else router).most_tokens()
 
     def phases(self, group: str) -> dict[Phase, int]:
         """Its live placements in each phase."""
-        return (self._routers.get(group) or self._pattern).phases()
+        router = self._chosen(group)
+        return (self._pattern if router is None else router).phases()
 
     def standing(self) -> list[Standing]:
         """Of every flight, with who has it now."""
@@ -161,6 +168,10 @@ class Groups:
         """A live request so far; None if it is not."""
         router = self._of.get(counter)
         return router.trace(counter) if router is not None else None
+
+    def _chosen(self, group: str) -> Router | None:
+        """The router of that group; where there are no groups, any name is a label and no more."""
+        return self._routers.get(self.served_by(group))
 
     def _router(self, group: str) -> Router:
         router = self._routers.get(group)

@@ -21,7 +21,7 @@ from scheduler.dualmap import DualMap
 from scheduler.groups import Groups
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, ClientGone, Deliver, End, ToOne, WorkerDown, WorkerUp
-from tests.cast import GATEWAY, ask, worker
+from tests.cast import D1, GATEWAY, P1, ask, worker
 
 NAMES = ("", "chat", "code")
 
@@ -76,6 +76,25 @@ def test_one_of_no_group_that_there_is_is_refused_with_their_names():
     assert len(groups) == 0
     assert groups.unknown("cats") == end.reason
     assert groups.unknown("code") is None
+
+
+def test_where_there_are_no_groups_any_name_is_a_label():
+    """The room of the workers is known meanwhile, whether anybody is served or not."""
+    groups = Groups(Router(GATEWAY, RouterConfig(), DualMap()))
+    for member in (worker(P1, Role.PREFILL), worker(D1, Role.DECODE)):
+        groups.on(WorkerUp(member), 0.0)
+    alone = Router(GATEWAY, RouterConfig(), DualMap())
+    for member in (worker(P1, Role.PREFILL), worker(D1, Role.DECODE)):
+        alone.on(WorkerUp(member), 0.0)
+    for group in ("", "cats"):
+        assert groups.unknown(group) is None
+        assert groups.served_by(group) == ""
+        assert groups.most_tokens(group)(8, 1) == alone.most_tokens()(8, 1)
+        assert alone.most_tokens()(8, 1) is not None
+        assert groups.page_tokens(group) == alone.page_tokens
+    (offer,) = groups.on(Arrived(1, replace(ask(), hints=Hints(group="cats"))), 0.0)
+    assert isinstance(offer, ToOne)
+    groups.check()
 
 
 def test_a_group_without_workers_is_known_and_unavailable_and_others_serve():
