@@ -97,6 +97,14 @@ def test_workers_killed_in_mid_stream_and_in_mid_prefill_change_no_token(paced, 
     def computing():
         return paced.metric("prefill-0", "baton_requests", phase="prefill", state="running") > 0
 
+    def decoding():
+        rows = {
+            each.name: paced.metric(each.name, "baton_requests", phase="decode", state="running")
+            for each in paced.workers
+            if each.name.startswith("decode")
+        }
+        return max(rows, key=rows.__getitem__)
+
     async def run():
         async with Client(paced.gateway) as client:
             first = Reply()
@@ -104,7 +112,7 @@ def test_workers_killed_in_mid_stream_and_in_mid_prefill_change_no_token(paced, 
             others = asyncio.create_task(together(*(client.generate(each.request) for each in cases[1:])))
             while len(first.tokens) < 20:
                 first.take(await anext(stream))
-            paced.kill("decode-0", signal.SIGKILL)
+            paced.kill(await asyncio.to_thread(decoding), signal.SIGKILL)
             async for response in stream:
                 first.take(response)
             replies = [first, *await others]
