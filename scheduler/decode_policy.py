@@ -521,7 +521,7 @@ class DecodePolicy:
 
     def _give_way(self, now: float) -> list[DecodeCommand] | None:
         """Take the memory of the newest of the batch class whose KV is here; None if nobody's can be had now."""
-        if self._running:
+        if self._running or not self._lent_rows:
             return None
         for guest in reversed(self._guests.values()):
             if guest.batch and guest.rows and not guest.cancelled and not guest.alone:
@@ -795,7 +795,7 @@ class DecodePolicy:
         copied = again = None
         if guest.shares:
             prompt = self._ledger.pages(guest.key)
-            if len(prompt) > row.shared and not row.lost:
+            if len(prompt) > row.shared and not (row.known or row.lost):
                 copied = prompt[-1], table[0]
             table = prompt[: row.shared] + table
         if row.lost:
@@ -815,10 +815,10 @@ class DecodePolicy:
         while batch.rows and (short := batch.needed(1) - self._memory.room - self._coming) > 0:
             if self._yield_pins(short):
                 continue
-            if self._lent_rows and (gone := self._give_way(self._now)) is not None:
+            if (gone := self._give_way(self._now)) is not None:
                 commands += gone
                 continue
-            revoked = self._revoke(short)
+            revoked = self._revoke(short, lent=True) or self._revoke(short)
             victim = None if revoked else self._victim()
             if not revoked and victim is None:
                 break
@@ -899,17 +899,25 @@ class DecodePolicy:
         """Let retired rows have memory again, oldest first; alone on the worker one need not fit for long."""
         commands: list[DecodeCommand] = []
         batch, memory = self._batch, self._memory
-        while self._retired and len(batch) < self._config.max_rows:
+        while self._retired and self._retired[0].place is not Place.LEAVING:
             row = self._retired[0]
             guest = row.guest
             shared = row.shared if guest.shares and not guest.pages else 0
             pages = shared + self._shape.pages_for(row.own + row.generated_then)
-            claim = self._claim(row, shared)
             alone = not (batch.rows or self._returning or self._first_joiner())
-            if row.place is Place.LEAVING or not (alone or (memory.fits(claim, self._decided) and self._paced(row))):
-                break
-            if pages > memory.free:
-                if self._yield_pins(pages - memory.free):
+            if not (alone or (len(batch) < self._config.max_rows and self._paced(row))):
+                if (stopped := self._stop_idler()) is None:
+                    break
+                commands += stopped
+                self._foresee()
+                continue
+            fits = alone or memory.fits(self._claim(row, shared), self._decided)
+            if not fits or pages > memory.free:
+                if fits and self._yield_pins(pages - memory.free):
+                    continue
+                if (gone := self._give_way(now)) is not None:
+                    commands += gone
+                    self._foresee()
                     continue
                 if alone:
                     commands += self._revoke(pages - memory.free - self._coming)

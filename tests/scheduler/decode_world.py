@@ -241,7 +241,8 @@ class World:
             assert sequence.host is not None
             for page, content in zip(pages, sequence.host, strict=True):
                 self.arena[page] = content
-            sequence.host, sequence.place = None, "out"
+            sequence.host = None
+            sequence.place = "out" if sequence.table else ""  # the engine knows nothing of who never joined
             self.give(SwappedIn(sequence.key))
 
     def answered(self, key: str, granted: bool) -> None:
@@ -264,6 +265,7 @@ class World:
             assert not any(
                 s.place in ("out", "away") and s.moving is None and not self.gone(s) and not self.here(s)
                 for s in self.sequences.values()
+                if not s.guest.request.slo.batch  # it has just given its memory
             ), "promised to somebody new while a retired row waits"
 
     def gone(self, sequence: Sequence) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -191,6 +191,7 @@ def test_single_steps_give_the_same_decisions_at_the_same_times_as_long_orders(r
 
     @third(effort)
     @given(visits)
+    @example([Visit(6, 9, 9, 40, 3, None, n=2, batch=True), Visit(10, 5, 9, 12, 1, None, n=2, gap_s=0.15)])  # a copy
     def compare(arrivals):
         single, orders = run(arrivals, 1)
         for max_steps in (3, 1000):
