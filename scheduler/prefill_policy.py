@@ -239,7 +239,9 @@ class PrefillPolicy:
         self._after_alone = False
         """The last step was such a one's: it is the order's turn."""
         self._batch: dict[str, _Held] = {}
-        """Of the batch class, those with prompts left to compute, in order of these."""
+        """Of the batch class, those that have not begun, in order of their prompts."""
+        self._batch_begun: dict[str, _Held] = {}
+        """Of the batch class, those with prompts left to compute, in order of beginning: they hold memory."""
         self._batch_new = 0
         """New tokens of the batch class that were accepted and are not computed."""
         self._batch_s = 0.0
@@ -392,10 +394,10 @@ class PrefillPolicy:
             assert held is self._requests[key], "one that was alone is gone"
             assert held.state in (State.QUEUED, State.RUNNING)
             assert held.cancelled is None
-        for key, held in self._batch.items():
+        for key, held in (*self._batch.items(), *self._batch_begun.items()):
             assert held is self._requests[key], "one of the batch class is gone"
             assert held.batch
-            assert held.state in (State.QUEUED, State.RUNNING)
+            assert held.state is (State.RUNNING if key in self._batch_begun else State.QUEUED)
             assert held.cancelled is None
         self._shares.check()
         lined = [held for held in self._requests.values() if held.lined]
@@ -614,7 +616,7 @@ class PrefillPolicy:
                 return commands + self._resume(paused, now)
             if self._alone and (run := self._run_alone(now, commands)) is not None:
                 return [*commands, run]
-            if self._batch and (run := self._run_batch(now, commands)) is not None:
+            if (self._batch or self._batch_begun) and (run := self._run_batch(now, commands)) is not None:
                 commands.append(run)
         if self._batch and (self._running is None or self._running.batch):
             self._ask_ahead(commands)
@@ -675,20 +677,30 @@ class PrefillPolicy:
         window = self._order.deadline()
         if window is not None and now < window < now + self._batch_s:
             return None
+        room, rows, unasked = min(self._config.batch_tokens, self._config.chunk_tokens), self._config.max_rows, 0
         takes: list[Take] = []
-        room, unasked = min(self._config.batch_tokens, self._config.chunk_tokens), 0
-        for held in self._batch.values():
-            if not held.begun:
-                if held.grant is not Grant.GIVEN and not self._asks_nobody(held):
-                    unasked += 1
-                    if unasked >= self._config.batch_ahead:
-                        break
-                    continue
-                if self._start(held.key, now, commands) is None:
-                    break
+
+        def take(held: _Held) -> int:
+            """Tokens that are left of the step's after what it takes of them."""
             takes.append((held.key, min(room, held.prompt_tokens - held.done)))
-            room -= takes[-1][1]
-            if not room or len(takes) == self._config.max_rows:
+            return room - takes[-1][1] if len(takes) < rows else 0
+
+        for held in self._batch_begun.values():
+            if not room:
+                break
+            room = take(held)
+        for held in list(self._batch.values()) if room else ():
+            if held.grant is not Grant.GIVEN and not self._asks_nobody(held):
+                unasked += 1
+                if unasked >= self._config.batch_ahead:
+                    break
+                continue
+            if self._start(held.key, now, commands) is None:
+                break
+            del self._batch[held.key]
+            self._batch_begun[held.key] = held
+            room = take(held)
+            if not room:
                 break
         if not takes:
             return None
@@ -701,18 +713,18 @@ class PrefillPolicy:
         """Ask the sinks of those of the batch class that begin next, if only such a one runs."""
         waiting = 0
         for held in self._batch.values():
-            if not held.begun:
-                if held.grant is Grant.NOT_ASKED:
-                    commands += self._ask(held)
-                waiting += held.grant is not Grant.GIVEN
-                if waiting >= self._config.batch_ahead:
-                    break
+            if held.grant is Grant.NOT_ASKED:
+                commands += self._ask(held)
+            waiting += held.grant is not Grant.GIVEN
+            if waiting >= self._config.batch_ahead:
+                break
 
     def _computed(self, held: _Held) -> None:
         """Nothing is left to compute of its prompt, or it is not wanted."""
         self._alone.pop(held.key, None)
         if held.batch:
             self._batch.pop(held.key, None)
+            self._batch_begun.pop(held.key, None)
             self._batch_new -= held.lined
         else:
             self._line -= held.lined

@@ -382,6 +382,11 @@ class Router:
                     continue
                 if sinks := self._sinks(flight, source):
                     return [self._offer_to(flight, source, sinks, now)]
+        return self._unplaced(flight, now)
+
+    def _unplaced(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """Wait for what may change, or say that nothing will."""
+        need = flight.need
         if flight.alone and self._suspects and not flight.refusals and need.wait_s:
             return self._strand(flight)
         # Busy, not lost: they are asked again as long as that is soon enough; so is one to blame if no other will do.
@@ -513,23 +518,32 @@ class Router:
         return commands
 
     def _lend(self, now: float) -> list[RouterCommand]:
-        """Offer those of the batch class to workers that have computed what they were sent of it."""
+        """Offer those of the batch class to workers that have computed what they were sent of it.
+
+        Who fits nowhere any more, because a lost attempt has made its prompt longer, does not keep others waiting.
+        """
         self._idle = False
         commands: list[RouterCommand] = []
         while (key := self._lane.first()) is not None:
             flight = self._flights[key]
             need = flight.need
             need.wait_s = max(0.0, self._patience(flight) - now)
+            fits = self._workers.missing() is not None or (flight.alone and bool(self._suspects))
             for source in self._placement.sources(need, self._workers):
-                if source.room < need.tokens or (source.lent and source.lent + need.tokens > self._config.ahead_tokens):
+                if source.room < need.tokens or not (sinks := self._sinks(flight, source)):
                     continue
-                if sinks := self._sinks(flight, source):
-                    self._leave(flight)
-                    self._lane.fair.charge(flight.call.request.hints.tenant, need.tokens)
-                    commands.append(self._offer_to(flight, source, sinks, now))
-                    break
-            else:
+                fits = True
+                if source.lent and source.lent + need.tokens > self._config.ahead_tokens:
+                    continue
+                self._leave(flight)
+                self._lane.fair.charge(flight.call.request.hints.tenant, need.tokens)
+                commands.append(self._offer_to(flight, source, sinks, now))
                 break
+            else:
+                if fits:
+                    break
+                self._leave(flight)
+                commands += self._unplaced(flight, now)
         return commands
 
     def _returned(self, flight: Flight) -> None:

@@ -93,8 +93,20 @@ def test_without_faults_every_request_is_served_though_memory_runs_out(deploymen
 
 @pytest.mark.parametrize(
     ("deployment", "seed", "faults"),
-    [("mixed", 7, 0.0), ("two mixed and a decode worker", 4, 0.0), ("mixed", 16, 1.0)],
-    ids=["each is promised what the other computes in", "alone, and no page free", "the same with faults"],
+    [
+        ("mixed", 7, 0.0),
+        ("two mixed and a decode worker", 4, 0.0),
+        ("mixed", 16, 1.0),
+        ("unequal pages", 63, 0.0),
+        ("mixed", 39, 1.0),
+    ],
+    ids=[
+        "each is promised what the other computes in",
+        "alone, and no page free",
+        "the same with faults",
+        "of the batch class, the first in line and who has begun",
+        "of the batch class, what has grown too large",
+    ],
 )
 def test_rings_of_memory_that_were_met_on_the_way(deployment, seed, faults):
     """In an arena of both phases."""
