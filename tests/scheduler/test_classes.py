@@ -38,7 +38,7 @@ from scheduler.prefill_policy import (
     State,
 )
 from scheduler.router import Router, RouterConfig
-from scheduler.router_events import Arrived, ClientGone, End, ToOne, WorkerUp
+from scheduler.router_events import Arrived, ClientGone, End, ToOne, WorkerDown, WorkerUp
 from tests.cast import D1, GATEWAY, P1, P2, SHAPE, ask, ticket, worker
 
 BATCH = Slo(batch=True)
@@ -49,9 +49,9 @@ def key(counter: int) -> str:
 
 
 # A prefill worker.
-def prefill(**how) -> PrefillPolicy:
+def prefill(pages: int = 40, **how) -> PrefillPolicy:
     config = {"chunk_tokens": 16, "max_rows": 4, "batch_tokens": 8, "batch_queue_tokens": 40, **how}
-    return PrefillPolicy(P1, SHAPE, Pages(40), PrefillConfig(**config))
+    return PrefillPolicy(P1, SHAPE, Pages(pages), PrefillConfig(**config))
 
 
 def send(machine: PrefillPolicy, counter: int, prompt: int, now: float = 0.0, batch: bool = False, tenant: str = ""):
@@ -93,6 +93,19 @@ def test_without_its_sinks_promise_it_holds_nothing():
     assert machine.deadline() == 100.0, "nothing to wait for but an event"
     *_, run = send(machine, 2, 12)
     assert run.spans == (Span(key(2), 0, 12),)
+
+
+def test_who_holds_memory_goes_on_whoever_came_before_it():
+    machine = prefill(pages=10, batch_queue_tokens=48)
+    send(machine, 1, 24, batch=True)
+    send(machine, 2, 24, batch=True)
+    *_, run = machine.on(Granted(key(2)), 0.1)
+    machine.on(Granted(key(1)), 0.2)
+    assert machine.standing()[0].waits_for == "time that nobody else wants"
+    *_, run = computed(machine, run, 0.5)
+    assert run.spans == (Span(key(2), 8, 16),), "4 pages are free, the first in line needs 6"
+    *_, run = computed(machine, run, 1.0)
+    assert run.spans == (Span(key(2), 16, 24),)
 
 
 def test_only_so_much_of_the_batch_class_is_taken_and_the_first_always():
@@ -204,6 +217,23 @@ def test_a_refused_one_comes_again_and_ends_at_its_deadline():
     assert isinstance(end, End)
     assert (end.phase, end.code, end.retry_s) == ("rejected", "RESOURCE_EXHAUSTED", 60.0)
     machine.check()
+
+
+def test_who_fits_nowhere_any_more_keeps_nobody_waiting():
+    machine = Router(GATEWAY, RouterConfig(ahead_tokens=16))
+    mixed = worker(P1, Role.MIXED, pages=12)  # its prompt twice, and the answer
+    machine.on(WorkerUp(mixed), 0.0)
+    assert offered(comes(machine, 1, 20)) == [1]
+    assert offered(comes(machine, 2, 8)) == []
+    machine.on(Accept(of(machine, 1)), 0.1)
+    first = of(machine, 1)
+    assert offered(machine.on(Tokens(first, 0, (7,)), 0.2)) == [2]
+    machine.on(WorkerDown(P1), 0.3)
+    commands = machine.on(WorkerUp(mixed), 0.4)
+    machine.check()
+    (end,) = (command for command in commands if isinstance(command, End))
+    assert (end.counter, end.code) == (1, "RESOURCE_EXHAUSTED"), "21 tokens are a page more"
+    assert offered(commands) == [2]
 
 
 def test_prompts_that_begin_alike_are_sent_one_after_the_other():
