@@ -148,7 +148,7 @@ def test_a_tenant_above_its_share_leaves_room_for_others():
 
 def test_tenants_do_not_matter_where_there_is_one_or_where_all_are_treated_alike():
     for how in ({"spare": math.inf}, {}):
-        machine = prefill(ungranted_share=1.0, **how)
+        machine = prefill(40, ungranted_share=1.0, **how)
         *_, run = send(machine, 1, 16, tenant="flood")
         computed(machine, run, 1.0, 1)
         if how:
