@@ -5,7 +5,7 @@
 Two gateways, two prefill and two decode workers on the paced engine. Clients that always have a request each ask for
 short and long answers, continuations and turns of sessions; some leave in the middle, some ask for what no worker
 holds. After every twentieth part all have ended, arenas are looked at, and the resident memory and the open files of
-each process are read. Caches and histories fill during the first quarter; from then on nothing may grow: memory by no
+each process are read. Caches and histories fill during the first 30 %; from then on nothing may grow: memory by no
 more than 2 % or 4 MiB, files by none. A plot of all processes is written beside FILE.
 """
 
@@ -34,7 +34,7 @@ VOCAB, CONTEXT = 320, 4096
 CLIENTS = 24
 PARTS = 20
 WARM = PARTS // 4
-"""Parts during which caches and histories fill."""
+"""The part after which caches and histories are taken to be full, counted from 0."""
 PACE = 0.2
 """Of the cost model's seconds a step: processes are to work, not engines."""
 PATIENCE_S = 60.0
@@ -188,7 +188,7 @@ def plot(soaked: Soaked) -> str:
 
 
 def rows(soaked: Soaked) -> list[Row]:
-    """Growth of each process from the first quarter to the end."""
+    """Growth of each process since it was warm."""
     found = [Row("requests", soaked.requests, None, "", "", True)]
     for name, kb in soaked.grown_kb().items():
         warm = soaked.memory_kb[WARM][name]

@@ -29,7 +29,7 @@ def soaked(
         (soaked(ends=Counter(OK=9, left=4, INVALID_ARGUMENT=3, INTERNAL=1)), ["1 requests ended as INTERNAL"]),
     ],
 )
-def test_what_grows_after_the_first_quarter_is_named(run, said):
+def test_what_grows_once_warm_is_named(run, said):
     assert run.broken() == said
 
 
