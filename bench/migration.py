@@ -1,10 +1,10 @@
 """How long a row stands still that moves between decode workers, beside decode steps, at several context lengths.
 
 One prefill and two decode workers; five requests of one length decode, so that one worker has three of them and the
-other two. The bounds of freeness lie between the two, so that rows go to and fro all the while. Requests begin one
-after the other, each with as many more tokens as the prompts behind it take. The pause is taken at the client: the gap
-between the last token of the worker before and the first of the next, which the stages of the last message tell apart.
-It is held against three decode steps, a step being the median gap of all streams, once all of them run.
+other two. The bounds of freeness lie between the two, so that rows go to and fro all the while. The prompts were
+computed before, so that all streams begin nearly at once. The pause is taken at the client: the gap between the last
+token of the worker before and the first of the next, which the stages of the last message tell apart. It is held
+against three decode steps, a step being the median gap of all streams, once all of them run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = 3
 VOCABULARY = 32000
 KV_MEMORY = "1G"
 ARENA_TOKENS = 2**30 // (12 * 2 * 4 * 64 * 2)
-MOST_TOKENS = 2500
+MOST_TOKENS = 500
 """That any request generates."""
 
 
@@ -43,7 +43,7 @@ class Sample:
     """What was measured at one context length, in seconds and bytes."""
 
     since: float = math.inf
-    """When the last of the streams had begun: what was before is not counted, as prompts were computed beside it."""
+    """When the last of the streams had begun: what was before is not counted."""
     gaps: list[float] = field(default_factory=list)
     """Between tokens that the same worker made."""
     pauses: list[float] = field(default_factory=list)
@@ -81,29 +81,25 @@ def stream(gateway: str, prompt: list[int], tokens: int, sample: Sample, begun: 
 
 
 def measure(cluster: Deployment, context: int, tokens: int, draw: random.Random) -> Sample:
-    """Five streams whose contexts grow from `context`; all of them run for about `tokens` tokens."""
+    """Five streams of so many tokens whose contexts grow from `context`."""
     sample = Sample()
     failed: list[BaseException] = []
     gateway = cluster.gateways[0]
 
-    def one(prompt: list[int], most: int, begun: threading.Event) -> None:
+    def one(prompt: list[int], begun: threading.Event) -> None:
         try:
-            stream(gateway, prompt, most, sample, begun)
+            stream(gateway, prompt, tokens, sample, begun)
         except BaseException as error:
             failed.append(error)
         begun.set()
 
-    def prompt() -> list[int]:
-        return [draw.randrange(10, VOCABULARY) for _ in range(context)]
-
-    times = [time.perf_counter()]
-    times += [time.perf_counter() for _ in generate(gateway, ask(prompt(), 20))]
-    ahead = math.ceil(1.5 * (times[1] - times[0]) / (times[-1] - times[1]) * (len(times) - 2))
+    prompts = [[draw.randrange(10, VOCABULARY) for _ in range(context)] for _ in range(STREAMS)]
+    for prompt in prompts:
+        list(generate(gateway, ask(prompt, 1)))
     threads = []
-    for number in range(STREAMS):
+    for prompt in prompts:
         begun = threading.Event()
-        most = min(MOST_TOKENS, tokens + (STREAMS - 1 - number) * ahead)
-        threads.append(threading.Thread(target=one, args=(prompt(), most, begun), daemon=True))
+        threads.append(threading.Thread(target=one, args=(prompt, begun), daemon=True))
         threads[-1].start()
         begun.wait()
     sample.since = time.perf_counter()
@@ -144,7 +140,7 @@ def rows(context: int, sample: Sample) -> list[Row]:
 def main() -> None:
     """A random 100 M-parameter model, bf16."""
     args = parser("migration", "how long a row stands still that moves, beside decode steps").parse_args()
-    contexts, tokens = ((256, 1024), 60) if args.quick else ((256, 1024, 4096, 8192), 400)
+    contexts, tokens = ((256, 1024), 60) if args.quick else ((256, 1024, 4096, 8192), MOST_TOKENS)
     found: list[Row] = []
     lags: list[float] = []
     draw = random.Random(0)
