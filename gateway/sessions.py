@@ -13,10 +13,10 @@ from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import rpc, streams, wire
 from runtime.driver import Driver
-from runtime.streams import SILENCE_S, Dials, Stream
+from runtime.streams import QUIET_S, SILENCE_S, Dials, Stream
 from scheduler.alike import stranger
-from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
-from scheduler.router_events import WorkerDown, WorkerUp
+from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost, Quiet
+from scheduler.router_events import WorkerDown, WorkerQuiet, WorkerUp
 
 log = logging.getLogger("baton.sessions")
 
@@ -32,7 +32,7 @@ class Sessions:
         self._streams: dict[Identity, Stream] = {}
         self._up: dict[Identity, Member] = {}
         self._dials = Dials(self._dial)
-        driver.seat("workers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
+        driver.seat("workers", Liveness(silence_s=SILENCE_S, grace_s=0.0, quiet_s=QUIET_S), self._perform)
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -110,7 +110,11 @@ class Sessions:
             self._driver.post("router", WorkerUp(member))
             self._changed()
 
-    def _perform(self, command: Lost) -> None:
+    def _perform(self, command: Lost | Quiet) -> None:
+        if isinstance(command, Quiet):
+            log.info("%s %s", command.identity, "is quiet" if command.quiet else "is heard again")
+            self._driver.post("router", WorkerQuiet(command.identity, command.quiet))
+            return
         log.warning("lost %s: %s", command.identity, command.reason)
         stream = self._streams.pop(command.identity, None)
         if stream is not None:

@@ -23,9 +23,11 @@ from runtime import wire
 
 log = logging.getLogger("baton.streams")
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.25
+QUIET_S = 0.8
+"""Three missed heartbeats and a little: a peer so quiet gets nothing new from who can do without it."""
 SILENCE_S = 3.5
-"""Three missed heartbeats and a little: a peer this silent is lost."""
+"""A peer this silent is lost: longer than any stall of a busy process."""
 MESSAGE_FRAMES = 512
 """Most frames in one gRPC message."""
 MESSAGE_NBYTES = 2**20

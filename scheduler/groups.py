@@ -29,6 +29,7 @@ from scheduler.router_events import (
     RouterEvent,
     Satisfied,
     WorkerDown,
+    WorkerQuiet,
     WorkerUp,
 )
 
@@ -103,6 +104,8 @@ class Groups:
             case WorkerDown(identity):
                 group = self._at.pop(identity, None)
                 return self._over(self._routers[group].on(event, now)) if group is not None else self._ignore()
+            case WorkerQuiet(identity):
+                return self._of_worker(event, identity, now)
             case ProcessEnded():
                 # It may be known no more, or not yet: whose it was knows what to do with the word.
                 return self._over([each for router in self._routers.values() for each in router.on(event, now)])
@@ -179,7 +182,7 @@ class Groups:
             router = self._routers[group] = copy.deepcopy(self._pattern)
         return router
 
-    def _of_worker(self, event: SlotFree | Moved, identity: Identity, now: float) -> list[RouterCommand]:
+    def _of_worker(self, event: SlotFree | Moved | WorkerQuiet, identity: Identity, now: float) -> list[RouterCommand]:
         group = self._at.get(identity)
         return self._over(self._routers[group].on(event, now)) if group is not None else self._ignore()
 

@@ -55,6 +55,8 @@ class Post:
     lent: int = 0
     """Prompt tokens of the batch class that it was sent and has not computed yet."""
     gone: bool = False
+    quiet: bool = False
+    """Nothing comes from it: it gets something new only where nobody else is."""
     lane: Lane = Lane.ANY
 
     @property
@@ -112,6 +114,10 @@ class Ranking:
 
     def __len__(self) -> int:
         return len(self._sorted)
+
+    def __contains__(self, post: Post) -> bool:
+        ranked = self._entries.get(post.order)
+        return ranked is not None and ranked[2] is post
 
     def __iter__(self) -> Iterator[Post]:
         return map(_POST, self._sorted)
@@ -226,6 +232,7 @@ class Workers:
         """The most tokens that a worker may be handed by another one."""
         self._apart = False
         """Somebody only decodes."""
+        self._passed_over = False
         self._fetches = False
         self._lanes: dict[str, Lane] = {}
         """Of workers that are in a pool, by name: a worker that comes back is in the same."""
@@ -276,8 +283,26 @@ class Workers:
             self._count(post, None)
             del self._posts[identity]
             self._stale = True
-            post.gone = True
+            post.gone, post.quiet = True, False
             self._forget(post)
+
+    def hush(self, identity: Identity, quiet: bool) -> None:
+        """A worker is quiet, or is heard again."""
+        post = self._posts.get(identity)
+        if post is not None and post.quiet != quiet:
+            post.quiet = quiet
+            self._stale = True
+
+    @property
+    def quiet(self) -> bool:
+        """Somebody who is ready is passed over for being quiet."""
+        self._refresh()
+        return self._passed_over
+
+    def spares(self, identity: Identity, *, decodes: bool) -> bool:
+        """True if this worker is quiet, and others that are not compute prompts, or decode, in its place."""
+        post = self._posts.get(identity)
+        return post is not None and post.quiet and post not in (self.decodes if decodes else self.prefills)
 
     @property
     def version(self) -> int:
@@ -478,7 +503,10 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
-        assert (self._sources, self._sinks) == (len(self._prefills), len(self._decodes))
+        ready = [post for post in self._posts.values() if post.member.ready]
+        assert self._sources == sum(post.prefills for post in ready)
+        assert self._sinks == sum(post.decodes for post in ready)
+        assert self._passed_over or {*ready} == {*self._prefills, *self._decodes}
 
     def _held(self, post: Post) -> None:
         """What it decodes is not what it was, which a mixed one may also be ranked by as a prefill worker."""
@@ -518,9 +546,10 @@ class Workers:
         # One that is not ready goes on with those it has, and gets nothing new.
         ready = [post for post in everyone if post.member.ready]
         sources, sinks = [post for post in ready if post.prefills], [post for post in ready if post.decodes]
-        self._prefills = Ranking(self._loads[0], sources)
-        self._decodes = Ranking(self._loads[1], sinks)
-        self._free = Ranking(_least_free, sources)
+        self._prefills = Ranking(self._loads[0], _heard(sources))
+        self._decodes = Ranking(self._loads[1], _heard(sinks))
+        self._free = Ranking(_least_free, self._prefills.posts)
+        self._passed_over = len(self._prefills) < len(sources) or len(self._decodes) < len(sinks)
         self._in_lane = {lane: sum(post.lane is lane for post in sources) for lane in Lane}
         self._apart = any(not post.prefills for post in sinks)
         self._fetches = any(post.member.fetches for post in sources)
@@ -537,6 +566,11 @@ class Workers:
         if sources and sinks:
             self._last_rooms = self._rooms
         self._elsewhere = max((room for room, _, own in self._rooms if not own), default=0)
+
+
+def _heard(posts: list[Post]) -> list[Post]:
+    """Those that are not quiet; all if everybody is."""
+    return [post for post in posts if not post.quiet] or posts
 
 
 def _alike(before: Member, now: Member) -> bool:

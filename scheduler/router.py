@@ -57,6 +57,7 @@ from scheduler.router_events import (
     Satisfied,
     ToOne,
     WorkerDown,
+    WorkerQuiet,
     WorkerUp,
 )
 
@@ -98,6 +99,9 @@ class RouterConfig:
     """But only if there was a pair so lately, else nobody knows of any that may come."""
     word_s: float = 0.5
     """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
+    verdict_s: float = 2.7
+    """A worker that nothing comes from is given up so long after that was noticed. Who would have lost half of the time
+    that is left by then is placed again at once, if others can take it."""
     mixed_alone: bool = False
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
     weights: tuple[tuple[str, float], ...] = ()
@@ -212,6 +216,8 @@ class Router:
             case WorkerDown():
                 self._note_pair(now)
                 commands = self._worker_down(event, now)
+            case WorkerQuiet(identity, quiet):
+                commands = self._worker_quiet(identity, quiet, now)
             case ProcessEnded(identity, crashed):
                 commands = self._settled(self._poison.told(identity, crashed), now)
             case SlotFree(identity, tokens):
@@ -395,10 +401,11 @@ class Router:
             flight.tried -= spared
             flight.silent.clear()
             return self._offer(flight, now)
-        if flight.placements and not flight.refusals and need.wait_s and self._awaits(flight.call):
-            return self._strand(flight)
-        if not flight.placements and self.missing() and not flight.refusals and need.wait_s and self._lately(now):
-            return self._hope(flight, now)
+        if not flight.refusals and need.wait_s:
+            if flight.placements and (self._awaits(flight.call) or self._workers.quiet):
+                return self._strand(flight)
+            if not flight.placements and (self._workers.quiet or (self.missing() and self._lately(now))):
+                return self._hope(flight, now)
         if not need.wait_s or all(no.again_s or no.wait_s > need.wait_s for no in flight.refusals.values()):
             return self._shed(flight)
         return self._park(flight)
@@ -561,10 +568,8 @@ class Router:
         """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
         post = self._workers.up(member)
         commands = self._settled(self._poison.back(member.identity), now)
-        if self._stranded and member.ready and self._workers.missing() is None:
-            for key, flight in list(self._stranded.items()):
-                if self._stranded.get(key) is flight and flight.resumes == math.inf and key not in self._lane:
-                    commands += self._resume(flight, now)
+        if member.ready and self._workers.missing() is None:
+            commands += self._next_stranded(now)
         if member.ready:
             self._idle = bool(self._lane)
         if len(self._parked) and member.ready:
@@ -573,6 +578,14 @@ class Router:
                 self._has_room(post, post.room)
             if member.role.decodes:
                 self._roomy.append(1)
+        return commands
+
+    def _next_stranded(self, now: float) -> list[RouterCommand]:
+        """There is a worker that those who wait for one may have."""
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._stranded.items()):
+            if self._stranded.get(key) is flight and flight.resumes == math.inf and key not in self._lane:
+                commands += self._resume(flight, now)
         return commands
 
     def _resume(self, flight: Flight, now: float) -> list[RouterCommand]:
@@ -991,6 +1004,27 @@ class Router:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
         return commands
 
+    def _worker_quiet(self, identity: Identity, quiet: bool, now: float) -> list[RouterCommand]:
+        """It gets nothing new if others can, and those there who cannot wait for what it comes to leave it."""
+        self._workers.hush(identity, quiet)
+        if not quiet:
+            self._roomy += [identity, 1]
+            self._idle = bool(self._lane)
+            return self._next_stranded(now) if self._workers.missing() is None else []
+        commands: list[RouterCommand] = []
+        for key, flight in list(self._flights.items()):
+            if self._flights.get(key) is not flight or flight.finished is not None or flight.parked:
+                continue
+            at_source = flight.phase is not Phase.DECODING and flight.ticket.source == identity
+            at_sink = flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and flight.ticket.sink == identity
+            if not (at_source or at_sink) or not self._workers.spares(identity, decodes=not at_source):
+                continue
+            if flight.phase is Phase.OFFERED:
+                commands += self._unanswered(flight, now)
+            elif flight.call.deadline - now < 2 * self._config.verdict_s:
+                commands += self._lost_attempt(flight, f"{identity.name} is quiet", now)
+        return commands
+
     def _suspect(self, flight: Flight, loss: Loss, now: float) -> None:
         """Note it if a request was at the worker that is lost: its prompt, its KV on the way there, or its rows."""
         call, worker, alone = flight.call, loss.worker, flight.alone
@@ -1096,9 +1130,13 @@ class Router:
                 code = "UNAVAILABLE" if lacking else "DEADLINE_EXCEEDED"
                 commands += self._end(call, Phase.FAILED, f"{lacking}: {why}" if lacking else why, code)
             else:
-                flight.silent.add(flight.ticket.source)
-                commands += [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
+                commands += self._unanswered(flight, now)
         return commands
+
+    def _unanswered(self, flight: Flight, now: float) -> list[RouterCommand]:
+        """Its prefill worker has not said whether it takes it: another is asked."""
+        flight.silent.add(flight.ticket.source)
+        return [*self._recall(flight, "offer not answered"), *self._again(flight, now)]
 
     def _lacking(self, flight: Flight) -> str | None:
         """What kind of worker a flight still waits for, None if it is at one or waits for room."""

@@ -62,6 +62,15 @@ class WorkerDown:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class WorkerQuiet:
+    """Nothing comes from a worker whose session stands; or, not `quiet`, something does again."""
+
+    identity: Identity
+    quiet: bool = True
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
 class Divided:
     """Prefill workers, by name, that compute short prompts, and those that compute long ones; of others nothing is
     said. A placement that knows of no pools does not mind."""
@@ -130,5 +139,7 @@ class End:
     """Refused because workers crash with it."""
 
 
-RouterEvent = Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | ProcessEnded | Divided | ToGateway
+RouterEvent = (
+    Arrived | ClientGone | Satisfied | WorkerUp | WorkerDown | WorkerQuiet | ProcessEnded | Divided | ToGateway
+)
 RouterCommand = ToOne | Deliver | Complete | End

@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.streams import SILENCE_S
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, case
 from tests.live.cluster import SECRET, Client, Reply, ask, session, together, until
@@ -195,6 +196,28 @@ def test_a_decode_worker_that_stood_still_does_not_leave_its_streams_hanging(pai
     exact(each, asyncio.run(run()), reference)
     pairs.wait_empty()
     pairs.restart()
+
+
+def test_who_has_no_time_to_wait_for_a_worker_that_stands_still_goes_on_elsewhere(pairs, reference):
+    """Its deadline is before anybody is given up for silence."""
+    each = case(90, 150, 5, forever=True)
+
+    async def run():
+        async with Client(pairs.gateway) as client:
+            reply = Reply()
+            stream = client.responses(each.request, reply, SILENCE_S - 0.1)
+            while len(reply.tokens) < 20:
+                reply.take(await anext(stream))
+            pairs.kill("decode-0", signal.SIGSTOP)
+            async for response in stream:
+                reply.take(response)
+            return reply
+
+    reply = asyncio.run(run())
+    pairs.kill("decode-0", signal.SIGCONT)
+    exact(each, reply, reference)
+    assert reply.last.attempts == 2
+    pairs.wait_empty()
 
 
 def test_without_a_decode_worker_a_gateway_says_so_soon(pairs, reference):

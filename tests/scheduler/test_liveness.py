@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from core.worker import Identity
-from scheduler.liveness import Connected, Disconnected, Heard, How, Liveness, Lost
+from scheduler.liveness import Connected, Disconnected, Heard, How, Liveness, Lost, Quiet
 from tests.cast import D1, P1, P2, efforts
 
 
@@ -88,6 +88,28 @@ def test_strangers_are_ignored():
     assert machine.alive() == (P1,)
 
 
+def test_who_says_nothing_is_quiet_long_before_it_is_lost():
+    machine = Liveness(silence_s=3.5, grace_s=0.0, quiet_s=0.8)
+    machine.on(Connected(P1), 0.0)
+    assert machine.deadline() == 0.8
+    assert machine.on(None, 0.8) == [Quiet(P1)]
+    assert machine.deadline() == 3.5
+    assert machine.on(None, 2.0) == [], "it was said"
+    assert machine.on(Heard(P1), 3.0) == [Quiet(P1, quiet=False)]
+    assert machine.on(Heard(P1), 3.1) == []
+    assert machine.on(None, 4.0) == [Quiet(P1)]
+    assert machine.on(None, 6.6) == [Lost(P1, How.SILENT)]
+    assert machine.on(Heard(P1), 6.6) == []
+
+
+def test_a_stream_that_is_gone_is_not_called_quiet():
+    machine = Liveness(silence_s=3.5, grace_s=2.0, quiet_s=0.8)
+    machine.on(Connected(P1), 0.0)
+    machine.on(Disconnected(P1), 0.5)
+    assert machine.deadline() == 2.5
+    assert machine.on(None, 2.5) == [Lost(P1, How.AWAY)]
+
+
 class Crowd(RuleBasedStateMachine):
     """Peers come, speak, break and restart in any order; time passes."""
 
@@ -95,14 +117,22 @@ class Crowd(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.machine = Liveness(silence_s=4.0, grace_s=2.0)
+        self.machine = Liveness(silence_s=4.0, grace_s=2.0, quiet_s=1.0)
+        self.quiet: set[Identity] = set()
         self.now = 0.0
         self.last_word: dict[Identity, float] = {}
         self.broke: dict[Identity, float] = {}
 
     def give(self, event) -> None:
         before = set(self.machine.alive())
-        lost = [each.identity for each in self.machine.on(event, self.now)]
+        said = self.machine.on(event, self.now)
+        for each in said:
+            if isinstance(each, Quiet):
+                assert (each.identity in self.quiet) != each.quiet, "said twice"
+                assert (self.now >= self.last_word[each.identity] + 1.0) == each.quiet
+                (self.quiet.add if each.quiet else self.quiet.discard)(each.identity)
+        lost = [each.identity for each in said if isinstance(each, Lost)]
+        self.quiet -= {*lost}
         assert len(lost) == len(set(lost))
         for who in lost:
             assert who in before

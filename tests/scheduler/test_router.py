@@ -38,6 +38,7 @@ from scheduler.router_events import (
     Satisfied,
     ToOne,
     WorkerDown,
+    WorkerQuiet,
     WorkerUp,
 )
 from tests.cast import D1, D2, GATEWAY, MIXED, P1, P2, SHAPE, ask, efforts, ticket, worker
@@ -862,6 +863,12 @@ class Deployment(RuleBasedStateMachine):
         self.crashes += crashed
         self.give(WorkerDown(who, crashed))
 
+    @precondition(lambda self: self.up)
+    @rule(data=st.data(), quiet=st.booleans())
+    def hush(self, data, quiet):
+        """A worker is not heard for a while, or again."""
+        self.give(WorkerQuiet(data.draw(st.sampled_from(sorted(self.up))), quiet))
+
     @precondition(lambda self: self.lost)
     @rule(data=st.data(), crashed=st.booleans())
     def word(self, data, crashed):
@@ -883,12 +890,13 @@ class Deployment(RuleBasedStateMachine):
             waits = [flight for flight in self.router._stranded.values() if flight.resumes == math.inf]
             assert all(flight.placements or flight.gives_up <= flight.call.arrived_at + 5.0 for flight in waits)
             waits = [flight for flight in waits if not (flight.alone and self.router._suspects)]
-            assert not waits, "it waits beside workers that could take it"
+            assert not waits or self.router._workers.quiet, "it waits beside workers that could take it"
 
     def teardown(self):
         for who in self.people:
             if who not in self.up:
                 self.come(who)
+            self.give(WorkerQuiet(who, False))
         for _ in range(400):
             if not len(self.router):
                 break
