@@ -10,8 +10,8 @@ from core.messages import Accept, Cancel, Handed, Offer, Prompt, Tokens
 from core.request import Phase
 from core.worker import Role
 from scheduler.router_events import Arrived, Deliver, End, ToOne, WorkerDown, WorkerQuiet, WorkerUp
-from tests.cast import D1, D2, P1, P2, ask, worker
-from tests.scheduler.test_router import decoding, only_end, prefilling, router, ticket
+from tests.cast import D1, D2, P1, P2, ask, ticket, worker
+from tests.scheduler.test_router import decoding, only_end, prefilling, router
 
 SOON = replace(ask(), timeout_s=4.0)
 """A request that the verdict on a worker would cost more than half of its time."""
