@@ -16,9 +16,9 @@ from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import rpc, streams, wire
 from runtime.driver import Driver
-from runtime.streams import SILENCE_S, Dials, Stream
+from runtime.streams import QUIET_S, SILENCE_S, Dials, Stream
 from scheduler.alike import stranger
-from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost
+from scheduler.liveness import Connected, Disconnected, Heard, Liveness, Lost, Quiet
 from scheduler.ways import Close, Lay, Lift, Look, Looked, Opened, Parted, Told, Turn, Ways, WaysCommand
 
 log = logging.getLogger("baton.peers")
@@ -115,6 +115,7 @@ class Peers:
         opened: Callable[[Greeting], None],
         heard: Callable[[Identity, ToPeer | Lane], None],
         lost: Callable[[Identity, str], None],
+        hushed: Callable[[Identity, bool], None],
         lay: Callable[[Identity], None],
         lift: Callable[[Identity], None],
         turned: Callable[[Identity], None],
@@ -131,12 +132,13 @@ class Peers:
         self._opened = opened
         self._heard = heard
         self._lost = lost
+        self._hushed = hushed
         self._streams: dict[Identity, Stream] = {}
         self._wanted: dict[Identity, Member] = {}
         self._said: tuple[Way, ...] = ()
         """By the map that was logged last."""
         self._dials = Dials(self._dial)
-        driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0), self._perform)
+        driver.seat("peers", Liveness(silence_s=SILENCE_S, grace_s=0.0, quiet_s=QUIET_S), self._perform)
         driver.seat("ways", self.ways, self._go)
 
     def mapped(self, part: Part, members: tuple[Member, ...]) -> None:
@@ -230,11 +232,15 @@ class Peers:
         finally:
             await channel.close()
 
-    def _perform(self, command: Lost) -> None:
+    def _perform(self, command: Lost | Quiet) -> None:
+        if isinstance(command, Quiet):
+            self._hushed(command.identity, command.quiet)
+            return
         stream = self._streams.pop(command.identity, None)
         if stream is not None:
             stream.close(f"you are lost to us: {command.reason}")
         self._lost(command.identity, command.reason)
+        self._hushed(command.identity, False)
         if command.identity in self.ways:
             self._driver.post("ways", Parted(command.identity))
 

@@ -209,6 +209,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             self._peer_opened,
             self._peer_heard,
             self._peer_lost,
+            self._peer_hushed,
             lay=lambda peer: driver.post("lanes", Met(peer)),
             lift=lambda peer: driver.post("lanes", Parted(peer)),
             turned=self._turned,
@@ -529,6 +530,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._handoff.lost(peer)
         self._readers.pop(peer, None)
         self._changed()
+
+    def _peer_hushed(self, peer: Identity, quiet: bool) -> None:
+        if self._prefill is not None:
+            self._driver.post("prefill", prefill_policy.PeerQuiet(peer, quiet))
 
     # Transfer thread.
     def _post_threadsafe(self, event: lanes.Event) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from core.messages import Answer, Finished, Reject
+from core.prefix import page_hashes
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
 from scheduler.placement import Load, Need, Post
@@ -51,6 +52,15 @@ class Call:
     """At ends of workers and failed steps."""
     left: Left | None = None
     """The last attempt that failed while its KV was on the way."""
+
+    def names(self, index: int, upto: int, link: int) -> tuple[int, ...]:
+        """Of the full pages, `link` tokens each, that hold the first `upto` tokens of the prompt and a continuation."""
+        request, prompt = self.request, self.request.prompt
+        start = len(prompt) // link * link
+        if not request.prefix or len(request.prefix) * link != start:
+            return request.prefix
+        rest = prompt[start:] + tuple(self.branches[index].tokens[: upto - len(prompt)])
+        return request.prefix + page_hashes(rest, link, after=request.prefix[-1])
 
 
 @dataclass(slots=True)
@@ -127,3 +137,34 @@ class Flight:
     def live(self) -> list[int]:
         """Continuations that go on."""
         return [branch for branch in self.branches if not self.call.branches[branch].done]
+
+    def rest(self, now: float) -> Request:
+        """What is left to do: the tokens so far are forced, because they are part of the prompt."""
+        call, request = self.call, self.call.request
+        sampling, left_s = request.sampling, max(0.0, call.deadline - now)
+        if sampling.prompt_logprobs is not None and not call.prompt_due:
+            sampling = replace(sampling, prompt_logprobs=None)
+        done: tuple[int, ...] = ()
+        if len(self.branches) == 1:
+            (branch,) = self.branches
+            if branch or sampling.n > 1:
+                sampling = sampling.branch(branch)
+            if self.base:
+                done = tuple(call.branches[branch].tokens)
+                most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
+                sampling = replace(sampling, max_tokens=most, min_tokens=least)
+        slo = request.slo
+        if slo.deadline_s:
+            slo = replace(slo, deadline_s=max(slo.ttft_s, call.arrived_at + slo.deadline_s - now))
+        return Request(
+            request.id,
+            request.prompt + done,
+            sampling,
+            left_s,
+            slo,
+            request.hints,
+            request.generated + len(done),
+            self.need.prefix,
+            request.prefix_page_tokens,
+            self.alone,
+        )

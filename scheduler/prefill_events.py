@@ -90,6 +90,15 @@ class GatewayGone:
     identity: Identity
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class PeerQuiet:
+    """Nothing comes from a decode worker whose stream stands; or, not `quiet`, something does again, or it is lost."""
+
+    identity: Identity
+    quiet: bool = True
+
+
 # Commands.
 @quick_init
 @dataclass(frozen=True, slots=True)
@@ -224,6 +233,7 @@ PrefillEvent = (
     | FetchOver
     | Lane
     | GatewayGone
+    | PeerQuiet
     | Repriced
 )
 PrefillCommand = (

@@ -49,6 +49,7 @@ from scheduler.prefill_events import (
     Granted,
     HandOffOver,
     Invite,
+    PeerQuiet,
     PrefillCommand,
     PrefillEvent,
     Resume,
@@ -80,6 +81,7 @@ __all__ = [
     "Granted",
     "HandOffOver",
     "Invite",
+    "PeerQuiet",
     "PrefillCommand",
     "PrefillConfig",
     "PrefillEvent",
@@ -259,6 +261,8 @@ class PrefillPolicy:
         self._refusals = Refusals()
         self._now = 0.0
         """Of the event."""
+        self._quiet: set[Identity] = set()
+        """Decode workers that nothing comes from."""
         self._eased = False
         """There is less to do, or more memory, than when a request was refused."""
         self.ignored = 0
@@ -319,6 +323,8 @@ class PrefillPolicy:
                 self.ignored += not theirs
                 for held in theirs:
                     commands += self._cancel(held, "its gateway was lost")
+            case PeerQuiet(identity, quiet):
+                commands += self._hush(identity, quiet)
             case ChunkFailed(run_id, reason):
                 commands += self._chunk_failed(run_id, reason, now)
             case Suspended(run_id):
@@ -765,6 +771,8 @@ class PrefillPolicy:
         assert held.request is not None
         if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
             return []
+        if held.second is not None and held.ticket.sink in self._quiet and held.second not in self._quiet:
+            held.ticket, held.second = replace(held.ticket, sink=held.second), held.ticket.sink
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
         if held.ticket.sink == self._me:
@@ -775,6 +783,23 @@ class PrefillPolicy:
             self._vast[held.key] = held.pages
         self._set_grant(held, Grant.ASKED)
         return [AskForSink(held.ticket, held.request, held.until)]
+
+    def _hush(self, sink: Identity, quiet: bool) -> list[PrefillCommand]:
+        """Nobody waits for a sink that may be lost while a second one would take it; its KV is here."""
+        if not quiet:
+            self._quiet.discard(sink)
+            return []
+        self._quiet.add(sink)
+        return [
+            WithdrawHandOff(held.key, f"{sink.name} is quiet")
+            for held in self._requests.values()
+            if held.ticket.sink == sink
+            and held.grant is not Grant.NOT_ASKED
+            and held.cancelled is None
+            and held.second is not None
+            and held.second not in self._quiet
+            and not self._stands_in_the_way(held)
+        ]
 
     def _own_is_asked(self, held: _Held) -> bool:
         """Whether our own sink keeps memory for another one already that has not begun.

@@ -33,7 +33,6 @@ from core.messages import (
     SlotFree,
     Tokens,
 )
-from core.prefix import page_hashes
 from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
@@ -366,7 +365,7 @@ class Router:
             size, sizes = self._workers.size(request), self._workers.sizes(request)
         prefix = request.prefix
         if done and self._workers.fetches:
-            prefix = self._names(call, branches[0], len(request.prompt) + done)
+            prefix = call.names(branches[0], len(request.prompt) + done, self._link(call))
         need = Need(len(request.prompt) + done, size, prefix, gap_s=request.slo.gap_s, sizes=sizes)
         since = now if placements else call.arrived_at
         flight = Flight(call, branches, need, placements=placements, tried=tried, queued_at=since, base=done)
@@ -450,38 +449,9 @@ class Router:
         if flight.placements or not self._config.by_goal:
             return call.deadline
         slo = call.request.slo
-        return call.deadline if slo.batch else call.arrived_at + (slo.ttft_s or self._config.max_queue_s)
-
-    def _rest(self, flight: Flight, now: float) -> Request:
-        """What is left to do: the tokens so far are forced, because they are part of the prompt."""
-        call, request = flight.call, flight.call.request
-        sampling, left_s = request.sampling, max(0.0, call.deadline - now)
-        if sampling.prompt_logprobs is not None and not call.prompt_due:
-            sampling = replace(sampling, prompt_logprobs=None)
-        done: tuple[int, ...] = ()
-        if len(flight.branches) == 1:
-            (branch,) = flight.branches
-            if branch or sampling.n > 1:
-                sampling = sampling.branch(branch)
-            if flight.base:
-                done = tuple(call.branches[branch].tokens)
-                most, least = sampling.max_tokens - len(done), max(0, sampling.min_tokens - len(done))
-                sampling = replace(sampling, max_tokens=most, min_tokens=least)
-        slo = request.slo
-        if slo.deadline_s:
-            slo = replace(slo, deadline_s=max(slo.ttft_s, call.arrived_at + slo.deadline_s - now))
-        return Request(
-            request.id,
-            request.prompt + done,
-            sampling,
-            left_s,
-            slo,
-            request.hints,
-            request.generated + len(done),
-            flight.need.prefix,
-            request.prefix_page_tokens,
-            flight.alone,
-        )
+        if slo.batch:
+            return call.deadline
+        return min(call.deadline, call.arrived_at + (slo.ttft_s or self._config.max_queue_s))
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
         call = flight.call
@@ -772,7 +742,7 @@ class Router:
         call.stages += _of_attempt((queued, offered), flight.placements)
         fetches = load.source.member.fetches and flight.need.prefix
         holdings = self._holdings(flight, load.source, cached_tokens) if fetches else ()
-        return [ToOne(ticket.source, Prompt(ticket, self._rest(flight, now), flight.second, holdings))]
+        return [ToOne(ticket.source, Prompt(ticket, flight.rest(now), flight.second, holdings))]
 
     # Who has which pages, where prefill workers fetch.
     def _link(self, call: Call) -> int:
@@ -785,16 +755,6 @@ class Router:
         found = self._placement.holders(source, flight.need, cached_tokens // link, self._workers)
         return tuple([Holding(who, pages * link) for who, pages in found])
 
-    def _names(self, call: Call, index: int, upto: int) -> tuple[int, ...]:
-        """Of the full pages that hold the first `upto` tokens of a prompt and its continuation."""
-        request, prompt = call.request, call.request.prompt
-        link = self._link(call)
-        start = len(prompt) // link * link
-        if not request.prefix or len(request.prefix) * link != start:
-            return request.prefix
-        rest = prompt[start:] + tuple(call.branches[index].tokens[: upto - len(prompt)])
-        return request.prefix + page_hashes(rest, link, after=request.prefix[-1])
-
     def _answered(self, flight: Flight, index: int, newest: int) -> tuple[int, ...]:
         """Names of the pages of an answer that has ended, which its decode worker keeps beside those of the prompt; of
         several continuations of one prompt it does not. The `newest` tokens, 1 or 0, have no KV."""
@@ -802,7 +762,7 @@ class Router:
         if not names or len(flight.branches) > 1:
             return ()
         upto = len(call.request.prompt) + len(call.branches[index].tokens)
-        names = self._names(call, index, upto)
+        names = call.names(index, upto, self._link(call))
         if load.source.member.fetches:
             self._placement.kept(load.sink, names if not newest else names[: (upto - newest) // self._link(call)])
         return names
@@ -1016,7 +976,9 @@ class Router:
             if self._flights.get(key) is not flight or flight.finished is not None or flight.parked:
                 continue
             at_source = flight.phase is not Phase.DECODING and flight.ticket.source == identity
-            at_sink = flight.phase in (Phase.HANDING_OFF, Phase.DECODING) and flight.ticket.sink == identity
+            at_sink = flight.phase is not Phase.OFFERED and flight.ticket.sink == identity
+            if flight.phase is not Phase.DECODING and flight.second is not None:
+                at_sink = False  # its prefill worker turns to the second choice
             if not (at_source or at_sink) or not self._workers.spares(identity, decodes=not at_source):
                 continue
             if flight.phase is Phase.OFFERED:

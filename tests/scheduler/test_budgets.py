@@ -66,7 +66,7 @@ def test_a_router_gives_goals_to_who_has_a_deadline_and_the_rest_of_it_to_later_
     assert sent.message.wait_s == pytest.approx(2.5)
     assert not sent.message.batch
     flight = machine._calls[1].flights[0]
-    rest = machine._rest(flight, 7.0).slo
+    rest = flight.rest(7.0).slo
     assert (rest.ttft_s, rest.deadline_s) == pytest.approx((2.5, 8.0))
 
 

@@ -31,6 +31,7 @@ from scheduler.prefill_policy import (
     Granted,
     HandOffOver,
     Invite,
+    PeerQuiet,
     PrefillConfig,
     PrefillPolicy,
     Resume,
@@ -311,6 +312,37 @@ def test_a_refusal_in_the_middle_shows_the_second_choice_what_is_there():
     ]
     assert machine.on(ChunkDone(2, (Began(KEY, First(5)),)), 2.0) == [SealPages(KEY, (0, 1, 2), 12, (First(5),))]
     assert machine.on(HandOffOver(KEY, taken=True), 2.0)[0].message.ticket == again
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_nobody_waits_for_a_sink_that_is_quiet_while_another_would_take_it(granted):
+    machine = policy()
+    queued(machine, 1, 12, second=D2)
+    if granted:
+        machine.on(Granted(KEY), 0.1)
+    assert machine.on(PeerQuiet(D1), 0.2) == [WithdrawHandOff(KEY, "decode-1 is quiet")]
+    assert machine.on(HandOffOver(KEY, taken=False), 0.2)[0] == AskForSink(replace(ticket(), sink=D2), ask(12), 100.0)
+    assert machine.on(PeerQuiet(D2), 0.3) == [], "there is no third"
+
+
+def test_who_comes_while_its_sink_is_quiet_asks_the_second_choice_first():
+    machine = policy()
+    machine.on(PeerQuiet(D1), 0.0)
+    *_, asks = [each for each in queued(machine, 1, second=D2) if isinstance(each, AskForSink)]
+    assert asks.ticket.sink == D2
+    (back,) = machine.on(HandOffOver(KEY, taken=False, reason="full"), 0.1)
+    assert back == AskForSink(ticket(), ask(), 100.0), "the quiet one may still have room"
+
+
+def test_of_quiet_sinks_the_first_choice_is_asked_and_one_that_is_heard_is_again():
+    machine = policy()
+    for sink in (D1, D2):
+        machine.on(PeerQuiet(sink), 0.0)
+    *_, asks = [each for each in queued(machine, 1, second=D2) if isinstance(each, AskForSink)]
+    assert asks.ticket.sink == D1
+    assert machine.on(PeerQuiet(D1, False), 0.1) == []
+    machine.on(PeerQuiet(D2, False), 0.1)
+    assert machine.on(PeerQuiet(D1), 0.2) == [WithdrawHandOff(KEY, "decode-1 is quiet")]
 
 
 @pytest.mark.parametrize(("other", "stays"), [(16, True), (24, False)])
@@ -968,6 +1000,11 @@ class PrefillWorker(RuleBasedStateMachine):
         self.give(event)
 
     # What else happens.
+    @rule(who=st.sampled_from([D1, D2]), quiet=st.booleans())
+    def hush(self, who, quiet):
+        """A decode worker is not heard for a while, or again."""
+        self.give(PeerQuiet(who, quiet))
+
     @rule(factor=st.sampled_from([0.3, 1.0, 4.0]))
     def machine_changes(self, factor):
         """What was promised and who waits stays; only predictions are others."""

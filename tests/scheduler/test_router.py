@@ -154,6 +154,12 @@ def test_the_ttft_goal_bounds_the_wait_that_is_offered():
     assert offer.message.wait_s == 0.7
 
 
+def test_no_first_token_is_wanted_later_than_the_last_one():
+    machine = router()
+    (offer,) = machine.on(Arrived(1, replace(ask(), timeout_s=4.0)), 1.0)
+    assert offer.message.wait_s == 4.0
+
+
 def test_without_goals_everybody_queues_for_as_long_as_the_client_waits():
     machine = router(max_queue_s=5.0, by_goal=False)
     request = replace(ask(), slo=replace(ask().slo, ttft_s=0.7), timeout_s=60.0)

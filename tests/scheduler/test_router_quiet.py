@@ -40,7 +40,6 @@ def at(phase: Phase, machine, request=SOON):
     [
         (Phase.PREFILLING, P1, P2, None, 6),
         (Phase.HANDING_OFF, P1, P2, None, 7),
-        (Phase.HANDING_OFF, D1, None, D2, 7),
         (Phase.DECODING, D1, None, D2, 8),
     ],
 )
@@ -60,6 +59,27 @@ def test_who_has_little_time_leaves_a_worker_that_is_quiet_for_another(phase, wh
     assert late == [], "what the quiet one says later is of an attempt that is over"
     fresh = 100 + tokens - 6
     assert machine.on(Tokens(offer.ticket, 0, (fresh,)), 1.6) == [Deliver(1, (fresh,), ())]
+
+
+@pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.HANDING_OFF])
+def test_a_prefill_worker_turns_to_the_second_choice_itself_where_it_was_told_of_one(phase):
+    machine = router()
+    key = at(phase, machine)
+    assert machine.on(WorkerQuiet(D1), 1.0) == []
+    machine.on(Tokens(key, 0, (100,)), 1.0)
+    machine.on(Handed(replace(key, sink=D2), ()), 1.1)
+    assert machine.phases()[Phase.DECODING] == 1
+    machine.check()
+
+
+@pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.HANDING_OFF])
+def test_who_was_placed_without_a_second_choice_is_placed_again(phase):
+    machine = router()
+    machine.on(WorkerQuiet(D2), 0.0)
+    at(phase, machine)
+    machine.on(WorkerQuiet(D2, False), 0.5)
+    (offer,) = offers(machine.on(WorkerQuiet(D1), 1.0))
+    assert offer.ticket.sink == D2
 
 
 def test_who_has_time_waits_for_what_the_silence_comes_to():
