@@ -232,6 +232,8 @@ class Workers:
         """The most tokens that a worker may be handed by another one."""
         self._apart = False
         """Somebody only decodes."""
+        self._hushed = 0
+        """Workers that are quiet."""
         self._passed_over = False
         self._fetches = False
         self._lanes: dict[str, Lane] = {}
@@ -283,6 +285,7 @@ class Workers:
             self._count(post, None)
             del self._posts[identity]
             self._stale = True
+            self._hushed -= post.quiet
             post.gone, post.quiet = True, False
             self._forget(post)
 
@@ -291,13 +294,15 @@ class Workers:
         post = self._posts.get(identity)
         if post is not None and post.quiet != quiet:
             post.quiet = quiet
+            self._hushed += 1 if quiet else -1
             self._stale = True
 
     @property
     def quiet(self) -> bool:
         """Somebody who is ready is passed over for being quiet."""
-        self._refresh()
-        return self._passed_over
+        if self._hushed:
+            self._refresh()
+        return bool(self._hushed) and self._passed_over
 
     def spares(self, identity: Identity, *, decodes: bool) -> bool:
         """True if this worker is quiet, and others that are not compute prompts, or decode, in its place."""
@@ -503,6 +508,7 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
+        assert self._hushed == sum(post.quiet for post in self._posts.values())
         ready = [post for post in self._posts.values() if post.member.ready]
         assert self._sources == sum(post.prefills for post in ready)
         assert self._sinks == sum(post.decodes for post in ready)

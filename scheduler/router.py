@@ -547,6 +547,8 @@ class Router:
         commands = self._settled(self._poison.back(member.identity), now)
         if member.ready and self._workers.missing() is None:
             commands += self._next_stranded(now)
+            if self._workers.quiet:
+                commands += self._leave_quiet(now)
         if member.ready:
             self._idle = bool(self._lane)
         if len(self._parked) and member.ready:
@@ -983,20 +985,27 @@ class Router:
             self._roomy += [identity, 1]
             self._idle = bool(self._lane)
             return self._next_stranded(now) if self._workers.missing() is None else []
+        return self._leave_quiet(now)
+
+    def _leave_quiet(self, now: float) -> list[RouterCommand]:
+        """Those who cannot wait leave workers that are quiet, where others can take them."""
         commands: list[RouterCommand] = []
+        spares = self._workers.spares
         for key, flight in list(self._flights.items()):
             if self._flights.get(key) is not flight or flight.finished is not None or flight.parked:
                 continue
-            at_source = flight.phase is not Phase.DECODING and flight.ticket.source == identity
-            at_sink = flight.phase is not Phase.OFFERED and flight.ticket.sink == identity
-            if flight.phase is not Phase.DECODING and flight.second is not None:
-                at_sink = False  # its prefill worker turns to the second choice
-            if not (at_source or at_sink) or not self._workers.spares(identity, decodes=not at_source):
+            source, sink = flight.ticket.source, flight.ticket.sink
+            quiet = source if flight.phase is not Phase.DECODING and spares(source, decodes=False) else None
+            # Of a second choice its prefill worker knows: it turns there itself.
+            needs_sink = flight.phase is Phase.DECODING or (flight.phase is not Phase.OFFERED and flight.second is None)
+            if quiet is None and needs_sink and spares(sink, decodes=True):
+                quiet = sink
+            if quiet is None:
                 continue
             if flight.phase is Phase.OFFERED:
                 commands += self._unanswered(flight, now)
             elif flight.call.deadline - now < 2 * self._config.verdict_s:
-                commands += self._lost_attempt(flight, f"{identity.name} is quiet", now)
+                commands += self._lost_attempt(flight, f"{quiet.name} is quiet", now)
         return commands
 
     def _suspect(self, flight: Flight, loss: Loss, now: float) -> None:

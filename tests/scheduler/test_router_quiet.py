@@ -110,6 +110,18 @@ def test_nobody_leaves_workers_that_are_all_quiet():
     assert machine.on(WorkerQuiet(D1), 1.0) == []
 
 
+@pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.DECODING])
+def test_who_had_nowhere_to_go_leaves_a_quiet_worker_when_another_comes(phase):
+    machine = router()
+    away = replace(worker(D2, Role.DECODE), ready=False)
+    machine.on(WorkerUp(away), 0.0)
+    at(phase, machine)
+    assert machine.on(WorkerQuiet(D1), 1.0) == []
+    (offer,) = offers(machine.on(WorkerUp(replace(away, ready=True)), 1.2))
+    assert offer.ticket.sink == D2
+    machine.check()
+
+
 def test_those_who_need_a_quiet_worker_no_more_stay():
     machine = router()
     key = at(Phase.DECODING, machine)
