@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from core.request import Request, Slo
-from scheduler.forecast import Forecast
+from scheduler.forecast import Forecast, ForecastConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +49,33 @@ def gap_left(left_s: float, tokens: int, config: BudgetConfig = BudgetConfig()) 
     return max(config.least_gap_s, left_s / max(1, tokens))
 
 
+LENGTHS = ForecastConfig(quantile=0.9)
+"""Of ten answers nine are no longer than a client's patience is to last for."""
+
+
 class Answers:
     """How long answers take of late from their first token to their last: what is to be left of a client's patience."""
 
-    def __init__(self, forget: float = 0.1) -> None:
+    def __init__(self, lengths: ForecastConfig = LENGTHS, forget: float = 0.1) -> None:
+        self._lengths = Forecast(lengths)
         self._forget = forget
-        self._tokens = 0.0
         self._gap_s = 0.0
+        self._learned = 0
 
     def learn(self, tokens: int, seconds: float) -> None:
         """One of so many tokens took so long from its first to its last."""
-        if tokens < 2:
-            return
-        forget = self._forget if self._tokens else 1.0
-        self._tokens += forget * (tokens - self._tokens)
-        self._gap_s += forget * (seconds / (tokens - 1) - self._gap_s)
+        self._lengths.learn(tokens)
+        if tokens > 1:
+            forget = self._forget if self._gap_s else 1.0
+            self._gap_s += forget * (seconds / (tokens - 1) - self._gap_s)
+        self._learned += 1
 
     def first_s(self, timeout_s: float, max_tokens: int, least: float) -> float:
         """When the first token is wanted of a client that leaves after `timeout_s`: in time for an answer as long as
-        others are, and never within less than this share of it, as nobody knows how long this one is."""
-        rest_s = min(self._tokens, max_tokens) * self._gap_s
+        most are, and never within less than this share of it, as nobody knows how long this one is."""
+        if self._learned < self._lengths.config.least:
+            return timeout_s
+        rest_s = self._lengths.length(0, max_tokens) * self._gap_s
         return max(least * timeout_s, timeout_s - rest_s)
 
 
