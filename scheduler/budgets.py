@@ -49,8 +49,8 @@ def gap_left(left_s: float, tokens: int, config: BudgetConfig = BudgetConfig()) 
     return max(config.least_gap_s, left_s / max(1, tokens))
 
 
-LENGTHS = ForecastConfig(quantile=0.9)
-"""Of ten answers nine are no longer than a client's patience is to last for."""
+LENGTHS = ForecastConfig(quantile=0.5)
+"""Who is more likely late than not is refused."""
 
 
 class Answers:
@@ -72,7 +72,7 @@ class Answers:
 
     def first_s(self, timeout_s: float, max_tokens: int, least: float) -> float:
         """When the first token is wanted of a client that leaves after `timeout_s`: in time for an answer as long as
-        most are, and never within less than this share of it, as nobody knows how long this one is."""
+        half of them are, and never within less than this share of it, as nobody knows how long this one is."""
         if self._learned < self._lengths.config.least:
             return timeout_s
         rest_s = self._lengths.length(0, max_tokens) * self._gap_s

@@ -81,7 +81,9 @@ def test_answers_of_late_say_when_a_first_token_is_of_use():
     assert answers.first_s(10.0, 10, 0.25) == pytest.approx(9.0), "it cannot become longer"
     assert answers.first_s(1.0, 100, 0.25) == 0.25, "it may be shorter than others"
     answers.learn(21, 1.0)
-    assert answers.first_s(10.0, 100, 0.25) == pytest.approx(10.0 - 41 * 0.075), "as long as most, as quick as of late"
+    assert answers.first_s(10.0, 100, 0.25) == pytest.approx(10.0 - 41 * 0.075), (
+        "as long as that quantile, as quick as of late"
+    )
 
 
 def test_a_router_wants_first_tokens_early_enough_for_answers_as_slow_as_the_last():
