@@ -198,9 +198,10 @@ def test_workers_announce_what_somebody_fetches(exact):
 
 
 def test_full_arenas_give_up_what_nobody_uses(exact):
-    """Prompts of many arenas' worth: every one is served, and the oldest is forgotten."""
+    """Prompts of two arenas' worth, also where KV in bfloat16 makes them larger: every one is served, and the oldest is
+    forgotten."""
     live, _ = exact
-    cases = [case(prompt(400, 50 + number), 4) for number in range(20)]
+    cases = [case(prompt(400, 50 + number), 4) for number in range(40)]
     for asked in cases:
         check(exact, asked, 0, 25, 0)
     check(exact, cases[-1], 384, 0, 400)
