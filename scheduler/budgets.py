@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from core.request import Request, Slo
-from scheduler.forecast import Forecast, ForecastConfig
+from scheduler.forecast import Forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +47,6 @@ def split(deadline_s: float, tokens: int, config: BudgetConfig = BudgetConfig())
 def gap_left(left_s: float, tokens: int, config: BudgetConfig = BudgetConfig()) -> float:
     """Seconds for each of so many gaps that are left, of the time that is left for them."""
     return max(config.least_gap_s, left_s / max(1, tokens))
-
-
-LENGTHS = ForecastConfig(quantile=0.5)
-"""Who is more likely late than not is refused."""
-
-
-class Answers:
-    """How long answers take of late from their first token to their last: what is to be left of a client's patience."""
-
-    def __init__(self, lengths: ForecastConfig = LENGTHS, forget: float = 0.1) -> None:
-        self._lengths = Forecast(lengths)
-        self._forget = forget
-        self._gap_s = 0.0
-        self._learned = 0
-
-    def learn(self, tokens: int, seconds: float) -> None:
-        """One of so many tokens took so long from its first to its last."""
-        self._lengths.learn(tokens)
-        if tokens > 1:
-            forget = self._forget if self._gap_s else 1.0
-            self._gap_s += forget * (seconds / (tokens - 1) - self._gap_s)
-        self._learned += 1
-
-    def first_s(self, timeout_s: float, max_tokens: int, least: float) -> float:
-        """When the first token is wanted of a client that leaves after `timeout_s`: in time for an answer as long as
-        half of them are, and never within less than this share of it, as nobody knows how long this one is."""
-        if self._learned < self._lengths.config.least:
-            return timeout_s
-        rest_s = self._lengths.length(0, max_tokens) * self._gap_s
-        return max(least * timeout_s, timeout_s - rest_s)
 
 
 class Budgets:

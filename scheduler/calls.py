@@ -40,7 +40,7 @@ class Call:
     deadline: float
     branches: list[Branch]
     wanted_by: float
-    """The first token; later it is of no use, or the last one would be."""
+    """The first token."""
     prompt_due: bool
     """The prompt's logprobs are wanted and have not come; until then nothing is delivered."""
     flights: list[Flight] = field(default_factory=list)
@@ -48,8 +48,6 @@ class Call:
     """Numbers the offers, so that a late answer to an old one is told apart."""
     cached_tokens: int = 0
     stages: list[Stage] = field(default_factory=list)
-    first_at: float = math.inf
-    """When the first token came."""
     placements: int = 0
     """Of its most often placed flight."""
     presences: tuple[Presence, ...] = ()

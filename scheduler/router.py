@@ -37,7 +37,7 @@ from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity, Member, ProcessEnded, Role
-from scheduler.budgets import Answers, Budgets
+from scheduler.budgets import Budgets
 from scheduler.calls import Branch, Call, Flight, Left
 from scheduler.fair import OUTPUT, Parked
 from scheduler.lane import Lane
@@ -76,8 +76,6 @@ class RouterConfig:
 
     max_queue_s: float = 30.0
     """A request without a TTFT goal is accepted while its wait stays under this."""
-    first: float = 0.25
-    """Of the time until its deadline a request may spend this share on the first token, however long answers take."""
     offer_s: float = 1.0
     """A worker that does not answer an offer within this time is passed over."""
     max_attempts: int = 8
@@ -143,7 +141,6 @@ class Router:
         """Of the batch class, those that wait for idle workers; they are among the stranded ones as well."""
         self._idle = False
         """There may be an idle worker for one of these."""
-        self._answers = Answers()
         self._budgets: Budgets | None = None
         """None as long as no request with a deadline has come."""
         self._stranded: dict[str, Flight] = {}
@@ -453,12 +450,11 @@ class Router:
         return flight.call.deadline if begun else flight.call.wanted_by
 
     def _first_s(self, request: Request) -> float:
-        """Within which time the first token is wanted: by its goal, and early enough for the others."""
+        """Within which time the first token is wanted: by its goal, and before its client leaves."""
         slo, timeout_s = request.slo, request.timeout_s
         if slo.batch:
             return timeout_s
-        goal_s = slo.ttft_s or self._config.max_queue_s
-        return min(goal_s, self._answers.first_s(timeout_s, request.sampling.max_tokens, self._config.first))
+        return min(slo.ttft_s or self._config.max_queue_s, timeout_s)
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
         call = flight.call
@@ -794,8 +790,6 @@ class Router:
         if not fresh and not told:
             return []
         branch.tokens.extend(fresh)
-        if fresh:
-            flight.call.first_at = min(flight.call.first_at, now)
         if told:
             flight.call.prompt_due = False
         if fresh and flight.phase is Phase.PREFILLING:
@@ -915,9 +909,6 @@ class Router:
     def _wait(self, flight: Flight, finished: Finished, owing: dict[Role, Identity], now: float) -> list[RouterCommand]:
         """All tokens are here; end it when the reports that can still come have."""
         flight.finished, flight.finished_at = finished, now
-        call = flight.call
-        if len(call.branches) == 1 and not call.request.slo.batch:
-            self._answers.learn(len(call.branches[0].tokens), now - call.first_at)
         if owing:
             there = [(part, who) for part, who in owing.items() if who in self._workers]
             flight.owing = {part: who for part, who in there if who not in flight.broken}

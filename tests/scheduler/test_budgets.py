@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.messages import Accept, Finished, Tokens
 from core.request import Kind, Slo
 from core.worker import Role
-from scheduler.budgets import Answers, BudgetConfig, Budgets, gap_left, split
-from scheduler.forecast import ForecastConfig
+from scheduler.budgets import BudgetConfig, Budgets, gap_left, split
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, WorkerUp
 from tests.cast import D1, GATEWAY, P1, ask, worker
@@ -70,41 +68,6 @@ def test_a_router_gives_goals_to_who_has_a_deadline_and_the_rest_of_it_to_later_
     flight = machine._calls[1].flights[0]
     rest = flight.rest(7.0).slo
     assert (rest.ttft_s, rest.deadline_s) == pytest.approx((2.5, 8.0))
-
-
-def test_answers_of_late_say_when_a_first_token_is_of_use():
-    answers = Answers(ForecastConfig(quantile=0.9, least=2, least_longer=1), forget=0.5)
-    answers.learn(1, 5.0)
-    assert answers.first_s(10.0, 100, 0.25) == 10.0, "too little is known"
-    answers.learn(41, 4.0)
-    assert answers.first_s(10.0, 100, 0.25) == pytest.approx(10.0 - 41 * 0.1)
-    assert answers.first_s(10.0, 10, 0.25) == pytest.approx(9.0), "it cannot become longer"
-    assert answers.first_s(1.0, 100, 0.25) == 0.25, "it may be shorter than others"
-    answers.learn(21, 1.0)
-    assert answers.first_s(10.0, 100, 0.25) == pytest.approx(10.0 - 41 * 0.075), (
-        "as long as that quantile, as quick as of late"
-    )
-
-
-def test_a_router_wants_first_tokens_early_enough_for_answers_as_slow_as_the_last():
-    machine = Router(GATEWAY, RouterConfig())
-    for member in (worker(P1, Role.PREFILL), worker(D1, Role.DECODE)):
-        machine.on(WorkerUp(member), 0.0)
-
-    def arrive(counter):
-        (sent,) = machine.on(Arrived(counter, replace(ask(6, 5), timeout_s=10.0)), 5.0 * counter)
-        return sent.message
-
-    for counter in range(1, 51):
-        offer, at = arrive(counter), 5.0 * counter
-        assert offer.wait_s == pytest.approx(10.0)
-        machine.on(Accept(offer.ticket), at)
-        machine.on(Tokens(offer.ticket, 0, (7,)), at + 1)
-        machine.on(Tokens(offer.ticket, 0, (7, 8, 9, 10, 11)), at + 3)
-        machine.on(Finished(offer.ticket, "length", 5, decoded=True), at + 3)
-        machine.on(None, at + 4)
-    assert arrive(51).wait_s == pytest.approx(10.0 - 5 * 0.5)
-    machine.check()
 
 
 def test_classes_follow_from_what_is_promised():
