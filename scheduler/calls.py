@@ -39,8 +39,6 @@ class Call:
     arrived_at: float
     deadline: float
     branches: list[Branch]
-    wanted_by: float
-    """The first token."""
     prompt_due: bool
     """The prompt's logprobs are wanted and have not come; until then nothing is delivered."""
     flights: list[Flight] = field(default_factory=list)

@@ -317,8 +317,7 @@ class Router:
             request = replace(request, slo=self._budgets.slo(request))
         branches = [Branch() for _ in range(request.sampling.n)]
         due = request.sampling.prompt_logprobs is not None
-        deadline, wanted_by = now + request.timeout_s, now + self._first_s(request)
-        call = self._calls[counter] = Call(counter, request, now, deadline, branches, wanted_by, due)
+        call = self._calls[counter] = Call(counter, request, now, now + request.timeout_s, branches, due)
         if missing := self._workers.missing():
             if not self._lately(now):
                 return self._end(call, Phase.REJECTED, missing, "UNAVAILABLE")
@@ -446,15 +445,10 @@ class Router:
 
     def _patience(self, flight: Flight) -> float:
         """Until when a place in a queue is worth taking: one that was begun is finished as late as it may be."""
-        begun = flight.placements or not self._config.by_goal
-        return flight.call.deadline if begun else flight.call.wanted_by
-
-    def _first_s(self, request: Request) -> float:
-        """Within which time the first token is wanted: by its goal, and before its client leaves."""
-        slo, timeout_s = request.slo, request.timeout_s
-        if slo.batch:
-            return timeout_s
-        return min(slo.ttft_s or self._config.max_queue_s, timeout_s)
+        call, slo = flight.call, flight.call.request.slo
+        if flight.placements or not self._config.by_goal or slo.batch:
+            return call.deadline
+        return min(call.deadline, call.arrived_at + (slo.ttft_s or self._config.max_queue_s))
 
     def _shed(self, flight: Flight) -> list[RouterCommand]:
         call = flight.call
