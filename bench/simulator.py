@@ -270,7 +270,7 @@ def find(lengths: Sequence[int], count: int) -> float:
 
 def main() -> None:
     flags = parser("simulator", "How many requests a second the simulator simulates, on one core.")
-    flags.add_argument("--search", action="store_true", help="find the goodput again, of which 70 %% and 20 %% are taken")
+    flags.add_argument("--search", action="store_true", help="find the goodput that the loads are shares of")
     flags.add_argument("--peer", metavar="DIR", help="a checkout of DistServe's repository, to run its simulator, too")
     flags.add_argument("--peer-python", metavar="PYTHON", default=sys.executable, help="with simpy and pandas")
     flags.add_argument("--resident", metavar="COUNTS", help="only print resident memory after so many requests")
