@@ -27,7 +27,7 @@ Next, paste these one after the other:
   .venv/bin/baton status
   .venv/bin/baton generate --chat --waterfall "What does textwrap.dedent do?"
 Then kill -9 a decode worker in mid-stream: the text pauses, and goes on at the other one (see "attempt 2" below it).
-  (sleep 2; kill -9 $(pgrep -f '"decode-[0]"')) & \\
+  (sleep 2; kill -9 $(pgrep -x decode-0)) & \\
   .venv/bin/baton generate --max-tokens 2000 --ignore-eos --waterfall "What does textwrap.dedent do?"
   .venv/bin/baton down
 """

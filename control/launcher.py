@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from control import forkserver
 from control.client import report_end
 from core.config import (
     CoordinatorConfig,
@@ -44,6 +45,8 @@ CRASHES = frozenset(
 """Signals by which a process ends itself; others come from an operator, its launcher, or the kernel for memory."""
 TELL_S = 10.0
 """So long a coordinator that is away is waited for, to be told of an end."""
+PRELOADED = {"torch": ("control.worker", "engine.engine"), "paced": ("control.worker", "engine.paced")}
+"""What workers are forked with, by their engine."""
 LOOPBACK = "127.0.0.1"
 """Workers trust each other with their whole arenas, and nothing authenticates them yet: they stay on this machine."""
 
@@ -63,7 +66,7 @@ class Running:
     """One started process."""
 
     config: ProcessConfig
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | forkserver.Forked
     identity: str = ""
     address: str = ""
     metrics: str = ""
@@ -244,6 +247,7 @@ class Deployment:
 
     def start(self) -> None:
         """Start all but HTTP and wait until each process listens; raises SetupError with the child's own sentence."""
+        self._server()  # it loads what workers need while the others start
         self._spawn(self._placed(CoordinatorConfig(listen=f"{LOOPBACK}:0", record=self._record)))
         self._await_words(["coordinator"])
         configs: list[ProcessConfig] = [*self._gateways(), *self._workers()]
@@ -384,23 +388,40 @@ class Deployment:
                 entry = "control.http"
             case _:
                 pass
-        place = self._places.get(config.name)
+        env = {**environment(threads), **self._reach(), **self._env}
         with uninterrupted():
-            process = subprocess.Popen(
-                [*(place.command if place else ()), sys.executable, "-m", entry, to_json(config)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
-                env={**environment(threads), **self._reach(), **self._env},
-                cwd=Path(__file__).resolve().parent.parent,
-                start_new_session=True,
-            )
+            process = self._forked(config, entry, env) or self._executed(config, entry, env)
             running = self.running[config.name] = Running(config, process)
         threading.Thread(target=self._attend, args=(running,), daemon=True).start()
         running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
         running.relay.start()
+
+    def _forked(self, config: ProcessConfig, entry: str, env: Mapping[str, str]) -> forkserver.Forked | None:
+        """A worker that has its libraries from the start; None where that cannot be had."""
+        server = self._server() if isinstance(config, WorkerConfig) else None
+        if server is not None:
+            with contextlib.suppress(OSError):
+                return server.fork(entry, to_json(config), env)
+        return None
+
+    def _server(self) -> forkserver.ForkServer | None:
+        """Nobody is forked into another place."""
+        threads = environment(engine_threads(self.config))
+        return None if self._places else forkserver.server(PRELOADED[self.config.engine], threads)
+
+    def _executed(self, config: ProcessConfig, entry: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
+        place = self._places.get(config.name)
+        return subprocess.Popen(
+            [*(place.command if place else ()), sys.executable, "-m", entry, to_json(config)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="backslashreplace",  # what C++ libraries write there need not be UTF-8
+            env=env,
+            cwd=forkserver.ROOT,
+            start_new_session=True,
+        )
 
     def _attend(self, running: Running) -> None:
         """Hear a child to its end, and tell the coordinator how it ended: nobody else can."""

@@ -167,6 +167,8 @@ def main(make: Make = make) -> None:
     config = from_json(sys.argv[1])
     me = Identity(config.name, secrets.randbits(48))
     logs.start(me)
+    with contextlib.suppress(OSError):  # what `ps -o comm` and `pgrep -x` see of it, where there is such a file
+        Path("/proc/self/comm").write_text(me.name[-15:])
     debug.stacks_at_signal()
     sys.setswitchinterval(SWITCH_S)
     try:

@@ -160,7 +160,7 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
         assert len(document["token_ids"]) == 5
         assert document["end"]["finish_reason"] == "length"
 
-        kill = NEXT[NEXT.index("(sleep") : NEXT.index("& \\")].replace("pgrep ", f"pgrep -P {word['pid']} ")
+        kill = NEXT[NEXT.index("(sleep") : NEXT.index("& \\")].replace("pgrep ", f"pgrep -P {_parents(word['pid'])} ")
         words = shlex.split(next(line for line in NEXT.splitlines() if "2000" in line).split("baton ", 1)[1])
         killing = subprocess.Popen(["bash", "-c", kill])
         said = baton(*words, state=tmp_path)
@@ -172,7 +172,7 @@ def test_the_commands_that_the_demo_ends_with_all_work(tmp_path: Path):
             time.sleep(0.05)
         assert "decode-0 ended with exit code -9" in (tmp_path / "up.log").read_text()
 
-        lost = next(pid for pid in _children(word["pid"]) if '"prefill-1"' in Path(f"/proc/{pid}/cmdline").read_text())
+        lost = next(pid for pid in _children(word["pid"]) if Path(f"/proc/{pid}/comm").read_text() == "prefill-1\n")
         os.kill(lost, signal.SIGKILL)
         again = baton("generate", "--chat", "What does textwrap.dedent do?", state=tmp_path)
         assert again.returncode == 0, again.stderr
@@ -240,7 +240,13 @@ def _curl(words: list[str]) -> Any:
         return json.loads(answer.read())
 
 
+def _parents(pid: int) -> str:
+    """Itself, and those that it has processes forked by."""
+    return ",".join(map(str, [pid, *_children(pid)]))
+
+
 def _children(pid: int) -> list[int]:
+    """Its own and theirs."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -249,5 +255,5 @@ def _children(pid: int) -> list[int]:
             except OSError:
                 continue
             if int(stat.rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.name))
+                found += [int(entry.name), *_children(int(entry.name))]
     return found

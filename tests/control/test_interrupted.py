@@ -40,14 +40,15 @@ class Up:
         )
 
     def all(self, containing: str = "") -> list[int]:
-        """Its live processes whose command line has `containing` in it."""
+        """Its live processes whose command line or name has `containing` in it."""
         found = []
         mark = f"BATON_STATE={self.where}".encode()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError):
                     ours = mark in (entry / "environ").read_bytes().split(b"\0")
-                    if ours and containing in (entry / "cmdline").read_text():
+                    said = (entry / "cmdline").read_text() + (entry / "comm").read_text()  # a forked one has its name
+                    if ours and containing in said:
                         found.append(int(entry.name))
         return found
 
@@ -95,7 +96,7 @@ def spawned(up: Up) -> None:
 
 def loading(up: Up) -> None:
     """One worker stands still before it listens; all others do."""
-    os.kill(up.await_process('"decode-0"'), signal.SIGSTOP)
+    os.kill(up.await_process("decode-0"), signal.SIGSTOP)
     up.read_to("prefill-0 on")
 
 
@@ -129,7 +130,7 @@ def test_an_interrupted_start_leaves_nothing(tmp_path, start, number, stage):
 def test_so_does_an_interrupted_start_behind(tmp_path, start, number):
     """The process behind is in a session of its own: it hears of this from the one in front only."""
     up = start("--detach")
-    os.kill(up.await_process('"decode-0"'), signal.SIGSTOP)
+    os.kill(up.await_process("decode-0"), signal.SIGSTOP)
     up.process.send_signal(number)
     code, said = up.ended()
     assert code == 130

@@ -35,22 +35,9 @@ def reference(model):
 
 
 @pytest.fixture(scope="module")
-def seen():
-    """What grpc.health.v1 said of the gateway before any worker was there."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def started(launch, model, seen):
+def started(launch, model):
     """Two prefill and two decode workers: whoever dies, another can take it."""
-
-    def say(line):
-        name, _, address = line.partition(" on ")
-        if name == "gateway-0" and not seen:
-            with grpc.insecure_channel(address) as channel:
-                seen.update({service: check(channel, service) for service in ("", SERVICE, "readiness", "liveness")})
-
-    live = launch("pairs", model, say, prefill=2, decode=2, engine="paced", pace=0.5, hash_logits=True, chunk_tokens=32)
+    live = launch("pairs", model, prefill=2, decode=2, engine="paced", pace=0.5, hash_logits=True, chunk_tokens=32)
     live.torn = True
     yield live
     live.stop()
@@ -86,10 +73,16 @@ def exact(each, reply, reference):
     assert reply.hashes == reference.hashes(each.prompt, each.sampling)
 
 
-def test_a_gateway_serves_once_its_workers_do(pairs, seen):
-    assert seen == {"": "NOT_SERVING", SERVICE: "NOT_SERVING", "readiness": "NOT_SERVING", "liveness": "SERVING"}
-    for service in seen:
-        assert pairs.health(pairs.gateway, service) == "SERVING"
+def test_a_gateway_serves_once_its_workers_do(pairs):
+    for name in (*DECODES, "gateway-0"):
+        pairs.kill(name, signal.SIGKILL)
+    pairs.revive("gateway-0")
+    services = ("", SERVICE, "readiness", "liveness")
+    with grpc.insecure_channel(pairs.gateway) as channel:
+        seen = [check(channel, service) for service in services]
+    assert seen == ["NOT_SERVING", "NOT_SERVING", "NOT_SERVING", "SERVING"]
+    pairs.restart(*DECODES)
+    assert [pairs.health(pairs.gateway, service) for service in services] == ["SERVING"] * 4
     for each in pairs.deployment.running.values():
         assert pairs.health(each.address) == "SERVING"
 
