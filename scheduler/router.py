@@ -405,9 +405,13 @@ class Router:
                 return self._strand(flight)
             if not flight.placements and (self._workers.quiet or (self.missing() and self._lately(now))):
                 return self._hope(flight, now)
-        if not need.wait_s or all(no.again_s or no.wait_s > need.wait_s for no in flight.refusals.values()):
-            return self._shed(flight)
-        return self._park(flight)
+        final = all(no.again_s or no.wait_s > need.wait_s for no in flight.refusals.values())
+        kept = any(no.again_s and no.wait_s <= need.wait_s for no in flight.refusals.values())
+        if final and kept and flight.placements and need.wait_s:  # for others to come: it has come, and asks again
+            flight.refusals.clear()
+            flight.tried.clear()
+            return self._strand(flight, now + self._config.again_s)
+        return self._shed(flight) if final or not need.wait_s else self._park(flight)
 
     def _sinks(self, flight: Flight, source: Post) -> Sequence[Post]:
         """Whom `source` may hand it over to, the best first; nobody if `source` itself cannot have it."""

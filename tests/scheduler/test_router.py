@@ -594,6 +594,26 @@ def test_a_refused_retry_fails_a_request_whose_tokens_were_sent():
     assert (end.phase, end.code) == (Phase.FAILED, "RESOURCE_EXHAUSTED")
 
 
+def test_a_retry_that_would_only_take_the_headroom_of_others_asks_again_until_it_may():
+    """A client has tokens of it: it is not refused for the sake of those who may come."""
+    machine = router(UP[0], UP[2], UP[3])
+    key = decoding(machine)
+    machine.on(WorkerDown(D1), 0.0)
+    again = replace(key, attempt=2, sink=D2)
+    for turn in range(3):
+        now = 0.1 * turn
+        assert machine.on(Reject(again, "no time to spare", 0.05, 0.01), now) == []
+        assert machine.on(Accept(again), now) == []
+        assert machine.deadline() == pytest.approx(now + 0.1)
+        (offer,) = machine.on(None, machine.deadline())
+        assert offer.message.ticket.source == P1
+        again = offer.message.ticket
+    machine.on(Accept(again), 0.4)
+    assert machine.on(Tokens(again, 0, (102,)), 0.5) == [Deliver(1, (102,), ())]
+    end = only_end(machine.on(Finished(again, "length", 1), 0.6))
+    assert (end.phase, end.code) == (Phase.DONE, "OK")
+
+
 @pytest.mark.parametrize("how", ["lost", "failed"])
 def test_a_worker_lost_between_the_last_token_and_the_end_costs_nothing(how):
     machine = router()
