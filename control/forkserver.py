@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
+BEGINS_S = 60.0
+"""A server that has not loaded its modules by then is not waited for."""
 HANDED = 5
 """Descriptors of a request: the settings, standard input, output and error, and where its end is said."""
 UNKNOWN = -int(signal.SIGKILL)
@@ -40,8 +42,10 @@ class Forked:
     """A process that a server has forked for us, with what `subprocess.Popen` has of our own children."""
 
     def __init__(self, channel: socket.socket, stdin: IO[str], stdout: IO[str], stderr: IO[str]) -> None:
-        """Raises OSError where the server has ended."""
+        """Raises OSError where the server has ended, or does not answer."""
+        channel.settimeout(BEGINS_S)
         word, handed, _, _ = socket.recv_fds(channel, 64, 1)
+        channel.settimeout(None)
         if not handed:
             raise OSError("the fork server has ended")
         self.pid = int(word)

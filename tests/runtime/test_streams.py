@@ -13,7 +13,8 @@ from core.worker import Greeting, Identity, Member, Numerics, Role
 from protos.baton.v1 import worker_pb2
 from protos.baton.v1.worker_pb2 import Frame
 from runtime import streams
-from runtime.streams import Stream
+from runtime.streams import QUIET_S, SILENCE_S, Stream
+from scheduler.router import RouterConfig
 
 MEMBER = Member(
     identity=Identity("decode-0", 7),
@@ -87,6 +88,10 @@ def lived(story) -> Written:
 
     asyncio.run(live())
     return written
+
+
+def test_a_router_counts_on_the_verdict_on_who_is_quiet_when_it_comes():
+    assert RouterConfig().verdict_s == pytest.approx(SILENCE_S - QUIET_S)
 
 
 def test_frames_are_written_in_the_next_turn_of_the_loop():
