@@ -605,7 +605,7 @@ def test_a_retry_that_would_only_take_the_headroom_of_others_asks_again_until_it
         assert machine.on(Reject(again, "no time to spare", 0.05, 0.01), now) == []
         assert machine.on(Accept(again), now) == []
         assert machine.deadline() == pytest.approx(now + 0.1)
-        (offer,) = machine.on(None, machine.deadline())
+        (offer,) = machine.on(None, now + 0.1)
         assert offer.message.ticket.source == P1
         again = offer.message.ticket
     machine.on(Accept(again), 0.4)
