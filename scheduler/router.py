@@ -1064,7 +1064,8 @@ class Router:
         resumes = 0.0
         if blamed is not None and (flight.placements > 1 or not others):
             wait_s = self._config.again_s * 2 ** min(MOST_DOUBLINGS, max(0, flight.placements - 1))
-            resumes = now + min(wait_s, self._config.again_most_s)
+            # Not longer than there is time for it and another: what is wrong may be over sooner.
+            resumes = now + min(wait_s, self._config.again_most_s, (call.deadline - now) / 2)
         resumes = max(resumes, certain)
         begun = any(call.branches[index].tokens or call.branches[index].done for index in flight.branches)
         self._drop(flight, Phase.QUEUED)

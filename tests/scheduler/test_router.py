@@ -367,6 +367,24 @@ def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
     assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 8
 
 
+def test_with_little_time_left_attempts_are_put_off_for_less_and_never_made_at_once():
+    """Two seconds are left: half of them are waited, then half of the rest, and what is wrong may be over by then."""
+    machine = router(UP[0], UP[2])
+    (offer,) = machine.on(Arrived(1, replace(ask(), timeout_s=2.0)), 0.0)
+    machine.on(Accept(offer.message.ticket), 0.0)
+    now, key, waits = 0.0, offer.message.ticket, []
+    for _ in range(6):
+        machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
+        due = machine.deadline()
+        assert due is not None
+        waits.append(round(due - now, 3))
+        now = due
+        (offer,) = machine.on(None, now)
+        key = offer.message.ticket
+        machine.on(Accept(key), now)
+    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.65, 0.325, 0.1625], abs=0.001)
+
+
 def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
     machine = router(UP[0], UP[2])
     machine.on(Failed(prefilling(machine), "UNAVAILABLE", "no lane"), 0.0)
