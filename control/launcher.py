@@ -406,8 +406,10 @@ class Deployment:
 
     def _server(self) -> forkserver.ForkServer | None:
         """Nobody is forked into another place."""
-        threads = environment(engine_threads(self.config))
-        return None if self._places else forkserver.server(PRELOADED[self.config.engine], threads)
+        if self._places:
+            return None
+        with uninterrupted():
+            return forkserver.server(PRELOADED[self.config.engine], environment(engine_threads(self.config)))
 
     def _executed(self, config: ProcessConfig, entry: str, env: Mapping[str, str]) -> subprocess.Popen[str]:
         place = self._places.get(config.name)

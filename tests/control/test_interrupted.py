@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from control import state
+from control import forkserver, state
 from control import up as upping
 from control.launcher import Deployment
 from core.config import DeploymentConfig
@@ -208,10 +208,15 @@ def test_an_interrupt_that_is_swallowed_is_one_all_the_same(tmp_path, monkeypatc
     assert not state.taken(tmp_path)
 
 
+@pytest.mark.parametrize("first", ["a fork server", "a child"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_start_interrupted_while_a_process_is_being_made_ends_that_one_too(monkeypatch, handlers, number):
+def test_a_start_interrupted_while_a_process_is_being_made_ends_that_one_too(monkeypatch, handlers, number, first):
     """It would be nobody's: its launcher has no name for it yet."""
 
+    servers: dict[tuple[str, ...], forkserver.ForkServer] = {}
+    monkeypatch.setattr(forkserver, "_servers", servers)
+    if first == "a child":
+        monkeypatch.setattr(forkserver, "server", lambda modules, env: None)
     made: list[subprocess.Popen[str]] = []
 
     class Interrupted(subprocess.Popen):
@@ -229,4 +234,8 @@ def test_a_start_interrupted_while_a_process_is_being_made_ends_that_one_too(mon
     deployment = Deployment(DeploymentConfig(model=str(DEMO)), DEMO, "demo")
     with pytest.raises(KeyboardInterrupt), deployment:
         pass
-    assert [process.returncode for process in made] == [-signal.SIGTERM]
+    if first == "a fork server":  # other deployments of this process may have it
+        assert [each.process.pid for each in servers.values()] == [each.pid for each in made]
+        for each in servers.values():
+            each.end()
+    assert [process.returncode for process in made] == [-signal.SIGTERM if first == "a child" else -signal.SIGKILL]
