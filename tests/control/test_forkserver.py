@@ -152,6 +152,16 @@ def test_a_server_ends_when_told_and_those_it_forked_with_their_input(make):
     assert one.wait(LATE_S) == forkserver.UNKNOWN
 
 
+@pytest.mark.parametrize("engine", launcher.PRELOADED)
+def test_what_workers_need_can_be_loaded_before_a_fork(make, engine):
+    """It starts no threads: or workers would be executed, each for seconds, and nobody would notice."""
+    one = fork(make("loaded", *launcher.PRELOADED[engine]))
+    argv, *_ = read(one)
+    assert argv[1:] == ['{"a": 1}']
+    write(one, "exit 0")
+    assert one.wait(LATE_S) == 0
+
+
 @pytest.mark.parametrize("module", ["no_such_module", "threaded"])
 def test_a_server_that_cannot_fork_says_so_at_once(make, module):
     server = make(module)
