@@ -48,7 +48,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[ForkServer] = []
 
     def one(*modules: str) -> ForkServer:
-        made.append(ForkServer(modules, {**os.environ, "PYTHONPATH": str(tmp_path)}))
+        made.append(ForkServer(modules, {**launcher.environment(2), "PYTHONPATH": str(tmp_path)}))
         return made[-1]
 
     yield one
