@@ -348,41 +348,36 @@ def test_who_is_to_blame_and_the_only_one_is_asked_again_a_little_later():
     assert machine.on(None, 1.1) == [ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 98.9))]
 
 
-def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
-    """One prefill and one decode worker: the eighth failure, after 4.5 s, would be the last."""
-    machine = router(UP[0], UP[2], again_s=0.1)
-    now, key = 0.0, prefilling(machine)
-    waits = []
-    for _ in range(7):
+def put_off(machine: Router, key: Ticket, times: int) -> tuple[list[float], Ticket, float]:
+    """How long an attempt is waited for after each of so many failures, the last attempt, and when that was made."""
+    now, waits = 0.0, []
+    for _ in range(times):
         machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
         machine.check()
         due = machine.deadline()
         assert due is not None
-        waits.append(round(due - now, 6))
+        waits.append(round(due - now, 4))
         now = due
         (offer,) = machine.on(None, now)
         key = offer.message.ticket
         machine.on(Accept(key), now)
+    return waits, key, now
+
+
+def test_news_of_a_broken_way_is_faster_than_the_attempts_that_it_fails():
+    """One prefill and one decode worker: the eighth failure, after 4.5 s, would be the last."""
+    machine = router(UP[0], UP[2], again_s=0.1)
+    waits, key, now = put_off(machine, prefilling(machine), 7)
     assert waits == [0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
     assert only_end(machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)).attempts == 8
 
 
 def test_with_little_time_left_attempts_are_put_off_for_less_and_never_made_at_once():
-    """Two seconds are left: half of them are waited, then half of the rest, and what is wrong may be over by then."""
+    """Two seconds are left: half of what is left at most is waited, and what is wrong may be over by then."""
     machine = router(UP[0], UP[2])
     (offer,) = machine.on(Arrived(1, replace(ask(), timeout_s=2.0)), 0.0)
     machine.on(Accept(offer.message.ticket), 0.0)
-    now, key, waits = 0.0, offer.message.ticket, []
-    for _ in range(6):
-        machine.on(Failed(key, "UNAVAILABLE", "no lane"), now)
-        due = machine.deadline()
-        assert due is not None
-        waits.append(round(due - now, 3))
-        now = due
-        (offer,) = machine.on(None, now)
-        key = offer.message.ticket
-        machine.on(Accept(key), now)
-    assert waits == pytest.approx([0.1, 0.2, 0.4, 0.65, 0.325, 0.1625], abs=0.001)
+    assert put_off(machine, offer.message.ticket, 6)[0] == [0.1, 0.2, 0.4, 0.65, 0.325, 0.1625]
 
 
 def test_a_worker_that_goes_while_an_attempt_is_put_off_is_waited_for():
