@@ -26,7 +26,7 @@ from transfer import nixl
 from transfer.digest import Sums
 from transfer.plan import Cost
 from transfer.thread import TransferThread
-from transfer.thread_events import Connected, Event, LaneProbed, Opened, Pulled
+from transfer.thread_events import Connected, Event, LaneAnswered, LaneProbed, Opened, Pulled
 
 KV = KvShape(layers=32, kv_heads=8, head_dim=128, page_tokens=16, dtype="bfloat16")
 TOKENS = 1024
@@ -60,6 +60,7 @@ class Taker:
         self.thread.connect("source#02", metadata)
         self.wait(Connected)
         self.thread.probe("source#02", PageRun(0, 1), PageRun(0, 1), theirs)
+        self.wait(LaneAnswered)
         self.wait(LaneProbed)
 
     def wait(self, kind: type) -> None:

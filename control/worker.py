@@ -36,6 +36,7 @@ from scheduler.cost import QUANTILES, CostModel, Repriced
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.drain import Begun, Drain, DrainCommand, Drained, Look, Looked
 from scheduler.lanes import (
+    Answered,
     Broke,
     DeclareAway,
     DeclareUp,
@@ -492,8 +493,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._transfer.disconnect(str(peer))
             case DeclareUp(_, lane):
                 self._lanes[peer] = lane
-                measured = lane.transport, lane.gbytes_per_s, lane.latency_us
-                log.info("lane from %s: %s, %.2f GB/s, %.0f us", peer, *measured)
+                how = "" if self._ways.measured(peer) else ", as it was before it broke"
+                log.info(
+                    "lane from %s: %s, %.2f GB/s, %.0f us%s",
+                    peer, lane.transport, lane.gbytes_per_s, lane.latency_us, how,
+                )  # fmt: skip
                 self._warn()
                 self._peers.tell_lane(peer, lane)
                 self._met(peer)
@@ -549,6 +553,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 self._opened.set_result(event)
             case lanes.OpenFailed(reason):
                 self._opened.set_exception(SetupError(f"transport {self._config.transport}: {reason}", exit_code=7))
+            case lanes.LaneAnswered(peer, attempt):
+                self._driver.post("lanes", Answered(Identity.parse(peer), attempt))
             case lanes.LaneProbed(peer, gbytes_per_s, latency_us, transports, attempt):
                 source = Identity.parse(peer)
                 measured = Lane(source, transports, gbytes_per_s, latency_us)

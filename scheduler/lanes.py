@@ -10,7 +10,9 @@ look alike to the request that meets them, and mean different things:
   helps.
 
 One that is broken is *away*: it is dropped, nobody may announce KV over it, and after a while it is made again, as is
-one that could not be made. A peer that is lost has no lane; one that comes back begins anew.
+one that could not be made. One that was measured before is used again from its first read that lands, at the price that
+it had, and measured meanwhile: who waits for it need not wait for that, too. A peer that is lost has no lane; one that
+comes back begins anew.
 
 | parameter | unit | default | meaning |
 |---|---|---|---|
@@ -63,6 +65,15 @@ class Parted:
 
 @quick_init
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """The first read over a lane has landed; it is not measured yet."""
+
+    peer: Identity
+    attempt: int
+
+
+@quick_init
+@dataclass(frozen=True, slots=True)
 class Made:
     """A lane is up, and this is what was measured."""
 
@@ -110,7 +121,7 @@ class Drop:
 @quick_init
 @dataclass(frozen=True, slots=True)
 class DeclareUp:
-    """It may be used."""
+    """It may be used, or it may be already and costs something else than was said."""
 
     peer: Identity
     lane: Lane
@@ -124,7 +135,7 @@ class DeclareAway:
     peer: Identity
 
 
-LanesEvent = Met | Parted | Made | NotMade | Broke
+LanesEvent = Met | Parted | Answered | Made | NotMade | Broke
 LanesCommand = Make | Drop | DeclareUp | DeclareAway
 
 
@@ -132,6 +143,8 @@ class State(StrEnum):
     """Where a lane is."""
 
     MAKING = "making"
+    MEASURING = "measuring"
+    """It is used, at the price that it had before it broke."""
     UP = "up"
     WAITING = "waiting"
     """It failed, and its time has not come."""
@@ -145,11 +158,16 @@ class _Lane:
     wait_s: float = 0.0
     """The last one; 0: it has not failed since it was steady."""
     up_at: float = 0.0
-    was_up: bool = False
+    measured: Lane | None = None
+    """As it was last; None: it never was up."""
+
+    @property
+    def used(self) -> bool:
+        return self.state is State.UP or self.state is State.MEASURING
 
 
 class Lanes:
-    """All lanes that one worker reads over. Each `DeclareAway` follows a `DeclareUp` of the same peer."""
+    """All lanes that one worker reads over. Each `DeclareAway` follows a `DeclareUp` of the same peer, or two."""
 
     def __init__(self, config: LanesConfig = LanesConfig()) -> None:
         self._config = config
@@ -168,7 +186,12 @@ class Lanes:
     def away(self, peer: Identity) -> bool:
         """True for a lane that was up, broke, and is not up again. One that never was is not away: it is new."""
         lane = self._lanes.get(peer)
-        return lane is not None and lane.was_up and lane.state is not State.UP
+        return lane is not None and lane.measured is not None and not lane.used
+
+    def measured(self, peer: Identity) -> bool:
+        """Whether it is up, and its price is its own."""
+        lane = self._lanes.get(peer)
+        return lane is not None and lane.state is State.UP
 
     def tries(self, peer: Identity, attempt: int) -> bool:
         """True if the lane is of this attempt. Of any other one, which was given up here, a failure is no news."""
@@ -185,31 +208,34 @@ class Lanes:
                 return [*parting, Make(peer, self._attempts)]
             case Parted(peer):
                 return self._part(peer) if peer in self._lanes else self._ignore()
+            case Answered(peer, attempt):
+                lane = self._of(peer, attempt)
+                if lane is None or lane.state is not State.MAKING or lane.measured is None:
+                    return self._ignore()
+                lane.state, lane.up_at = State.MEASURING, now
+                self.remade += 1
+                return [DeclareUp(peer, lane.measured)]
             case Made(peer, attempt, measured):
                 lane = self._of(peer, attempt)
                 if lane is None or lane.state is State.UP:
                     return self._ignore()
-                # One that waits may be up after all: its probe came through although its connect had failed.
-                self._due.drop(str(peer))
-                self.remade += lane.was_up
-                lane.state, lane.up_at, lane.was_up = State.UP, now, True
+                if not lane.used:
+                    # One that waits may be up after all: its probe came through although its connect had failed.
+                    self._due.drop(str(peer))
+                    self.remade += lane.measured is not None
+                    lane.up_at = now
+                lane.state, lane.measured = State.UP, measured
                 return [DeclareUp(peer, measured)]
             case NotMade(peer, attempt):
                 lane = self._of(peer, attempt)
-                if lane is None or lane.state is not State.MAKING:
+                if lane is None or lane.state is State.UP or lane.state is State.WAITING:
                     return self._ignore()
-                self._wait(peer, lane, now)
-                return []
+                return self._fail(peer, lane, now) if lane.used else self._wait(peer, lane, now)
             case Broke(peer, attempt):
                 lane = self._of(peer, attempt)
                 if lane is None or lane.state is State.WAITING:
                     return self._ignore()
-                up = lane.state is State.UP
-                if up and now - lane.up_at >= self._config.steady_s:
-                    lane.wait_s = 0.0
-                lane.attempt = 0  # it is dropped: what else is said of it is late
-                self._wait(peer, lane, now)
-                return [DeclareAway(peer), Drop(peer)] if up else [Drop(peer)]
+                return self._fail(peer, lane, now)
             case _:
                 assert_never(event)
 
@@ -225,7 +251,7 @@ class Lanes:
         assert max(attempts, default=0) <= self._attempts
         for lane in self._lanes.values():
             assert 0 <= lane.wait_s <= self._config.most_s
-            assert lane.was_up or lane.state is not State.UP
+            assert lane.measured is not None or not lane.used
 
     def _of(self, peer: Identity, attempt: int) -> _Lane | None:
         lane = self._lanes.get(peer)
@@ -236,12 +262,22 @@ class Lanes:
         if lane is None:
             return []
         self._due.drop(str(peer))
-        return [DeclareAway(peer), Drop(peer)] if lane.state is State.UP else [Drop(peer)]
+        return [DeclareAway(peer), Drop(peer)] if lane.used else [Drop(peer)]
 
-    def _wait(self, peer: Identity, lane: _Lane, now: float) -> None:
+    def _fail(self, peer: Identity, lane: _Lane, now: float) -> list[LanesCommand]:
+        """It is dropped: what else is said of this attempt is late."""
+        used = lane.used
+        if used and now - lane.up_at >= self._config.steady_s:
+            lane.wait_s = 0.0
+        lane.attempt = 0
+        self._wait(peer, lane, now)
+        return [DeclareAway(peer), Drop(peer)] if used else [Drop(peer)]
+
+    def _wait(self, peer: Identity, lane: _Lane, now: float) -> list[LanesCommand]:
         config = self._config
         lane.state, lane.wait_s = State.WAITING, min(2 * lane.wait_s or config.first_s, config.most_s)
         self._due.put(str(peer), now + lane.wait_s)
+        return []
 
     def _make(self, peer: Identity) -> list[LanesCommand]:
         """Once more, with nothing left of the attempt before."""

@@ -31,6 +31,8 @@ class Probe:
     read_id: int = 0
     """Of the read in flight, 0 between two."""
     posted: float = 0.0
+    answered: bool = False
+    """A read has landed."""
     first_poll: bool = True
     """The read in flight has not been looked after since it was posted."""
     _streak: int = 0
@@ -53,7 +55,7 @@ class Probe:
 
     def took(self, done: ReadDone, immediate: bool) -> None:
         """The read in flight is done; `immediate` if reads over this lane can end in their first poll."""
-        self.read_id = 0
+        self.read_id, self.answered = 0, True
         if self._all_pages:
             self._whole.append(done)
             return

@@ -36,6 +36,7 @@ from transfer.thread_events import (
     Digested,
     DigestFailed,
     Event,
+    LaneAnswered,
     LaneBroke,
     LaneProbed,
     Opened,
@@ -226,7 +227,7 @@ class TransferThread:
         self._call(lambda: self._jobs.append(job))
 
     def probe(self, peer: str, scratch: PageRun, remote: PageRun, page_tokens: int = 0) -> None:
-        """Bring up and measure the lane from `peer`: ends in `LaneProbed` or `ProbeFailed`.
+        """Bring up and measure the lane from `peer`: `LaneAnswered`, then `LaneProbed`; or, at any time, `ProbeFailed`.
 
         Reads `remote` pages over and over into the `scratch` pages, which must be nobody's and as many, or of as many
         bytes as there are where the peer's pages hold `page_tokens` tokens and not as many as ours. Small reads
@@ -497,6 +498,8 @@ class TransferThread:
                 doubtful = probe.scratch if completion.in_doubt else None
                 self._no_probe(probe.peer, reason, doubtful, completion.read_id if doubtful else 0)
             case ReadDone() if probe is not None:
+                if not probe.answered:
+                    self._post(LaneAnswered(probe.peer, self._attempts.get(probe.peer, 0)))
                 probe.took(completion, self._open().immediate(probe.peer))
 
     def _no_probe(self, peer: str, reason: str, doubtful: PageRun | None = None, read_id: int = 0) -> None:

@@ -42,6 +42,14 @@ class ConnectFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class LaneAnswered:
+    """The first read of a probe has landed: pages of `peer` can be read, and nobody knows yet how fast."""
+
+    peer: str
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LaneProbed:
     """The lane from `peer` is up and measured."""
 
@@ -119,6 +127,7 @@ Event = (
     | OpenFailed
     | Connected
     | ConnectFailed
+    | LaneAnswered
     | LaneProbed
     | ProbeFailed
     | LaneBroke

@@ -139,21 +139,38 @@ def test_a_lane_is_tried_again_until_it_is_up_and_then_left_alone(monkeypatch, c
 
 
 class Gated(InProcess):
-    """Cannot connect while its gate is closed."""
+    """Cannot connect while its gate is closed; while it is slow, nothing but the first read of a connection ends."""
 
     def __init__(self, owner: str) -> None:
         super().__init__(owner)
-        self.open = True
+        self.open, self.slow, self._fresh = True, False, True
+        self._held: list[tuple[Any, ...]] = []
 
     def connect(self, peer: str, metadata: bytes) -> None:
         if not self.open:
             raise RemoteError("the gate is closed")
         super().connect(peer, metadata)
+        self._fresh = True
+
+    def read(self, *args: Any) -> None:
+        if self.slow and not self._fresh:
+            self._held.append(args)
+        else:
+            super().read(*args)
+        self._fresh = False
+
+    def poll(self) -> Any:
+        while self._held and not self.slow:
+            super().read(*self._held.pop())
+        return super().poll()
 
 
 @pytest.mark.parametrize("migrate", [False, True])
 def test_a_lane_that_breaks_is_away_for_all_who_ask_until_it_is_made_anew(monkeypatch, migrate):
-    """Both workers live, and no stream ends; two decode workers between which rows move know it, too."""
+    """Both workers live, and no stream ends; two decode workers between which rows move know it, too.
+
+    The second time it is slow to measure, and used before it is.
+    """
     gates: dict[str, Gated] = {}
     rules = {"d": Rules(), "e": Rules(), "p": Rules()}
     bugs: list[BaseException] = []
@@ -190,17 +207,20 @@ def test_a_lane_that_breaks_is_away_for_all_who_ask_until_it_is_made_anew(monkey
             policy = workers[name]._decode.policy
             return {peer.name for peer in policy.moves.peers} if isinstance(policy, MigratingPolicy) else set()
 
+        def measured() -> bool:
+            return workers[first]._ways.measured(workers[source]._me)
+
+        first, source = ("d", "e") if migrate else ("d", "p")
         try:
             for worker in workers.values():
                 await worker.start()
-            first, source = ("d", "e") if migrate else ("d", "p")
             lanes = {"d": {"p", "e"}, "e": {"p", "d"}} if migrate else {"d": {"p"}}
             whole = {"p": (True, set()), **{name: (True, each) for name, each in lanes.items()}}
             await seen(whole, "all are there")
             if migrate:
                 await asyncio.to_thread(until, lambda: peers("d") == {"e"} and peers("e") == {"d"}, "rows can move")
-            for _ in range(2):
-                gates[first].open = False
+            for slow in (False, True):
+                gates[first].open, gates[first].slow = False, slow
                 rules[first].put([Rule("read", "break")])
                 reader = workers[first]
                 reader._transfer.read(1, str(workers[source]._me), [PageRun(0, 1)], [PageRun(PAGES - 1, 1)])
@@ -217,6 +237,10 @@ def test_a_lane_that_breaks_is_away_for_all_who_ask_until_it_is_made_anew(monkey
                 await seen(whole, "it is made anew")
                 if migrate:
                     await asyncio.to_thread(until, lambda: peers("d") == {"e"} and peers("e") == {"d"}, "rows move")
+                if slow:
+                    assert not measured()
+                    gates[first].slow = False
+                await asyncio.to_thread(until, measured, "it is measured")
             assert workers[first]._ways.remade == 2
         finally:
             for worker in workers.values():

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from core.errors import LocalError
 from core.worker import Identity, Lane
 from scheduler.lanes import (
+    Answered,
     Broke,
     DeclareAway,
     DeclareUp,
@@ -55,6 +56,34 @@ STORIES = {
         20  broke 1         : away, drop
         20.1 timer          : drop, make 2
         20.2 made 2         : up
+    """,
+    "one that was measured before is used from its first read on": """
+        0.0 met             : make 1
+        0.1 answered 1      : -
+        0.5 made 1          : up
+        20  broke 1         : away, drop
+        20.1 answered 1     : -
+        20.1 timer          : drop, make 2
+        20.1 answered 2     : up
+        20.2 answered 2     : -
+        20.9 made 2         : up
+        21.0 made 2         : -
+        21.0 not made 2     : -
+    """,
+    "one that breaks while it is measured anew was used": """
+        0.0 met             : make 1
+        0.5 made 1          : up
+        20  broke 1         : away, drop
+        20.1 timer          : drop, make 2
+        20.2 answered 2     : up
+        20.3 broke 2        : away, drop
+        20.5 timer          : drop, make 3
+        20.6 answered 3     : up
+        20.7 not made 3     : away, drop
+        20.7 made 3         : -
+        21.1 timer          : drop, make 4
+        21.2 answered 4     : up
+        21.3 parted         : away, drop
     """,
     "one that breaks again and again is made later and later, until it was steady": """
         0.0 met             : make 1
@@ -151,6 +180,8 @@ def test_story(name):
                 commands = machine.on(Parted(P1), now)
             case ["made", attempt]:
                 commands = machine.on(Made(P1, int(attempt), LANE), now)
+            case ["answered", attempt]:
+                commands = machine.on(Answered(P1, int(attempt)), now)
             case ["not", "made", attempt]:
                 commands = machine.on(NotMade(P1, int(attempt)), now)
             case ["broke", attempt]:
@@ -179,9 +210,25 @@ def test_a_lane_is_away_from_its_break_until_it_is_up_again_and_a_new_one_is_not
     machine.on(None, 20.1)
     assert machine.away(P1)
     assert machine.remade == 0
-    machine.on(Made(P1, 2, LANE), 20.2)
+    machine.on(Answered(P1, 2), 20.2)
+    assert not machine.away(P1)
+    machine.on(Made(P1, 2, LANE), 20.4)
     assert not machine.away(P1)
     assert machine.remade == 1
+
+
+def test_a_lane_costs_what_it_did_until_it_is_measured_anew():
+    machine = Lanes(CONFIG)
+    slower = Lane(P1, "ucx: tcp/eth0", 1.0, 90.0)
+    machine.on(Met(P1), 0.0)
+    assert machine.on(Made(P1, 1, LANE), 0.0) == [DeclareUp(P1, LANE)]
+    machine.on(Broke(P1, 1), 20.0)
+    machine.on(None, 20.1)
+    assert machine.on(Answered(P1, 2), 20.2) == [DeclareUp(P1, LANE)]
+    assert machine.on(Made(P1, 2, slower), 20.4) == [DeclareUp(P1, slower)]
+    machine.on(Broke(P1, 2), 40.0)
+    machine.on(None, 40.1)
+    assert machine.on(Answered(P1, 3), 40.2) == [DeclareUp(P1, slower)]
 
 
 def test_a_lane_is_of_its_last_attempt_only():
@@ -232,7 +279,8 @@ class Worker(RuleBasedStateMachine):
         self.up: set[Identity] = set()
         self.made: dict[Identity, int] = {}
         """The attempt that the thread has connected last and not dropped."""
-        self.words: list[Made | NotMade | Broke] = []
+        self.words: list[Answered | Made | NotMade | Broke] = []
+        self.measured: set[Identity] = set()
         self.failed_at: dict[Identity, float] = {}
 
     def give(self, event) -> None:
@@ -250,9 +298,12 @@ class Worker(RuleBasedStateMachine):
                 case Drop():
                     self.made.pop(peer, None)
                 case DeclareUp():
-                    assert peer not in self.up
+                    assert peer not in self.up or isinstance(event, Made)
+                    assert isinstance(event, Made) or peer in self.measured, "used, and nobody knows its price"
                     assert peer in self.made, "up, and nobody has connected it"
                     self.up.add(peer)
+                    if isinstance(event, Made):
+                        self.measured.add(peer)
                 case DeclareAway():
                     assert peer in self.up
                     self.up.discard(peer)
@@ -260,6 +311,7 @@ class Worker(RuleBasedStateMachine):
     @rule(peer=st.sampled_from([P1, P2, D1]))
     def meet(self, peer):
         self.there.add(peer)
+        self.measured.discard(peer)
         self.failed_at.pop(peer, None)
         self.give(Met(peer))
 
@@ -274,7 +326,7 @@ class Worker(RuleBasedStateMachine):
         assert peer not in self.made
 
     @precondition(lambda self: self.made)
-    @rule(data=st.data(), kind=st.sampled_from([Made, NotMade, Broke]))
+    @rule(data=st.data(), kind=st.sampled_from([Answered, Made, NotMade, Broke]))
     def happens(self, data, kind):
         peer = data.draw(st.sampled_from(sorted(self.made)))
         attempt = self.made[peer]
@@ -288,7 +340,7 @@ class Worker(RuleBasedStateMachine):
             self.words.append(word)
         before = word.peer in self.up
         self.give(word)
-        if isinstance(word, Broke) and before and word.peer not in self.up:
+        if isinstance(word, NotMade | Broke) and before and word.peer not in self.up:
             self.failed_at[word.peer] = self.now
 
     @rule(seconds=st.sampled_from([0.05, 0.3, 2.0, 30.0]))
@@ -307,7 +359,7 @@ class Worker(RuleBasedStateMachine):
         self.lanes.check()
         known = self.lanes._lanes
         assert known.keys() == self.there
-        assert self.up == {peer for peer, lane in known.items() if lane.state is State.UP}
+        assert self.up == {peer for peer, lane in known.items() if lane.state in (State.UP, State.MEASURING)}
         assert not [peer for peer in self.up if self.lanes.away(peer)]
         due = self.lanes.deadline()
         assert due is None or due >= self.now
