@@ -581,7 +581,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
     def _complain(self, peer: str, attempt: int, reason: str) -> None:
         identity = Identity.parse(peer)
         there = self._ways.tries(identity, attempt) and (identity == self._me or self._peers.has(identity))
-        level = logging.WARNING if self._ways.away(identity) else logging.ERROR  # that one is away was said before
+        level = logging.WARNING if self._ways.was_up(identity) else logging.ERROR  # like one that breaks
         log.log(level if there else logging.INFO, "lane from %s: %s", peer, reason)
 
     def _members_changed(self, members: tuple[Member, ...]) -> None:

@@ -185,8 +185,12 @@ class Lanes:
 
     def away(self, peer: Identity) -> bool:
         """True for a lane that was up, broke, and is not up again. One that never was is not away: it is new."""
+        return self.was_up(peer) and not self._lanes[peer].used
+
+    def was_up(self, peer: Identity) -> bool:
+        """Whether it is, or has been."""
         lane = self._lanes.get(peer)
-        return lane is not None and lane.measured is not None and not lane.used
+        return lane is not None and lane.measured is not None
 
     def measured(self, peer: Identity) -> bool:
         """Whether it is up, and its price is its own."""

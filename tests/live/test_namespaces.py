@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import subprocess
 import time
 from contextlib import contextmanager
@@ -175,6 +176,10 @@ def test_a_lane_whose_connections_are_reset_is_made_anew_and_nobody_is_lost(pair
     def reset():
         assert sever(sink, lambda _, ends: {address for address, _ in ends} == {*both.ends})
 
+    def measured():
+        lane = re.compile("lane from prefill-0.*: ucx: .* us$")
+        return sum(lane.match(line["message"]) is not None for line in live.lines()[said:])
+
     for number in range(2):
         reset()
         each = case(460, 60, 620 + number, forever=True)
@@ -182,6 +187,7 @@ def test_a_lane_whose_connections_are_reset_is_made_anew_and_nobody_is_lost(pair
         each.check(reply, reference)
         assert reply.last.attempts > 1, "it met the broken lane"
         until(lambda: live.total("baton_lanes_remade") == remade + number + 1, "it is made anew")  # noqa: B023
+        until(lambda: measured() == number + 1, "its probe is over, or that would meet the next one")  # noqa: B023
     live.wait_ready()
     assert lanes(live) == {("decode-0", "prefill-0"): "ucx: tcp/data emulated"}
     assert not [line for line in live.lines()[said:] if line["message"].startswith("lost ")]

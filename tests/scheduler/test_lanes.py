@@ -203,10 +203,13 @@ def test_a_lane_is_away_from_its_break_until_it_is_up_again_and_a_new_one_is_not
     assert not machine.away(P1)
     machine.on(Met(P1), 0.0)
     assert not machine.away(P1)
+    assert not machine.was_up(P1)
     machine.on(Made(P1, 1, LANE), 0.0)
     assert not machine.away(P1)
+    assert machine.was_up(P1)
     machine.on(Broke(P1, 1), 20.0)
     assert machine.away(P1)
+    assert machine.was_up(P1)
     machine.on(None, 20.1)
     assert machine.away(P1)
     assert machine.remade == 0
