@@ -118,6 +118,9 @@ class _Held:
     state: State = State.OFFERED
     request: Request | None = None
     second: Identity | None = None
+    """Asked once the ticket's sink refuses; the gateway knows both, and not which one it is now."""
+    turned: bool = False
+    """The ticket's sink was the second one: there is no third."""
     grant: Grant = Grant.NOT_ASKED
     begun: bool = False
     in_step: bool = False
@@ -771,8 +774,8 @@ class PrefillPolicy:
         assert held.request is not None
         if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
             return []
-        if held.second is not None and held.ticket.sink in self._quiet and held.second not in self._quiet:
-            held.ticket, held.second = replace(held.ticket, sink=held.second), held.ticket.sink
+        if held.ticket.sink in self._quiet and held.second is not None and held.second not in self._quiet:
+            self._turn(held, held.second)
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
         if held.ticket.sink == self._me:
@@ -785,7 +788,10 @@ class PrefillPolicy:
         return [AskForSink(held.ticket, held.request, held.until)]
 
     def _hush(self, sink: Identity, quiet: bool) -> list[PrefillCommand]:
-        """Nobody waits for a sink that may be lost while a second one would take it; its KV is here."""
+        """Nobody waits for a sink that may be lost while a second one would take it; its KV is here.
+
+        Nor where this is the second one: the gateway, which may know another, thinks that it is at the first.
+        """
         if not quiet:
             self._quiet.discard(sink)
             return []
@@ -796,10 +802,15 @@ class PrefillPolicy:
             if held.ticket.sink == sink
             and held.grant is not Grant.NOT_ASKED
             and held.cancelled is None
-            and held.second is not None
-            and held.second not in self._quiet
-            and not self._stands_in_the_way(held)
+            and (held.turned or self._other(held) is not None)
         ]
+
+    def _other(self, held: _Held) -> Identity | None:
+        """The second sink, if it can be asked now."""
+        return None if held.second in self._quiet or self._stands_in_the_way(held) else held.second
+
+    def _turn(self, held: _Held, sink: Identity) -> None:
+        held.ticket, held.second, held.turned = replace(held.ticket, sink=sink), None, True
 
     def _own_is_asked(self, held: _Held) -> bool:
         """Whether our own sink keeps memory for another one already that has not begun.
@@ -962,8 +973,8 @@ class PrefillPolicy:
             stages = self._stages(held, now, event.taken_s)
             handed = Handed(held.ticket, stages, cached_tokens=self._cached(held))
             return [Answer(handed), *self._cancel(held, "taken")]
-        if held.second is not None and not self._stands_in_the_way(held):
-            held.ticket, held.second = replace(held.ticket, sink=held.second), None
+        if (other := self._other(held)) is not None:
+            self._turn(held, other)
             commands = self._ask(held)
             if held.done:
                 commands.append(self._seal(held))

@@ -322,7 +322,32 @@ def test_nobody_waits_for_a_sink_that_is_quiet_while_another_would_take_it(grant
         machine.on(Granted(KEY), 0.1)
     assert machine.on(PeerQuiet(D1), 0.2) == [WithdrawHandOff(KEY, "decode-1 is quiet")]
     assert machine.on(HandOffOver(KEY, taken=False), 0.2)[0] == AskForSink(replace(ticket(), sink=D2), ask(12), 100.0)
-    assert machine.on(PeerQuiet(D2), 0.3) == [], "there is no third"
+    assert machine.on(PeerQuiet(D1, False), 0.3) == []
+    assert machine.on(PeerQuiet(D2), 0.4) == [WithdrawHandOff(KEY, "decode-2 is quiet")]
+    (answer, *_) = machine.on(HandOffOver(KEY, taken=False, reason="decode-2 is quiet"), 0.4)
+    assert answer.message.code == "UNAVAILABLE", "who places it may know a third one"
+
+
+def test_who_turns_to_a_sink_that_is_found_quiet_then_is_given_back_too():
+    machine = policy()
+    queued(machine, 1, 12, second=D2)
+    assert machine.on(HandOffOver(KEY, taken=False, reason="its lane is away"), 0.1)[0].ticket.sink == D2
+    assert machine.on(PeerQuiet(D1), 0.2) == []
+    assert machine.on(PeerQuiet(D2), 0.3) == [WithdrawHandOff(KEY, "decode-2 is quiet")]
+
+
+def test_nobody_turns_to_a_sink_that_is_quiet():
+    machine = policy()
+    queued(machine, 1, 12, second=D2)
+    machine.on(PeerQuiet(D2), 0.1)
+    (answer, *_) = machine.on(HandOffOver(KEY, taken=False, reason="its lane is away"), 0.2)
+    assert answer.message.code == "UNAVAILABLE"
+
+
+def test_who_has_no_second_choice_waits_for_its_sink_as_the_gateway_knows():
+    machine = policy()
+    queued(machine, 1, 12)
+    assert machine.on(PeerQuiet(D1), 0.2) == []
 
 
 def test_who_comes_while_its_sink_is_quiet_asks_the_second_choice_first():
@@ -330,8 +355,8 @@ def test_who_comes_while_its_sink_is_quiet_asks_the_second_choice_first():
     machine.on(PeerQuiet(D1), 0.0)
     *_, asks = [each for each in queued(machine, 1, second=D2) if isinstance(each, AskForSink)]
     assert asks.ticket.sink == D2
-    (back,) = machine.on(HandOffOver(KEY, taken=False, reason="full"), 0.1)
-    assert back == AskForSink(ticket(), ask(), 100.0), "the quiet one may still have room"
+    (answer, *_) = machine.on(HandOffOver(KEY, taken=False, reason="full"), 0.1)
+    assert answer.message.code == "UNAVAILABLE"
 
 
 def test_of_quiet_sinks_the_first_choice_is_asked_and_one_that_is_heard_is_again():
