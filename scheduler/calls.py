@@ -10,7 +10,7 @@ from core.prefix import page_hashes
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
 from scheduler.placement import Load, Need, Post
-from scheduler.poison import Presence
+from scheduler.poison import Loss, Presence
 
 
 @dataclass(slots=True)
@@ -52,6 +52,10 @@ class Call:
     """At ends of workers and failed steps."""
     left: Left | None = None
     """The last attempt that failed while its KV was on the way."""
+
+    def was_at(self, loss: Loss) -> bool:
+        """Whether it is known to have been at a worker that was lost last."""
+        return bool(self.presences) and self.presences[-1].loss is loss
 
     def names(self, index: int, upto: int, link: int) -> tuple[int, ...]:
         """Of the full pages, `link` tokens each, that hold the first `upto` tokens of the prompt and a continuation."""
@@ -108,8 +112,10 @@ class Flight:
     """Tokens delivered before this attempt began; its own count starts there."""
     alone: bool = False
     """In this attempt no step has it and another request, and its workers have no other such request."""
-    broken: set[Identity] = field(default_factory=set)
-    """Workers whose stream broke during this attempt: even if they came back, they have dropped it."""
+    workers: tuple[Identity, ...] = ()
+    """Who may have it in this attempt; see `Flights`, as for the next."""
+    losses: int = 0
+    """Of workers, before this attempt began."""
     moves: int = 0
     """How often it has moved from one decode worker to another in this attempt, as far as we have heard."""
     moved: Ticket | None = None

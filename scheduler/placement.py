@@ -232,8 +232,8 @@ class Workers:
         """The most tokens that a worker may be handed by another one."""
         self._apart = False
         """Somebody only decodes."""
-        self._hushed = 0
-        """Workers that are quiet."""
+        self._hushed: dict[Identity, None] = {}
+        """Workers that are quiet, in order."""
         self._passed_over = False
         self._fetches = False
         self._lanes: dict[str, Lane] = {}
@@ -285,7 +285,7 @@ class Workers:
             self._count(post, None)
             del self._posts[identity]
             self._stale = True
-            self._hushed -= post.quiet
+            self._hushed.pop(identity, None)
             post.gone, post.quiet = True, False
             self._forget(post)
 
@@ -294,7 +294,10 @@ class Workers:
         post = self._posts.get(identity)
         if post is not None and post.quiet != quiet:
             post.quiet = quiet
-            self._hushed += 1 if quiet else -1
+            if quiet:
+                self._hushed[identity] = None
+            else:
+                del self._hushed[identity]
             self._stale = True
 
     @property
@@ -303,6 +306,10 @@ class Workers:
         if self._hushed:
             self._refresh()
         return bool(self._hushed) and self._passed_over
+
+    def hushed(self) -> tuple[Identity, ...]:
+        """Those that are quiet, passed over or not."""
+        return tuple(self._hushed)
 
     def spares(self, identity: Identity, *, decodes: bool) -> bool:
         """True if this worker is quiet, and others that are not compute prompts, or decode, in its place."""
@@ -508,7 +515,7 @@ class Workers:
             assert post is (self._gone if post.gone else self._posts).get(post.identity)
         for ranking in (self._prefills, self._decodes, self._free):
             ranking.check()
-        assert self._hushed == sum(post.quiet for post in self._posts.values())
+        assert set(self._hushed) == {who for who, post in self._posts.items() if post.quiet}
         ready = [post for post in self._posts.values() if post.member.ready]
         assert self._sources == sum(post.prefills for post in ready)
         assert self._sinks == sum(post.decodes for post in ready)

@@ -14,6 +14,7 @@ token, each goes on by itself.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,13 +34,13 @@ from core.messages import (
     SlotFree,
     Tokens,
 )
-from core.ranked import Ranked
 from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity, Member, ProcessEnded, Role
 from scheduler.budgets import Budgets
 from scheduler.calls import Branch, Call, Flight, Left
 from scheduler.fair import OUTPUT, Parked
+from scheduler.flights import Flights
 from scheduler.lane import Lane
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
@@ -132,10 +133,7 @@ class Router:
         loads = self._placement.queue_load, self._placement.decode_load
         self._workers = Workers(*loads, mixed_alone=config.mixed_alone)
         self._calls: dict[int, Call] = {}
-        self._flights: dict[str, Flight] = {}
-        """By the key of their last ticket: at rest, everyone has one."""
-        self._alarms = Ranked()
-        """When each flight needs a look, by the same key."""
+        self._flights = Flights()
         self._parked = Parked(dict(config.weights))
         self._lane = Lane(dict(config.weights))
         """Of the batch class, those that wait for idle workers; they are among the stranded ones as well."""
@@ -146,6 +144,8 @@ class Router:
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
         self._poison = Poison(config.word_s)
+        self._left: deque[Call] = deque()
+        """Calls of which an attempt failed lately while its KV was on the way."""
         self._suspects: dict[Identity, Flight] = {}
         """Workers, and the one that each has, or will have, that is alone in its steps: if two were there when it
         crashes, nobody would know which of them was the cause."""
@@ -176,7 +176,7 @@ class Router:
     def phases(self) -> dict[Phase, int]:
         """Live placements in each phase."""
         counts = {phase: 0 for phase in Phase if not phase.ended}
-        for flight in self._flights.values():
+        for flight in self._flights:
             counts[flight.phase] += 1
         return counts
 
@@ -239,12 +239,12 @@ class Router:
         return commands
 
     def deadline(self) -> float | None:
-        due = self._alarms.lowest()
+        due = self._flights.next_look()
         return None if due == math.inf else due
 
     def standing(self) -> list[Standing]:
         """Of every flight, with who has it now."""
-        return [self._stands(flight) for flight in self._flights.values()]
+        return [self._stands(flight) for flight in self._flights]
 
     def trace(self, counter: int) -> Trace | None:
         """A live request so far; None if it is not."""
@@ -260,11 +260,11 @@ class Router:
         return Trace(phase, tuple(stages), sent, call.cached_tokens, max(call.placements, 1))
 
     def check(self) -> None:
-        assert dict(self._alarms.items()) == {key: self._until(flight) for key, flight in self._flights.items()}
+        self._flights.check(self._until(flight) for flight in self._flights)
         self._poison.check()
-        self._workers.check(flight.load for flight in self._flights.values() if flight.load is not None)
-        for key, flight in self._flights.items():
-            assert key == flight.key
+        self._workers.check(flight.load for flight in self._flights if flight.load is not None)
+        for flight in self._flights:
+            key = flight.key
             assert flight in flight.call.flights
             assert not flight.phase.ended
             assert flight.live() or flight.finished is not None
@@ -274,7 +274,7 @@ class Router:
         self._parked.check()
         self._lane.check()
         lent: dict[Identity, int] = {}
-        for flight in self._flights.values():
+        for flight in self._flights:
             if flight.lent is not None:
                 assert flight.phase in (Phase.OFFERED, Phase.PREFILLING)
                 assert flight.call.request.slo.batch
@@ -285,7 +285,7 @@ class Router:
                 assert flight.resumes == math.inf
         for post in self._workers.prefills:
             assert post.lent == lent.get(post.identity, 0), "idle time is lent for ever, or twice"
-        parked = [flight for flight in self._flights.values() if flight.parked]
+        parked = [flight for flight in self._flights if flight.parked]
         assert len(parked) == len(self._parked) + len(self._stranded)
         for key, flight in self._stranded.items():
             assert flight is self._flights[key]
@@ -436,11 +436,11 @@ class Router:
         # Who computes in idle time is in nobody's way.
         flight.load = load = Load(source, sinks[0], 0 if batch else need.tokens, need.size)
         self._workers.put(load)
-        self._flights[ticket.key] = flight
+        due = min(now + self._config.offer_s, call.deadline)
+        self._flights.put(flight, due, *[who.identity for who in (source, *sinks[:2])])
         if flight.alone:
             self._suspects[ticket.source] = self._suspects[ticket.sink] = flight
         self._enter(flight, Phase.OFFERED)
-        self._alarms.put(ticket.key, min(now + self._config.offer_s, call.deadline))
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
         left = request.sampling.max_tokens - flight.base
         named = request.prefix_page_tokens
@@ -477,8 +477,8 @@ class Router:
         call.offers += 1
         flight.placed, flight.second = Ticket(self._me, call.counter, call.offers, self._me, self._me), None
         flight.key, flight.parked, flight.resumes = flight.placed.key, True, resumes
-        self._flights[flight.key] = self._stranded[flight.key] = flight
-        self._alarms.put(flight.key, self._until(flight))
+        self._stranded[flight.key] = flight
+        self._flights.put(flight, self._until(flight))
         return []
 
     def _hold(self, flight: Flight, now: float) -> list[RouterCommand]:
@@ -600,8 +600,7 @@ class Router:
     def _park(self, flight: Flight) -> list[RouterCommand]:
         """Wait; there may be workers that said they have room and have refused nobody since."""
         flight.parked = True
-        self._flights[flight.key] = flight
-        self._alarms.put(flight.key, self._until(flight))
+        self._flights.put(flight, self._until(flight))
         tokens = self._placement.fewest(flight.need, self._workers)
         tenant = flight.call.request.hints.tenant
         self._parked.add(flight.key, tokens, self._patience(flight), flight.call.counter, tenant)
@@ -654,8 +653,7 @@ class Router:
 
     def _leave(self, flight: Flight) -> None:
         """This flight has no ticket any more, and does not wait."""
-        del self._flights[flight.key]
-        self._alarms.drop(flight.key)
+        self._flights.leave(flight)
         if flight.parked:
             flight.parked = False
             if flight.key in self._parked:
@@ -728,7 +726,7 @@ class Router:
             if fate is Suspicion.POISONOUS:
                 return self._poisonous(call)
         self._enter(flight, Phase.PREFILLING)
-        self._alarms.put(flight.key, call.deadline)
+        self._flights.look(flight, call.deadline)
         load = self._load(flight)
         if self._parked:
             due = max(0, flight.need.tokens - cached_tokens) - flight.charged
@@ -839,9 +837,10 @@ class Router:
         if flight.alone:
             self._release(flight, *({flight.ticket.source, flight.ticket.sink} - {ticket.sink}))
         flight.placed = ticket
+        self._flights.reach(flight, ticket.sink)
         self._enter(flight, Phase.DECODING)
         sink, load = self._workers.get(ticket.sink), self._load(flight)
-        if sink is None or ticket.sink in flight.broken:
+        if sink is None or self._flights.broken(flight, ticket.sink):
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
         if sink is not load.sink:
             self._workers.moved(load, sink)
@@ -864,6 +863,7 @@ class Router:
             report = Role.DECODE in flight.owing and there
             if report:
                 flight.placed, flight.owing[Role.DECODE] = ticket, ticket.sink
+                self._flights.reach(flight, ticket.sink)
             return [ToOne(ticket.sink, Cancel(ticket, "stop string", report))] if there else []
         if flight.phase is not Phase.DECODING:
             return self._moved(flight, ticket, now)  # it was faster than the tokens of the worker before
@@ -871,7 +871,8 @@ class Router:
         if flight.alone:
             self._release(flight, flight.ticket.sink)
         flight.placed, flight.second = ticket, None
-        if sink is None or ticket.sink in flight.broken:
+        self._flights.reach(flight, ticket.sink)
+        if sink is None or self._flights.broken(flight, ticket.sink):
             return self._lost_attempt(flight, f"{ticket.sink.name} was lost", now)
         if sink is not load.sink:
             self._workers.moved(load, sink)
@@ -909,10 +910,10 @@ class Router:
         flight.finished, flight.finished_at = finished, now
         if owing:
             there = [(part, who) for part, who in owing.items() if who in self._workers]
-            flight.owing = {part: who for part, who in there if who not in flight.broken}
+            flight.owing = {part: who for part, who in there if not self._flights.broken(flight, who)}
         if not flight.owing or len(flight.call.flights) > 1:
             return self._finish(flight)
-        self._alarms.put(flight.key, self._until(flight))
+        self._flights.look(flight, self._until(flight))
         return []
 
     def _reported(self, flight: Flight, message: Answer) -> list[RouterCommand]:
@@ -949,22 +950,20 @@ class Router:
         loss = self._poison.lost(identity, event.crashed, now)
         self._workers.down(identity)
         commands: list[RouterCommand] = []
-        for key, flight in list(self._flights.items()):
-            if self._flights.get(key) is not flight:
+        for flight in self._flights.lose(identity):
+            if not self._flights.stands(flight):
                 continue  # ended with a sibling
             if flight.finished is not None:
                 flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
                 continue
-            self._suspect(flight, loss, now)
-            if flight.parked:
-                continue
-            flight.broken.add(identity)
+            self._suspect(flight, loss)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
             at_source = needs_source and flight.ticket.source == identity
             at_sink = flight.phase is Phase.DECODING and flight.ticket.sink == identity
             if at_source or at_sink:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
+        self._suspect_late(loss, now)
         return commands
 
     def _worker_quiet(self, identity: Identity, quiet: bool, now: float) -> list[RouterCommand]:
@@ -980,28 +979,26 @@ class Router:
         """Those who cannot wait leave workers that are quiet, where others can take them."""
         commands: list[RouterCommand] = []
         spares = self._workers.spares
-        for key, flight in list(self._flights.items()):
-            if self._flights.get(key) is not flight or flight.finished is not None or flight.parked:
-                continue
-            source, sink = flight.ticket.source, flight.ticket.sink
-            quiet = source if flight.phase is not Phase.DECODING and spares(source, decodes=False) else None
-            # Of a second choice its prefill worker knows: it turns there itself.
-            needs_sink = flight.phase is Phase.DECODING or (flight.phase is not Phase.OFFERED and flight.second is None)
-            if quiet is None and needs_sink and spares(sink, decodes=True):
-                quiet = sink
-            if quiet is None:
-                continue
-            if flight.phase is Phase.OFFERED:
-                commands += self._unanswered(flight, now)
-            elif flight.call.deadline - now < 2 * self._config.verdict_s:
-                commands += self._lost_attempt(flight, f"{quiet.name} is quiet", now)
+        for worker in self._workers.hushed():
+            source, sink = spares(worker, decodes=False), spares(worker, decodes=True)
+            for flight in self._flights.at(worker):
+                if not self._flights.stands(flight) or flight.finished is not None:
+                    continue
+                phase, ticket = flight.phase, flight.ticket
+                # Of a second choice its prefill worker knows: it turns there itself.
+                needs_sink = phase is Phase.DECODING or (phase is not Phase.OFFERED and flight.second is None)
+                at_source = source and ticket.source == worker and phase is not Phase.DECODING
+                if not at_source and not (sink and ticket.sink == worker and needs_sink):
+                    continue
+                if phase is Phase.OFFERED:
+                    commands += self._unanswered(flight, now)
+                elif flight.call.deadline - now < 2 * self._config.verdict_s:
+                    commands += self._lost_attempt(flight, f"{worker.name} is quiet", now)
         return commands
 
-    def _suspect(self, flight: Flight, loss: Loss, now: float) -> None:
+    def _suspect(self, flight: Flight, loss: Loss) -> None:
         """Note it if a request was at the worker that is lost: its prompt, its KV on the way there, or its rows."""
-        call, worker, alone = flight.call, loss.worker, flight.alone
-        if call.presences and call.presences[-1].loss is loss:
-            return  # another of its continuations was there
+        call, worker = flight.call, loss.worker
         match flight.phase:
             case Phase.PREFILLING:
                 there = flight.ticket.source == worker
@@ -1011,11 +1008,17 @@ class Router:
                 there = flight.ticket.sink == worker
             case _:
                 there = False
-        left = call.left
-        if not there and left is not None and worker in left.sinks and now <= left.at + LEFT_S:
-            there, alone, call.left = True, left.alone, None
-        if there:
-            call.presences += (Presence(loss, alone),)
+        if there and not call.was_at(loss):  # else another of its continuations was there
+            call.presences += (Presence(loss, flight.alone),)
+
+    def _suspect_late(self, loss: Loss, now: float) -> None:
+        """Likewise of those whose KV was on the way there a moment ago, in an attempt that has failed."""
+        for call in self._left:
+            left = call.left
+            if left is None or loss.worker not in left.sinks or now > left.at + LEFT_S or call.was_at(loss):
+                continue
+            call.presences += (Presence(loss, left.alone),)
+            call.left = None
 
     def _settled(self, loss: Loss | None, now: float) -> list[RouterCommand]:
         """How a life ended is certain: whoever waited for that to be known is placed, or refused."""
@@ -1043,7 +1046,10 @@ class Router:
         whole = call.request.sampling.max_tokens
         if flight.phase is Phase.HANDING_OFF:
             sinks = [who for who in (flight.ticket.sink, flight.second) if who is not None]
-            call.left = Left(tuple([who for who in sinks if who not in flight.broken]), now, flight.alone)
+            call.left = Left(tuple([who for who in sinks if not self._flights.broken(flight, who)]), now, flight.alone)
+            while self._left and ((first := self._left[0].left) is None or now > first.at + LEFT_S):
+                self._left.popleft()
+            self._left.append(call)
         commands = self._recall(flight, why)
         live = flight.live()
         full = [index for index in live if len(call.branches[index].tokens) == whole]
@@ -1082,13 +1088,11 @@ class Router:
         """Offer the same to the next."""
         self._drop(flight, Phase.QUEUED)
         flight.call.flights.append(flight)
-        flight.broken.clear()
         return self._offer(flight, now)
 
     def _overdue(self, now: float) -> list[RouterCommand]:
         commands: list[RouterCommand] = []
-        while (key := self._alarms.first()) is not None and self._alarms.lowest() <= now:
-            flight = self._flights[key]
+        while (flight := self._flights.due(now)) is not None:
             call = flight.call
             if flight.finished is not None:
                 commands += self._finish(flight)

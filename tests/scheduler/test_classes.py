@@ -241,7 +241,7 @@ def test_prompts_that_begin_alike_are_sent_one_after_the_other():
     order = offered(comes(machine, 1))
     for counter, prefix in ((2, (5, 1)), (3, (2, 1)), (4, (5, 2)), (5, (2, 7))):
         assert offered(comes(machine, counter, prefix=prefix)) == []
-    while (flight := next((f for f in machine._flights.values() if f.lent), None)) is not None:
+    while (flight := next((f for f in machine._flights if f.lent), None)) is not None:
         machine.on(Accept(flight.ticket), 1.0)
         order += offered(machine.on(Tokens(flight.ticket, 0, (7,)), 1.0))
     assert order == [1, 2, 3, 5, 4], "2 was a round of its own"

@@ -65,7 +65,7 @@ def test_a_rest_knows_how_much_of_its_prompt_was_generated_and_what_is_left_of_i
     request = placed_again(machine, machine.on(WorkerDown(D1), 1.0))
     assert request.generated == 2
     assert request.sampling == Sampling(6, min_tokens=1, presence_penalty=0.5, logprobs=1, seed=7, temperature=1.0)
-    (again,) = (flight.ticket for flight in machine._flights.values())
+    (again,) = (flight.ticket for flight in machine._flights)
     machine.on(Tokens(again, 0, (102, 103, 104)), 1.0)
     request = placed_again(machine, machine.on(Failed(again, "DATA_LOSS", "why"), 2.0))
     assert (request.generated, request.sampling.max_tokens, request.sampling.min_tokens) == (5, 3, 0)
@@ -91,7 +91,7 @@ def test_a_prefill_worker_lost_before_it_told_of_the_prompt_costs_nothing():
     assert machine.on(Tokens(key, 0, (100, 101)), 0.0) == []
     request = placed_again(machine, machine.on(WorkerDown(P1), 1.0))
     assert (request.sampling.prompt_logprobs, request.generated, request.prompt) == (0, 0, tuple(range(6)))
-    (again,) = (flight.ticket for flight in machine._flights.values())
+    (again,) = (flight.ticket for flight in machine._flights)
     told = Tokens(again, 0, (100,), prompt_logprobs=TOLD)
     assert machine.on(told, 2.0) == [Deliver(1, (100,), (), prompt_logprobs=TOLD)]
 

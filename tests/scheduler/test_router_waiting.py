@@ -412,7 +412,7 @@ class Crowd(RuleBasedStateMachine):
             self.refused = {pair for pair in self.refused if pair[0] != counter}
             self.anew(counter)
         self.refused = {pair for pair in self.refused if pair[1] != who}
-        placed = [flight for flight in self.router._flights.values() if flight.phase is Phase.PREFILLING]
+        placed = [flight for flight in self.router._flights if flight.phase is Phase.PREFILLING]
         for flight in placed:
             if flight.ticket.source == who:  # it is placed anew
                 self.refused = {pair for pair in self.refused if pair[0] != flight.call.counter}

@@ -219,6 +219,27 @@ def test_workers_that_come_and_say_something_new_cost_no_look_at_the_others():
     assert gateway.router._workers.version == version + 1
 
 
+def test_a_worker_that_is_quiet_or_lost_costs_no_look_at_those_that_it_never_had():
+    costs = {}
+    for size in SIZES:
+        gateway = Gateway(size)
+        gateway.settle()
+        who = Identity("decode-new", 1)
+        gateway.do(WorkerUp(worker(who, Role.DECODE, pages=10_000)))
+        gateway.come()
+
+        def leaves(gateway=gateway, who=who):
+            gateway.router._leave_quiet(0.0)
+            assert gateway.do(WorkerDown(who)) == []
+
+        gateway.router._workers.hush(who, True)
+        gateway.router._workers.spares(who, decodes=True)
+        costs[size] = spent(leaves)
+        assert len(gateway.router) >= size
+        gateway.router.check()
+    assert costs[1000].calls <= costs[10].calls
+
+
 def test_what_was_there_last_is_remembered_however_seldom_somebody_asked():
     """All workers come and go before anybody asks what they have room for."""
     router = Router(GATEWAY, RouterConfig(), DualMap())
