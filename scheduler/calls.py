@@ -10,7 +10,7 @@ from core.prefix import page_hashes
 from core.request import Phase, Request, Stage, Ticket
 from core.worker import Identity, Role
 from scheduler.placement import Load, Need, Post
-from scheduler.poison import Loss, Presence
+from scheduler.poison import Presence
 
 
 @dataclass(slots=True)
@@ -52,10 +52,6 @@ class Call:
     """At ends of workers and failed steps."""
     left: Left | None = None
     """The last attempt that failed while its KV was on the way."""
-
-    def was_at(self, loss: Loss) -> bool:
-        """Whether it is known to have been at a worker that was lost last."""
-        return bool(self.presences) and self.presences[-1].loss is loss
 
     def names(self, index: int, upto: int, link: int) -> tuple[int, ...]:
         """Of the full pages, `link` tokens each, that hold the first `upto` tokens of the prompt and a continuation."""
@@ -139,6 +135,19 @@ class Flight:
         """Of the attempt under way."""
         assert self.placed is not None
         return self.placed
+
+    def owner(self) -> tuple[str, str]:
+        """The worker that has it in the attempt under way, and what is waited for."""
+        source, sink = self.ticket.source.name, self.ticket.sink.name
+        match self.phase:
+            case Phase.OFFERED:
+                return source, f"{source} to answer an offer"
+            case Phase.PREFILLING:
+                return source, f"its first token from {source}"
+            case Phase.HANDING_OFF:
+                return source, f"{sink} to take its KV from {source}"
+            case _:
+                return sink, f"tokens from {sink}"
 
     def live(self) -> list[int]:
         """Continuations that go on."""

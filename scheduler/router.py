@@ -6,7 +6,7 @@ it waits for a worker that says it has room, as long as that can help, and is sh
 order and drops duplicates; places a request again, with the tokens so far, when a worker that it needs is lost. If that
 finds nobody who could take it, it is *stranded*: it waits for a worker to come, until its deadline. So does for a
 moment who comes while there is no pair of workers, if there was one lately: most often one is being started again. Who
-was present at crashes of workers is placed alone and in the end refused, by the rules of `scheduler/poison.py`.
+was present at crashes of workers is placed alone and in the end refused (`scheduler/suspects.py`).
 Continuations of one prompt travel together as long as they are alike: when their placement is lost after the first
 token, each goes on by itself.
 """
@@ -14,7 +14,6 @@ token, each goes on by itself.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,13 +37,13 @@ from core.request import PHASE_NEXT, Phase, Request, Stage, Ticket
 from core.standing import Standing
 from core.worker import Identity, Member, ProcessEnded, Role
 from scheduler.budgets import Budgets
-from scheduler.calls import Branch, Call, Flight, Left
+from scheduler.calls import Branch, Call, Flight
 from scheduler.fair import OUTPUT, Parked
 from scheduler.flights import Flights
 from scheduler.lane import Lane
 from scheduler.least_loaded import LeastLoaded
 from scheduler.placement import Load, MostTokens, Need, Placement, Post, Workers
-from scheduler.poison import Loss, Poison, Presence, Suspicion, crashes, raised, suspicion
+from scheduler.poison import Loss, Suspicion, crashes, suspicion
 from scheduler.router_events import (
     Arrived,
     ClientGone,
@@ -60,11 +59,10 @@ from scheduler.router_events import (
     WorkerQuiet,
     WorkerUp,
 )
+from scheduler.suspects import Suspects
 
 MOST_DOUBLINGS = 30
 """Of the wait after an attempt that failed; it ends long before."""
-LEFT_S = 1.0
-"""News of a sink comes no later than this after a prefill worker said that its KV was not taken there."""
 LATER_S = 60.0
 """A request of the batch class that found no idle worker within its time may come again after this."""
 REPORT_S = 0.25
@@ -143,16 +141,9 @@ class Router:
         """None as long as no request with a deadline has come."""
         self._stranded: dict[str, Flight] = {}
         """Begun flights that no pair of workers can take, or is to take yet, by the same key, in order of stranding."""
-        self._poison = Poison(config.word_s)
-        self._left: deque[Call] = deque()
-        """Calls of which an attempt failed lately while its KV was on the way."""
-        self._suspects: dict[Identity, Flight] = {}
-        """Workers, and the one that each has, or will have, that is alone in its steps: if two were there when it
-        crashes, nobody would know which of them was the cause."""
+        self._suspects = Suspects(config.word_s)
         self._paired_at = -math.inf
         """When a pair of workers was ready last, as of the last change."""
-        self._freed = False
-        """There may be a worker for another such one."""
         self._called: dict[Identity, Flight] = {}
         """Workers that said they have room, and the parked request that each was offered and has not answered."""
         self._roomy: list[Identity | int] = []
@@ -218,7 +209,7 @@ class Router:
             case WorkerQuiet(identity, quiet):
                 commands = self._worker_quiet(identity, quiet, now)
             case ProcessEnded(identity, crashed):
-                commands = self._settled(self._poison.told(identity, crashed), now)
+                commands = self._settled(self._suspects.told(identity, crashed), now)
             case SlotFree(identity, tokens):
                 post = self._workers.get(identity)
                 commands = self._has_room(post, tokens) if post is not None and post.prefills else self._ignore()
@@ -228,7 +219,7 @@ class Router:
                 self._workers.divide(short, long, short_tokens)
                 self._roomy += [post.identity for post in self._workers.free(1)]
                 commands = []
-        while self._freed:
+        while self._suspects.freed:
             commands += self._next_suspects(now)
         if self._idle:
             commands += self._lend(now)
@@ -261,7 +252,7 @@ class Router:
 
     def check(self) -> None:
         self._flights.check(self._until(flight) for flight in self._flights)
-        self._poison.check()
+        self._suspects.check()
         self._workers.check(flight.load for flight in self._flights if flight.load is not None)
         for flight in self._flights:
             key = flight.key
@@ -292,11 +283,6 @@ class Router:
             assert flight.placements or flight.gives_up < math.inf or flight.call.request.slo.batch
             assert not flight.refusals
         assert not self._roomy
-        assert not self._freed
-        for identity, flight in self._suspects.items():
-            assert flight.alone
-            assert identity in (flight.ticket.source, flight.ticket.sink)
-            assert flight.call.flights.count(flight) == 1
         for identity, flight in self._called.items():
             assert flight.called
             assert flight.phase is Phase.OFFERED
@@ -377,8 +363,7 @@ class Router:
         no use."""
         need = flight.need
         need.wait_s = max(0.0, self._patience(flight) - now)
-        if flight.call.presences:
-            self._judge(flight, now)
+        self._suspects.judge(flight, now)
         if flight.call.request.slo.batch and self._workers.missing() is None and need.wait_s:
             return self._hold(flight, now)
         if flight.tries < self._config.max_tries:
@@ -418,9 +403,9 @@ class Router:
         sinks = self._placement.sinks(source, flight.need, self._workers)
         if not flight.alone:
             return sinks
-        if source.identity in self._suspects:
+        if self._suspects.bars(source.identity):
             return ()
-        return [sink for sink in sinks if sink.identity not in self._suspects][:1]  # no second to crash after it
+        return [sink for sink in sinks if not self._suspects.bars(sink.identity)][:1]  # no second to crash after it
 
     def _offer_to(self, flight: Flight, source: Post, sinks: Sequence[Post], now: float) -> ToOne:
         call, need = flight.call, flight.need
@@ -438,8 +423,7 @@ class Router:
         self._workers.put(load)
         due = min(now + self._config.offer_s, call.deadline)
         self._flights.put(flight, due, *[who.identity for who in (source, *sinks[:2])])
-        if flight.alone:
-            self._suspects[ticket.source] = self._suspects[ticket.sink] = flight
+        self._suspects.begin(flight)
         self._enter(flight, Phase.OFFERED)
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
         left = request.sampling.max_tokens - flight.base
@@ -538,7 +522,7 @@ class Router:
     def _worker_up(self, member: Member, now: float) -> list[RouterCommand]:
         """Those who waited for a worker are placed; those who wait for room may find some that nobody could use."""
         post = self._workers.up(member)
-        commands = self._settled(self._poison.back(member.identity), now)
+        commands = self._settled(self._suspects.back(member.identity), now)
         if member.ready and self._workers.missing() is None:
             commands += self._next_stranded(now)
             if self._workers.quiet:
@@ -574,27 +558,15 @@ class Router:
             return self._poisonous(flight.call)
         return self._offer(flight, now)
 
-    def _judge(self, flight: Flight, now: float) -> None:
-        """Whether it is alone in the attempt that is about to begin."""
-        fate, _ = suspicion(flight.call.presences, now)
-        flight.alone = fate is not Suspicion.NONE and len(flight.branches) == 1
-
     def _next_suspects(self, now: float) -> list[RouterCommand]:
         """Workers had one that is alone in its steps, and may have another now."""
-        self._freed = False
+        self._suspects.freed = False
         commands: list[RouterCommand] = []
         for key, flight in list(self._stranded.items()):
             if flight.alone and flight.resumes == math.inf and self._stranded.get(key) is flight:
                 commands += self._resume(flight, now)
         self._roomy.append(1)
         return commands
-
-    def _release(self, flight: Flight, *workers: Identity) -> None:
-        """These do not have it any more."""
-        for identity in workers:
-            if self._suspects.get(identity) is flight:
-                del self._suspects[identity]
-                self._freed = True
 
     # Waiting for room.
     def _park(self, flight: Flight) -> list[RouterCommand]:
@@ -624,8 +596,7 @@ class Router:
         while (key := self._parked.first(post.free)) is not None:
             flight = self._flights[key]
             need, tokens = flight.need, self._parked.remove(key)
-            if flight.call.presences:
-                self._judge(flight, now)
+            self._suspects.judge(flight, now)
             sinks = self._sinks(flight, post) if post.room >= need.tokens else ()
             if sinks:
                 self._leave(flight)
@@ -712,7 +683,7 @@ class Router:
                 if code == "INTERNAL":
                     ticket = message.ticket
                     where = ticket.source if flight.phase is Phase.PREFILLING else ticket.sink
-                    flight.call.presences += (Presence(raised(where), flight.alone),)
+                    self._suspects.raised(flight, where)
                 if code in ("UNAVAILABLE", "ABORTED", "DATA_LOSS", "INTERNAL"):
                     # A prefill worker that cannot hand over, or is about to end, would only fail it again.
                     blamed = None if flight.phase is Phase.DECODING else flight.ticket.source
@@ -834,8 +805,7 @@ class Router:
         ticket = flight.moved or ticket
         if flight.ticket.sink != ticket.sink:
             flight.second = flight.ticket.sink
-        if flight.alone:
-            self._release(flight, *({flight.ticket.source, flight.ticket.sink} - {ticket.sink}))
+        self._suspects.release(flight, *({flight.ticket.source, flight.ticket.sink} - {ticket.sink}))
         flight.placed = ticket
         self._flights.reach(flight, ticket.sink)
         self._enter(flight, Phase.DECODING)
@@ -868,8 +838,7 @@ class Router:
         if flight.phase is not Phase.DECODING:
             return self._moved(flight, ticket, now)  # it was faster than the tokens of the worker before
         sink, load = self._workers.get(ticket.sink), self._load(flight)
-        if flight.alone:
-            self._release(flight, flight.ticket.sink)
+        self._suspects.release(flight, flight.ticket.sink)
         flight.placed, flight.second = ticket, None
         self._flights.reach(flight, ticket.sink)
         if sink is None or self._flights.broken(flight, ticket.sink):
@@ -947,23 +916,22 @@ class Router:
     # Losses.
     def _worker_down(self, event: WorkerDown, now: float) -> list[RouterCommand]:
         identity = event.identity
-        loss = self._poison.lost(identity, event.crashed, now)
         self._workers.down(identity)
+        there = self._flights.lose(identity)
+        self._suspects.lost(identity, event.crashed, now, there)
         commands: list[RouterCommand] = []
-        for flight in self._flights.lose(identity):
+        for flight in there:
             if not self._flights.stands(flight):
                 continue  # ended with a sibling
             if flight.finished is not None:
                 flight.owing = {part: who for part, who in flight.owing.items() if who != identity}
                 commands += [] if flight.owing else self._finish(flight)
                 continue
-            self._suspect(flight, loss)
             needs_source = flight.phase in (Phase.OFFERED, Phase.PREFILLING, Phase.HANDING_OFF)
             at_source = needs_source and flight.ticket.source == identity
             at_sink = flight.phase is Phase.DECODING and flight.ticket.sink == identity
             if at_source or at_sink:
                 commands += self._lost_attempt(flight, f"{identity.name} was lost", now)
-        self._suspect_late(loss, now)
         return commands
 
     def _worker_quiet(self, identity: Identity, quiet: bool, now: float) -> list[RouterCommand]:
@@ -996,30 +964,6 @@ class Router:
                     commands += self._lost_attempt(flight, f"{worker.name} is quiet", now)
         return commands
 
-    def _suspect(self, flight: Flight, loss: Loss) -> None:
-        """Note it if a request was at the worker that is lost: its prompt, its KV on the way there, or its rows."""
-        call, worker = flight.call, loss.worker
-        match flight.phase:
-            case Phase.PREFILLING:
-                there = flight.ticket.source == worker
-            case Phase.HANDING_OFF:
-                there = worker in (flight.ticket.source, flight.ticket.sink, flight.second)
-            case Phase.DECODING:
-                there = flight.ticket.sink == worker
-            case _:
-                there = False
-        if there and not call.was_at(loss):  # else another of its continuations was there
-            call.presences += (Presence(loss, flight.alone),)
-
-    def _suspect_late(self, loss: Loss, now: float) -> None:
-        """Likewise of those whose KV was on the way there a moment ago, in an attempt that has failed."""
-        for call in self._left:
-            left = call.left
-            if left is None or loss.worker not in left.sinks or now > left.at + LEFT_S or call.was_at(loss):
-                continue
-            call.presences += (Presence(loss, left.alone),)
-            call.left = None
-
     def _settled(self, loss: Loss | None, now: float) -> list[RouterCommand]:
         """How a life ended is certain: whoever waited for that to be known is placed, or refused."""
         commands: list[RouterCommand] = []
@@ -1046,10 +990,7 @@ class Router:
         whole = call.request.sampling.max_tokens
         if flight.phase is Phase.HANDING_OFF:
             sinks = [who for who in (flight.ticket.sink, flight.second) if who is not None]
-            call.left = Left(tuple([who for who in sinks if not self._flights.broken(flight, who)]), now, flight.alone)
-            while self._left and ((first := self._left[0].left) is None or now > first.at + LEFT_S):
-                self._left.popleft()
-            self._left.append(call)
+            self._suspects.left(flight, [who for who in sinks if not self._flights.broken(flight, who)], now)
         commands = self._recall(flight, why)
         live = flight.live()
         full = [index for index in live if len(call.branches[index].tokens) == whole]
@@ -1215,8 +1156,8 @@ class Router:
         if flight.charged:
             self._parked.fair.charge(flight.call.request.hints.tenant, -flight.charged)
             flight.charged = 0
-        if flight.alone and flight.placed is not None:
-            self._release(flight, flight.placed.source, flight.placed.sink)
+        if flight.placed is not None:
+            self._suspects.release(flight, flight.placed.source, flight.placed.sink)
         for part in (Role.PREFILL, Role.DECODE) if flight.reports else ():
             flight.call.stages += _of_attempt(flight.reports.pop(part, ()), flight.placements)
         flight.call.flights.remove(flight)
@@ -1228,7 +1169,6 @@ class Router:
 
     def _stands(self, flight: Flight) -> Standing:
         call, waits_for, owner = flight.call, "", self._me.name
-        ticket = flight.placed
         if flight.finished is not None:
             waits_for = f"stages from {', '.join(who.name for who in flight.owing.values())}"
         elif flight.key in self._stranded:
@@ -1240,18 +1180,8 @@ class Router:
         elif flight.parked:
             best = min(flight.refusals.values(), key=lambda reject: reject.wait_s)
             waits_for = f"room: {len(flight.refusals)} refused, {best.ticket.source.name}: {best.reason}"
-        elif ticket is not None:
-            source, sink = ticket.source.name, ticket.sink.name
-            owner = sink if flight.phase is Phase.DECODING else source
-            match flight.phase:
-                case Phase.OFFERED:
-                    waits_for = f"{source} to answer an offer"
-                case Phase.PREFILLING:
-                    waits_for = f"its first token from {source}"
-                case Phase.HANDING_OFF:
-                    waits_for = f"{sink} to take its KV from {source}"
-                case _:
-                    waits_for = f"tokens from {sink}"
+        elif flight.placed is not None:
+            owner, waits_for = flight.owner()
         tokens = sum(len(call.branches[branch].tokens) for branch in flight.branches)
         key, request = flight.key, call.request.id
         return Standing(key, request, flight.phase, call.arrived_at, call.deadline, waits_for, owner, tokens)
