@@ -401,8 +401,10 @@ class Deployment:
         """A worker that has its libraries from the start; None where that cannot be had."""
         server = self._server() if isinstance(config, WorkerConfig) else None
         if server is not None:
-            with contextlib.suppress(OSError):
+            try:
                 return server.fork(entry, to_json(config), env)
+            except OSError as error:
+                self._say(f"{config.name} starts by itself, for some seconds: {error}")
         return None
 
     def _server(self) -> forkserver.ForkServer | None:

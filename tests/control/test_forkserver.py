@@ -197,9 +197,12 @@ def test_a_worker_is_forked_and_without_a_server_it_starts_by_itself(tmp_path, m
         for each in live.deployment.running.values():
             assert Path(f"/proc/{each.process.pid}/comm").read_text() == f"{each.name}\n"
         monkeypatch.setattr(launcher, "PRELOADED", {"paced": ("no.such.module",)})
+        said: list[str] = []
+        monkeypatch.setattr(live.deployment, "_say", said.append)
         live.kill("decode-0", signal.SIGKILL)
         live.restart("decode-0")
         kinds = {each.name: isinstance(each.process, Forked) for each in live.workers}
         assert kinds == {"prefill-0": True, "decode-0": False}
+        assert "decode-0 starts by itself, for some seconds: the fork server has ended" in said
     finally:
         live.stop()
