@@ -354,7 +354,7 @@ class Gateway:
 
     async def _hang_up(self, refuse: Callable[[RequestError], Awaitable[object]]) -> None:
         """Ends when the client has read what was sent before, or is gone."""
-        with contextlib.suppress(grpc.aio.AbortError, grpc.aio.InternalError):
+        with contextlib.suppress(grpc.aio.AbortError):
             await refuse(RequestError("ABORTED", f"the response was not read within {UNREAD_S:g} s of its end"))
 
     def _observe(self, client: _Client, reply: Reply, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, NoReturn
 
@@ -133,8 +134,11 @@ def status_of(error: RequestError) -> status_pb2.Status:
 
 
 async def refuse(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
-    """End the call with the error's status and details."""
+    """End the call with the error's status and details; it is cancelled if its client has ended it at that moment."""
     status = rpc_status.to_status(status_of(error))
     context.set_trailing_metadata(status.trailing_metadata)
-    await context.abort(status.code, status.details)
+    try:
+        await context.abort(status.code, status.details)
+    except grpc.aio.InternalError:  # gRPC has not heard so yet, and would log this as a fault of ours
+        raise asyncio.CancelledError from None
     raise AssertionError("abort returns never")
