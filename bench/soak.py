@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import random
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,9 +131,13 @@ def memory_kb(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().partition("VmRSS:")[2].split()[0])
 
 
-def files(pid: int) -> int:
-    """Open in a process."""
-    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+def files(pids: dict[str, int]) -> dict[str, int]:
+    """Open in each process: the fewest of a few looks, as a connection over which metrics were read may be closing."""
+    looks = []
+    for wait_s in (0.0, 0.1, 0.3):
+        time.sleep(wait_s)
+        looks.append({name: sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()) for name, pid in pids.items()})
+    return {name: min(each[name] for each in looks) for name in pids}
 
 
 def soak(live: Live, requests: int) -> Soaked:
@@ -145,7 +150,7 @@ def soak(live: Live, requests: int) -> Soaked:
         live.wait_empty()
         pids = {name: running.process.pid for name, running in live.deployment.running.items()}
         soaked.memory_kb.append({name: memory_kb(pid) for name, pid in pids.items()})
-        soaked.files.append({name: files(pid) for name, pid in pids.items()})
+        soaked.files.append(files(pids))
         progress(f"  {(step + 1) * each} requests: {sum(soaked.memory_kb[-1].values()) >> 10} MiB in all")
     soaked.held = live.held()
     return soaked
