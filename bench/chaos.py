@@ -290,11 +290,13 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @dataclass(slots=True)
 class Report:
-    """A run in peace, one in chaos, and one in which a gateway is killed as well."""
+    """A run in peace, one in chaos, one in which a gateway is killed as well, and one in peace again."""
 
     rate: float
     timeout_s: float
     calm: list[Asked]
+    after: list[Asked]
+    """In peace again: a machine that others use as well is not as fast all the time."""
     chaos: list[Asked]
     """Of both, without those whose gateway was killed."""
     doomed: list[Asked]
@@ -325,6 +327,7 @@ class Report:
         good = [each for each in self.chaos if each.fate == "good"]
         hit = [each for each in good if each.reply.last.attempts > 1]
         calm = [each.pause_s for each in self.calm if each.fate == "good"]
+        before, after = ([each.latency_s for each in asked if each.fate == "good"] for asked in (self.calm, self.after))
         peace = self.share(self.calm, "rejected")
 
         def told(case: str, ours: float, unit: str, peer: float | None = None, peer_name: str = "") -> Row:
@@ -351,11 +354,14 @@ class Report:
             told("ended otherwise than well, by it or by leaving", self.strange(), "", 0, "but for refusals"),
             told("arrivals", self.rate, "requests/s"),
             told("deadline", self.timeout_s, "s"),
+            told("latency undisturbed before, p50", quantile(before, 0.5), "s"),
+            told("latency undisturbed afterwards, p50", quantile(after, 0.5), "s"),
+            told("latency undisturbed, longest", quantile([*before, *after], 1.0), "s", self.timeout_s, "the deadline"),
         ]
 
 
 def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 20.0) -> Report:
-    """Peace twice for so long, then chaos, and for a part of that time a gateway is killed as well."""
+    """Peace twice for so long, then chaos, for a part of that time with kills of a gateway as well, and peace again."""
     model = make_llama(
         scratch / "tiny", vocab=VOCAB, context=CONTEXT, dtype="bfloat16", tokenizer=True, eos=[1, *ENDS[1:]]
     )
@@ -380,6 +386,7 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
         did += also
         chaos += [each for each in more if not each.doomed]
         doomed = [each for each in more if each.doomed]
+        after = asyncio.run(load(live, rate, peace_s, 60.0, random.Random(seed + 4)))
         held = live.held()
         with contextlib.suppress(AssertionError):
             live.wait_empty()
@@ -391,8 +398,8 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
         reference: Chain | Reference = Chain.of(model, VOCAB, CONTEXT, (0, *ENDS), 0.002)
     else:
         reference = Reference(model, exact=True)
-    lies = wrong([*calm, *chaos, *doomed], reference)
-    return Report(rate, timeout_s, calm, chaos, doomed, did, lies, held, errors)
+    lies = wrong([*calm, *chaos, *doomed, *after], reference)
+    return Report(rate, timeout_s, calm, after, chaos, doomed, did, lies, held, errors)
 
 
 def main() -> None:

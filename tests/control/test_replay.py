@@ -181,7 +181,7 @@ def test_what_cannot_be_replayed_is_one_sentence(recordings_made, tmp_path):
     for text, sentence in (
         ("", "got an empty file"),
         ("\n".join([lines[0], *lines[2:]]) + "\n", "line of a recording"),
-        ("\n".join([lines[0], lines[1].replace('"_alarms"', '"_bells"'), *lines[2:]]), "another version of the code"),
+        ("\n".join([lines[0], lines[1].replace('"_looks"', '"_bells"'), *lines[2:]]), "another version of the code"),
         ("\n".join([*lines[:2], lines[2].replace('"router"', '"rooter"')]) + "\n", "which was not written"),
         ("\n".join([*lines[:2], lines[2].replace(":WorkerUp", ":WorkerSideways")]) + "\n", "value's class"),
     ):

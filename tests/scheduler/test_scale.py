@@ -7,6 +7,7 @@ built-in functions that no profiler sees into. `bench/scale.py` has the seconds.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import random
 import sys
@@ -74,11 +75,13 @@ def spent(do, times=1):
         calls += event in ("call", "c_call")
 
     former = sys.getprofile()
+    gc.disable()  # others have callbacks there, which are calls as well
     sys.setprofile(profile)
     try:
         do()
     finally:
         sys.setprofile(former)
+        gc.enable()
     return Spent(calls / times, (Load.compared - before) / times)
 
 
