@@ -5,16 +5,17 @@ policy `baton-migrating`; goals 2 s to the first token and 50 ms for gaps. Four 
 apex creation, ShareGPT, arXiv again; lengths from the public traces, Poisson arrivals. In each the rate is the same
 share `s` of the goodput (90 % good) that the best static ratio has on that trace alone (`ALONE`, seed 0, by
 `--alone`). The goodput of the drift is the largest `s`, on a grid of 4.4 %, at which 90 % of all its requests are good;
-the best static ratio is found by trying all seven. Beside it: good requests a second at `s` = 0.9, for all eight. The
-adaptive one begins at 4+4 and has 1 to 7 workers of each phase.
+the best static ratio is found by trying all seven. Beside it: the share of good ones at `s` = 0.9. The adaptive one
+begins at 4+4 and has 1 to 7 workers of each phase.
 
 Steady: 20 minutes of one trace at `s` = 0.9, judged from the fifth minute on, since the adaptive one begins at 4+4.
 A turn is a flip that takes back the one before; the most in any 10 minutes of one segment is reported. Recovery is
 counted in periods of the controller from a step of the drift on, until a period in which 90 % of those who came were
-good.
+good. In both, at `s` = 0.9, a static ratio that attains `BEHIND` less than the best one over the first `TRIED` seeds is
+not run with the other seeds.
 
 Runs are kept in FILE.details.json as they end: who calls again with the same FILE goes on where it stopped. `--seeds`
-and `--only` choose parts. A seed takes about an hour of a core, or half of that compiled (docs/simulator.md).
+and `--only` choose parts. TIMES
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.report import Row, emit, parser, progress
 from core.errors import SetupError
@@ -44,6 +47,9 @@ from sim.outcome import Outcome
 from sim.run import Settings, Simulation, simulate
 from sim.source import source
 from sim.workload import Arrival, Workload
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 FILES = {
     "arxiv": "arxiv_summarization_llama2_lengths.csv.gz",
@@ -66,6 +72,8 @@ SEGMENT_S = 1200.0
 SETTLED_S = 300.0
 TEN_MINUTES_S = 600.0
 SEEDS = 20
+TRIED = 3
+BEHIND = 0.1
 PERIOD_S = RatioConfig().period_s
 
 
@@ -80,11 +88,14 @@ class Job:
     prefill: int
     """Prefill workers; 0: adaptive."""
     segment_s: float = SEGMENT_S
+    search: bool = False
+    """It ends as soon as too many are bad for the share that is searched for."""
 
     @property
     def key(self) -> str:
         """Names it in a file."""
-        return f"{self.kind}/{self.seed}/{self.share:.4f}/{self.prefill or 'adaptive'}/{self.segment_s:g}"
+        parts = (self.kind, self.seed, f"{self.share:.4f}", self.prefill or "adaptive", f"{self.segment_s:g}")
+        return "/".join(map(str, (*parts, "search") if self.search else parts))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,31 +117,38 @@ def arrivals(job: Job) -> list[Arrival]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """What came of one simulation: shares, and by period of the controller; for the adaptive one its flips, too."""
+    """What came of one simulation: shares, and by period of the controller; for the adaptive one its flips, too.
+
+    Of a search that ended early the share that would be good if all others were.
+    """
     prefill = job.prefill or WORKERS // 2
     builds = workers(f"{prefill} prefill, {WORKERS - prefill} decode", COST, page_tokens=64)
     since_s = 0.0 if job.kind == "drift" else SETTLED_S * job.segment_s / SEGMENT_S
     periods: dict[int, list[int]] = {}
+    coming = arrivals(job)
+    total = sum(each.at_s >= since_s for each in coming)
+    allowed = (1 - SHARE) * total if job.search else total
     good = judged = 0
 
     def over(one: Outcome) -> None:
         nonlocal good, judged
         judged += one.at_s >= since_s
         good += one.good and one.at_s >= since_s
+        if judged - good > allowed:
+            seen[0].loop.stopped = True
         count = periods.setdefault(int(one.at_s // PERIOD_S), [0, 0])
         count[0] += one.good
         count[1] += 1
 
     seen: list[Simulation] = []
     control = None if job.prefill else Control()
-    simulate(arrivals(job), builds, policy(POLICY), SETTINGS, over=over, watch=seen.append, control=control)
+    simulate(coming, builds, policy(POLICY), SETTINGS, over=over, watch=seen.append, control=control)
     coordinator = seen[0].coordinator
     decisions: list[Decision] = [] if coordinator is None else coordinator.decisions  # type: ignore[attr-defined]
     return {
         "requests": judged,
         "good": good,
-        "attained": good / judged,
-        "good_per_s": good / (len(job.names) * job.segment_s - since_s),
+        "attained": 1 - (judged - good) / total,
         "periods": [periods.get(index, [0, 0]) for index in range(max(periods) + 1)],
         "flips": [[each.at_s, str(each.chosen.act)] for each in decisions if each.chosen.act is not Act.KEEP],
         "asked": sum(bool(each.scores) for each in decisions),
@@ -158,43 +176,47 @@ def recoveries(found: dict[str, Any], job: Job) -> list[int]:
 
 
 class Runs:
-    """Simulations by key, kept in a file as they end."""
+    """Simulations by key, kept in a file as they end; one at a time on each core, whoever asks."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._found: dict[str, dict[str, Any]] = {}
         if path is not None and path.exists():
             self._found = json.loads(path.read_text(encoding="utf-8"))
+        self._lock = threading.Lock()
+        self.cores = len(os.sched_getaffinity(0))
+        self._pool = multiprocessing.get_context("fork").Pool(self.cores)
 
     def __call__(self, job: Job) -> dict[str, Any]:
-        """What came of it, now or before."""
-        return self.all([job])[0]
+        """What came of it, now or before; what comes of one does not depend on the others."""
+        if job.key not in self._found:
+            found = self._pool.apply(run, (job,))
+            with self._lock:
+                self._found[job.key] = found
+                progress(f"  {job.key}: {100 * found['attained']:.1f} % good")
+                self._keep()
+        return self._found[job.key]
 
-    def all(self, jobs: list[Job]) -> list[dict[str, Any]]:
-        """Likewise, on all cores; what comes of each does not depend on that."""
-        missing = [job for job in jobs if job.key not in self._found]
-        if missing:
-            with multiprocessing.get_context("fork").Pool(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
-                for job, found in pool.imap_unordered(_run, missing):
-                    self._found[job.key] = found
-                    progress(f"  {job.key}: {100 * found['attained']:.1f} % good")
-                    if self._path is not None:
-                        text = ",\n".join(
-                            f"{json.dumps(key)}: {json.dumps(self._found[key])}" for key in sorted(self._found)
-                        )
-                        self._path.write_text(f"{{{text}}}\n", encoding="utf-8")
-        return [self._found[job.key] for job in jobs]
+    def each(self, of: Callable[[T], U], items: Sequence[T]) -> list[U]:
+        """What a function that asks for simulations says of each, as many at a time as there are cores."""
+        with ThreadPool(self.cores) as threads:
+            return threads.map(of, items, chunksize=1)
 
+    def all(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """What came of each."""
+        return self.each(self, jobs)
 
-def _run(job: Job) -> tuple[Job, dict[str, Any]]:
-    return job, run(job)
+    def _keep(self) -> None:
+        if self._path is not None:
+            text = ",\n".join(f"{json.dumps(key)}: {json.dumps(self._found[key])}" for key in sorted(self._found))
+            self._path.write_text(f"{{{text}}}\n", encoding="utf-8")
 
 
 def sustained(runs: Runs, seed: int) -> dict[str, float]:
     """Goodputs of one seed's drift, as shares: of the adaptive ratio and of the best static one, and which that is."""
 
     def holds(prefill: int, share: float) -> bool:
-        return bool(runs(Job("drift", seed, share, prefill))["attained"] >= SHARE)
+        return bool(runs(Job("drift", seed, share, prefill, search=True))["attained"] >= SHARE)
 
     adaptive = edge(partial(holds, 0), BEGIN, PRECISION).rate
     best, which = 0.0, 0
@@ -232,30 +254,53 @@ def alone(name: str, report: Callable[[str], None]) -> tuple[float, int]:
     return best, which
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The adaptive ratio and the best static one, on the same traffic."""
+
+    prefill: int
+    """Of the best static one."""
+    ours: float
+    theirs: float
+    """Shares of good requests, over all seeds."""
+    runs: list[tuple[Job, dict[str, Any]]]
+    """Of ours, by seed."""
+
+    @property
+    def peer(self) -> str:
+        """The best static one's name."""
+        return f"best static, {self.prefill}+{WORKERS - self.prefill}"
+
+    def turns(self, case: str) -> Row:
+        """The most of any seed."""
+        most = max(turns(found, job.segment_s) for job, found in self.runs)
+        return Row(f"{case}: most turns in 10 minutes", most, None, "", "flips", False)
+
+
+def beside(runs: Runs, of: Callable[[int, int], Job], seeds: Sequence[int], static: Sequence[int]) -> Beside:
+    """Both, `of` being the job of a seed and a number of prefill workers."""
+
+    def attained(prefill: int, some: Sequence[int]) -> float:
+        return Estimate.of([runs(of(seed, prefill))["attained"] for seed in some]).mean
+
+    tried = seeds[:TRIED]
+    runs.all([of(seed, prefill) for seed in tried for prefill in (0, *static)])
+    first = {prefill: attained(prefill, tried) for prefill in static}
+    left = [prefill for prefill in static if first[prefill] >= max(first.values()) - BEHIND]
+    runs.all([of(seed, prefill) for seed in seeds for prefill in (0, *left)])
+    best = max(left, key=lambda prefill: attained(prefill, seeds))
+    jobs = [of(seed, 0) for seed in seeds]
+    return Beside(best, attained(0, seeds), attained(best, seeds), [(job, runs(job)) for job in jobs])
+
+
 def drift_rows(runs: Runs, seeds: list[int], segment_s: float, share: float, static: tuple[int, ...]) -> list[Row]:
-    """At one share: good requests a second, turns and recovery."""
-    of = partial(Job, "drift", share=share, segment_s=segment_s)
-    found = [runs.all([of(seed=seed, prefill=prefill) for prefill in (0, *static)]) for seed in seeds]
-    best = max(range(len(static)), key=lambda index: sum(each[1 + index]["good_per_s"] for each in found))
-    ours = Estimate.of([each[0]["good_per_s"] for each in found]).mean
-    peer = Estimate.of([each[1 + best]["good_per_s"] for each in found]).mean
-    name = f"best static, {static[best]}+{WORKERS - static[best]}"
-    late = [
-        count
-        for seed, each in zip(seeds, found, strict=True)
-        for count in recoveries(each[0], of(seed=seed, prefill=0))
-    ]
+    """At one share: good requests, turns and recovery."""
+    found = beside(runs, lambda seed, prefill: Job("drift", seed, share, prefill, segment_s), seeds, static)
+    late = [count for job, each in found.runs for count in recoveries(each, job)]
     case = f"drift at {share:g} of each trace's own goodput, {len(seeds)} seeds"
     return [
-        Row(f"{case}: good requests", ours, peer, name, "requests/s"),
-        Row(
-            f"{case}: most turns in 10 minutes",
-            max(turns(each[0], segment_s) for each in found),
-            None,
-            "",
-            "flips",
-            False,
-        ),
+        Row(f"{case}: attained", found.ours, found.theirs, found.peer, "share"),
+        found.turns(case),
         Row(f"{case}: mean recovery after a step", sum(late) / len(late), None, "", "periods", False),
         Row(f"{case}: slowest recovery after a step", max(late), None, "", "periods", False),
     ]
@@ -265,30 +310,19 @@ def steady_rows(runs: Runs, seeds: list[int]) -> list[Row]:
     """Each trace alone: attained beside the best static ratio, and turns."""
     made = []
     for name in FILES:
-        of = partial(Job, name, share=SHARE)
-        found = [runs.all([of(seed=seed, prefill=prefill) for prefill in (0, *STATIC)]) for seed in seeds]
-        best = max(range(len(STATIC)), key=lambda index: sum(each[1 + index]["attained"] for each in found))
-        ours = Estimate.of([each[0]["attained"] for each in found]).mean
-        peer = Estimate.of([each[1 + best]["attained"] for each in found]).mean
+
+        def of(seed: int, prefill: int, name: str = name) -> Job:
+            return Job(name, seed, SHARE, prefill)
+
+        found = beside(runs, of, seeds, STATIC)
         case = f"steady {name} at {SHARE:g}, {len(seeds)} seeds"
-        most = max(turns(each[0], SEGMENT_S) for each in found)
-        made += [
-            Row(f"{case}: attained", ours, peer, f"best static, {STATIC[best]}+{WORKERS - STATIC[best]}", "share"),
-            Row(
-                f"{case}: most turns in 10 minutes",
-                most,
-                None,
-                "",
-                "flips",
-                False,
-            ),
-        ]
+        made += [Row(f"{case}: attained", found.ours, found.theirs, found.peer, "share"), found.turns(case)]
     return made
 
 
 def goodput_rows(runs: Runs, seeds: list[int]) -> list[Row]:
     """The goodput of the drift."""
-    found = [sustained(runs, seed) for seed in seeds]
+    found = runs.each(partial(sustained, runs), seeds)
     ours, peer = (Estimate.of([each[who] for each in found]).mean for who in ("adaptive", "static"))
     which = sorted({int(each["prefill"]) for each in found})
     name = "best static, " + " or ".join(f"{prefill}+{WORKERS - prefill}" for prefill in which)

@@ -35,7 +35,6 @@ APART = {
     *("scheduler/cost_refit.py", "scheduler/liveness.py", "scheduler/membership.py"),
     *("scheduler/fluid.py", "scheduler/layout.py", "scheduler/plan.py", "scheduler/planner.py", "sim/planning.py"),
     *("scheduler/ratio.py", "scheduler/ratio_events.py", "scheduler/split.py"),
-    *("sim/coordinator.py", "sim/recent.py", "sim/whatif.py"),
     *("sim/deployment.py", "sim/generators.py", "sim/goodput.py", "sim/page.py", "sim/plot.py", "sim/predicted.py"),
     *("sim/recordings.py", "sim/report.py", "sim/scenario.py"),
     *("sim/source.py", "sim/study.py", "sim/timeline.py", "sim/traces.py"),

@@ -107,16 +107,17 @@ import hashlib, json, random
 from dataclasses import replace
 from core.request import Slo
 from sim import loop
+from sim.coordinator import Control
 from sim.fleet import workers
 from scheduler.policies import POLICIES
 from sim.run import Settings, simulate
 from sim.scenario import Drain, Lose, Return, Scenario
 from sim.workload import Arrival
 
-def stream():
+def stream(count=250, rate=60.0):
     dice, at_s = random.Random(1), 0.0
-    for turn in range(250):
-        at_s += dice.expovariate(60.0)
+    for turn in range(count):
+        at_s += dice.expovariate(rate)
         yield Arrival(at_s, min(8000, 1 + int(dice.lognormvariate(6.5, 1.1))), 1 + turn % 200)
 
 faults = Scenario("some", (Lose(at_s=1.0, worker="prefill-0"), Return(at_s=1.5, worker="prefill-0")))
@@ -130,6 +131,13 @@ for name, policy in POLICIES.items():
         result = simulate(stream(), builds, policy, Settings(slo=Slo(0.4, 0.05), check_every=50), scenario=faults,
                           over=lambda outcome: seen.update(repr(outcome).encode()))
         found[f"{name} {pages}"] = [seen.hexdigest(), result.events, result.steps, repr(result.seconds)]
+seen, adaptive = hashlib.sha256(), []
+simulate(stream(900, 15.0), workers("1 prefill, 3 decode", "h200-llama-3.1-8b"), POLICIES["baton-migrating"],
+         Settings(slo=Slo(0.1, 0.05)), over=lambda outcome: seen.update(repr(outcome).encode()),
+         watch=adaptive.append, control=Control())
+decisions = adaptive[0].coordinator.decisions
+assert any(each.scores for each in decisions), "nothing was asked"
+found["adaptive"] = [seen.hexdigest(), hashlib.sha256(repr(decisions).encode()).hexdigest()]
 print(json.dumps(found))
 """
 
