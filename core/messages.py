@@ -36,6 +36,8 @@ class Offer:
     """As in `Request`."""
     batch: bool = False
     """Only if there is time that nobody else wants."""
+    second: Identity | None = None
+    """A decode worker that would take it as well as the ticket's sink."""
 
 
 @quick_init

@@ -226,7 +226,7 @@ def frames(message: m.Message) -> list[Frame]:
         return [Frame(freeness=worker_pb2.Freeness(worker=str(message.worker), steps=message.steps))]
     ticket = _ticket(message.ticket)
     match message:
-        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix, named, batch):
+        case m.Offer(_, prompt_tokens, max_tokens, wait_s, hints, prefix, named, batch, second):
             offer = worker_pb2.Offer(
                 ticket=ticket,
                 prompt_tokens=prompt_tokens,
@@ -236,6 +236,7 @@ def frames(message: m.Message) -> list[Frame]:
                 prefix=prefix,
                 prefix_page_tokens=named,
                 batch=batch,
+                second=str(second) if second else "",
             )
             return [Frame(offer=offer)]
         case m.Accept(_, cached_tokens, wait_s):
@@ -357,6 +358,7 @@ class Reader:
                     tuple(offer.prefix),
                     offer.prefix_page_tokens,
                     offer.batch,
+                    identity(offer.second) if offer.second else None,
                 )
             case "accept":
                 return m.Accept(_ticket_from(frame.accept.ticket), frame.accept.cached_tokens, frame.accept.wait_s)

@@ -3,7 +3,9 @@
 The mechanics of a prefill worker; in which order it computes is an `Order`'s business (`scheduler/order.py`): first
 come, first served unless another is given. A request is offered before its prompt is sent, so that a worker that cannot
 meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections"); who was refused is told
-when it would be accepted. A long step can be suspended for an urgent request and goes on later (after FlowPrefill).
+when it would be accepted. Nor can it where somebody here has waited for the promise of its sinks for longer than that:
+were all accepted while decode workers are full, all would be late. A long step can be suspended for an urgent request
+and goes on later (after FlowPrefill).
 
 Who is to be alone in its steps (`Request.alone`) is no order's business: once its prompt is here it leaves the order,
 and its chunks, a step each, and the order's steps take turns. So neither waits for more than one step of the other's,
@@ -234,6 +236,8 @@ class PrefillPolicy:
         """Bound pages that no sink has promised to take."""
         self._vast: dict[str, int] = {}
         """Pages of those whose sink was asked, that have not begun, and for which ungranted ones may leave no room."""
+        self._waits_since: dict[Identity, dict[str, float]] = {}
+        """By sink, when it was asked for those to whom it has not answered, in this order."""
         self._own = ""
         """The last that our own sink was asked for."""
         self._running: _Step | None = None
@@ -389,6 +393,10 @@ class PrefillPolicy:
         ungranted = [held.pages for held in self._requests.values() if held.begun and held.grant is Grant.ASKED]
         assert self._ungranted == sum(ungranted)
         asked = [held for held in self._requests.values() if held.grant is not Grant.NOT_ASKED and not held.begun]
+        waiting = {key: sink for sink, keys in self._waits_since.items() for key in keys}
+        lined = [held for held in self._requests.values() if held.request is not None and not held.request.alone]
+        assert waiting == {h.key: h.ticket.sink for h in lined if h.grant is Grant.ASKED and not h.batch}
+        assert all(self._waits_since.values())
         assert self._vast.items() <= {held.key: held.pages for held in asked}.items()
         assert max((held.pages for held in asked), default=0) + self._ungranted <= self._capacity, "a ring may come"
         for state in State:
@@ -452,18 +460,8 @@ class PrefillPolicy:
         else:
             name, above = self._shares.offer(offer.hints.tenant, now)
             wait_s, again_s = self._outlook(now, new, cached, offer.wait_s)
-            if above and wait_s <= offer.wait_s and self._line and self._speed:
-                line_s, allowed_s = (self._line + new) / self._speed, self._config.spare * offer.wait_s
-                if line_s > allowed_s:
-                    self._refusals.add(ticket.minter, new, allowed_s, now, offer.wait_s)
-                    why = f"a line of {line_s:.2f} s, {allowed_s:.2f} s of it for tenants above their share"
-                    return Answer(Reject(ticket, why, max(0.0, line_s - allowed_s)))
-            if again_s > 0:
-                self._refusals.add(ticket.minter, new, offer.wait_s, now)
-                why = f"first token in {wait_s:.2f} s, wanted in {offer.wait_s:.2f} s"
-                if wait_s <= offer.wait_s:
-                    why += f", but there is no time to spare for {again_s:.2f} s"
-                return Answer(Reject(ticket, why, wait_s, again_s))
+            if (refused := self._in_no_time(offer, new, wait_s, again_s, now, above)) is not None:
+                return Answer(refused)
         if self._pages + pages > self._config.accept_share * self._capacity:
             if not batch:
                 self._refusals.add(ticket.minter, new, offer.wait_s, now)
@@ -488,12 +486,42 @@ class PrefillPolicy:
         self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 
+    def _in_no_time(
+        self, offer: Offer, new: int, wait_s: float, again_s: float, now: float, above: bool
+    ) -> Reject | None:
+        """The refusal of one that would be late here, or make others late, or whose tenant is `above` its share."""
+        ticket, wanted_s = offer.ticket, offer.wait_s
+        if above and wait_s <= wanted_s and self._line and self._speed:
+            line_s, allowed_s = (self._line + new) / self._speed, self._config.spare * wanted_s
+            if line_s > allowed_s:
+                self._refusals.add(ticket.minter, new, allowed_s, now, wanted_s)
+                why = f"a line of {line_s:.2f} s, {allowed_s:.2f} s of it for tenants above their share"
+                return Reject(ticket, why, max(0.0, line_s - allowed_s))
+        if again_s > 0:
+            self._refusals.add(ticket.minter, new, wanted_s, now)
+            why = f"first token in {wait_s:.2f} s, wanted in {wanted_s:.2f} s"
+            if wait_s <= wanted_s:
+                why += f", but there is no time to spare for {again_s:.2f} s"
+            return Reject(ticket, why, wait_s, again_s)
+        sinks = [sink for sink in (ticket.sink, offer.second) if sink is not None]
+        behind_s = min([self._behind(sink, now) for sink in sinks])
+        if behind_s > wanted_s:
+            who = " and ".join([sink.name for sink in sinks])
+            why = f"{who} promised nothing for {behind_s:.2f} s, wanted in {wanted_s:.2f} s"
+            return Reject(ticket, why, behind_s, behind_s - wanted_s)
+        return None
+
     def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
         """Seconds until the first token of a request that comes now, and until it is accepted if no other comes."""
         wait_s = self.predicted_wait_s(now, new, cached, wanted_s)
         if wait_s > wanted_s:
             return wait_s, wait_s - wanted_s
         return wait_s, self._order.lacks_s(new, cached, now, wanted_s)
+
+    def _behind(self, sink: Identity, now: float) -> float:
+        """For how long somebody has waited for that sink's promise: who comes now waits no less."""
+        waiting = self._waits_since.get(sink)
+        return now - next(iter(waiting.values())) if waiting else 0.0
 
     def _prompted(self, event: Prompt, now: float) -> _Held | None:
         """The prompt of an accepted offer is here; None: of one that has lapsed, or another prompt."""
@@ -774,7 +802,7 @@ class PrefillPolicy:
         assert held.request is not None
         if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
             return []
-        if held.ticket.sink in self._quiet and held.second is not None and held.second not in self._quiet:
+        if held.second is not None and self._is_better(held, held.second):
             self._turn(held, held.second)
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
@@ -786,6 +814,13 @@ class PrefillPolicy:
             self._vast[held.key] = held.pages
         self._set_grant(held, Grant.ASKED)
         return [AskForSink(held.ticket, held.request, held.until)]
+
+    def _is_better(self, held: _Held, second: Identity) -> bool:
+        """Whether the second sink is to be asked first: the other one may be lost, or would make it late."""
+        sink, left_s = held.ticket.sink, held.wanted_by - self._now
+        if second in self._quiet or sink in self._quiet:
+            return second not in self._quiet
+        return self._behind(second, self._now) <= left_s < self._behind(sink, self._now)
 
     def _hush(self, sink: Identity, quiet: bool) -> list[PrefillCommand]:
         """Nobody waits for a sink that may be lost while a second one would take it; its KV is here.
@@ -824,6 +859,13 @@ class PrefillPolicy:
         if held.begun:
             self._ungranted += ((grant is Grant.ASKED) - (held.grant is Grant.ASKED)) * held.pages
         held.grant = grant
+        waiting = self._waits_since.setdefault(held.ticket.sink, {})
+        if grant is Grant.ASKED and not (held.batch or held.request is None or held.request.alone):
+            waiting[held.key] = self._now
+        else:
+            waiting.pop(held.key, None)
+            if not waiting:
+                del self._waits_since[held.ticket.sink]
 
     def _may_start(self, held: _Held) -> bool:
         pages = held.pages

@@ -428,7 +428,7 @@ class Router:
         request, prefix = call.request, need.prefix[: self._config.offer_pages]
         left = request.sampling.max_tokens - flight.base
         named = request.prefix_page_tokens
-        offer = Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix, named, batch)
+        offer = Offer(ticket, need.tokens, left, need.wait_s, request.hints, prefix, named, batch, flight.second)
         return ToOne(source.identity, offer)
 
     def _patience(self, flight: Flight) -> float:

@@ -370,6 +370,31 @@ def test_of_quiet_sinks_the_first_choice_is_asked_and_one_that_is_heard_is_again
     assert machine.on(PeerQuiet(D1), 0.2) == [WithdrawHandOff(KEY, "decode-1 is quiet")]
 
 
+def test_who_would_wait_too_long_for_its_sinks_is_refused():
+    machine = policy()
+    queued(machine, 1)
+    assert isinstance(machine.on(offer(2, wait_s=2.0), 1.9)[0].message, Accept)
+    refused = machine.on(offer(3, wait_s=2.0), 2.5)[0].message
+    assert refused == Reject(ticket(3), "decode-1 promised nothing for 2.50 s, wanted in 2.00 s", 2.5, 0.5)
+    assert isinstance(machine.on(offer(4, wait_s=3.0), 2.5)[0].message, Accept), "it may wait for longer"
+    for counter, second, sink, taken in ((5, D2, D1, True), (6, None, D2, True), (7, D1, D1, False)):
+        answer = machine.on(replace(offer(counter, sink=sink, wait_s=2.0), second=second), 2.5)[0].message
+        assert isinstance(answer, Accept) == taken
+    machine.on(Granted(KEY), 2.6)
+    assert isinstance(machine.on(offer(8, wait_s=2.0), 2.6)[0].message, Accept), "it promises again"
+
+
+@pytest.mark.parametrize(("now", "second", "asked"), [(1.0, D2, D1), (2.5, D2, D2), (2.5, None, D1)])
+def test_a_sink_that_would_make_it_late_is_passed_over_for_the_second_choice(now, second, asked):
+    machine = policy()
+    queued(machine, 1)  # since 0 s it waits for D1
+    machine.on(offer(2, wait_s=2.0), 0.9)
+    assert AskForSink(replace(ticket(2), sink=asked), ask(6), now + 100.0) in machine.on(
+        Prompt(ticket(2), ask(6), second), now
+    )
+    machine.check()
+
+
 @pytest.mark.parametrize(("other", "stays"), [(16, True), (24, False)])
 def test_a_loss_of_a_sink_leaves_nobody_in_the_way_of_one_whose_sink_holds_memory(other, stays):
     """With 8 pages: three of a prompt that would wait for memory again, beside four or six that somebody else needs."""

@@ -65,6 +65,11 @@ finished = partial(Finished, decoded=True)
 """As the decode worker says it."""
 
 
+def placed(key: Ticket, prompt: int, most: int, wait_s: float) -> Offer:
+    """The offer of a request; the other decode worker is the second choice."""
+    return Offer(key, prompt, most, wait_s, second=D2 if key.sink == D1 else D1)
+
+
 def prefilling(machine: Router, *, max_tokens: int = 8, now: float = 0.0) -> Ticket:
     """A request of 6 tokens at P1 with D1 as its sink and D2 as the second choice."""
     (offer,) = machine.on(Arrived(1, ask(max_tokens=max_tokens)), now)
@@ -89,7 +94,7 @@ def only_end(commands) -> End:
 
 def test_a_request_from_arrival_to_its_end():
     machine, request, key = router(), ask(), ticket(1)
-    assert machine.on(Arrived(1, request), 10.0) == [ToOne(P1, Offer(key, 6, 8, 30.0))]
+    assert machine.on(Arrived(1, request), 10.0) == [ToOne(P1, placed(key, 6, 8, 30.0))]
     assert machine.deadline() == 11.0
     prompt = Prompt(key, replace(request, timeout_s=99.5), D2)
     assert machine.on(Accept(key, cached_tokens=4), 10.5) == [ToOne(P1, prompt)]
@@ -109,7 +114,7 @@ def test_a_refusal_sends_the_offer_to_the_next_worker():
     machine = router()
     machine.on(Arrived(1, ask()), 0.0)
     again = ticket(1, attempt=2, source=P2)
-    assert machine.on(Reject(ticket(1), "busy", 3.0), 0.5) == [ToOne(P2, Offer(again, 6, 8, 29.5))]
+    assert machine.on(Reject(ticket(1), "busy", 3.0), 0.5) == [ToOne(P2, placed(again, 6, 8, 29.5))]
     assert machine.on(Reject(again, "busy too", 2.0), 0.5) == [], "it may be yes soon enough"
     assert machine.deadline() == 30.0
     end = End(1, Phase.REJECTED, "all 2 prefill workers refused; prefill-2: busy too", "RESOURCE_EXHAUSTED", 2.0)
@@ -137,11 +142,11 @@ def test_an_offer_that_is_not_answered_is_recalled_and_goes_to_the_next_worker()
     machine = router()
     machine.on(Arrived(1, ask()), 0.0)
     again = ticket(1, attempt=2, source=P2)
-    commands = [ToOne(P1, Cancel(ticket(1), "offer not answered")), ToOne(P2, Offer(again, 6, 8, 29.0))]
+    commands = [ToOne(P1, Cancel(ticket(1), "offer not answered")), ToOne(P2, placed(again, 6, 8, 29.0))]
     assert machine.on(None, 1.0) == commands
     assert machine.on(Accept(ticket(1)), 1.1) == []
     assert machine.ignored == 1
-    assert machine.on(None, 2.0)[1] == ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 28.0)), "busy, not lost"
+    assert machine.on(None, 2.0)[1] == ToOne(P1, placed(ticket(1, attempt=3, source=P1), 6, 8, 28.0)), "busy, not lost"
     now = 2.0
     while not (ends := [command for command in machine.on(None, now) if isinstance(command, End)]):
         now = machine.deadline() or 0.0
@@ -200,8 +205,8 @@ def test_a_request_that_fits_nowhere_is_the_callers_error(members, size, reason)
 def test_the_least_loaded_workers_are_chosen():
     machine = router()
     machine.on(Arrived(1, ask(20)), 0.0)
-    assert machine.on(Arrived(2, ask(6)), 0.0) == [ToOne(P2, Offer(ticket(2, source=P2, sink=D2), 6, 8, 30.0))]
-    assert machine.on(Arrived(3, ask(6)), 0.0) == [ToOne(P2, Offer(ticket(3, source=P2, sink=D2), 6, 8, 30.0))]
+    assert machine.on(Arrived(2, ask(6)), 0.0) == [ToOne(P2, placed(ticket(2, source=P2, sink=D2), 6, 8, 30.0))]
+    assert machine.on(Arrived(3, ask(6)), 0.0) == [ToOne(P2, placed(ticket(3, source=P2, sink=D2), 6, 8, 30.0))]
 
 
 def test_a_mixed_worker_hands_over_to_itself():
@@ -247,7 +252,7 @@ def test_a_request_that_takes_too_long_fails_with_what_it_has():
 def test_a_prefill_worker_that_is_lost_while_offered_costs_nothing():
     machine = router()
     machine.on(Arrived(1, ask()), 0.0)
-    assert machine.on(WorkerDown(P1), 0.5) == [ToOne(P2, Offer(ticket(1, attempt=2, source=P2), 6, 8, 29.5))]
+    assert machine.on(WorkerDown(P1), 0.5) == [ToOne(P2, placed(ticket(1, attempt=2, source=P2), 6, 8, 29.5))]
 
 
 @pytest.mark.parametrize("first_token", [False, True])
@@ -259,7 +264,7 @@ def test_a_prefill_worker_that_is_lost_before_the_hand_over_is_replaced(first_to
     commands = machine.on(WorkerDown(P1), 2.0)
     again = ticket(1, attempt=2, source=P2)
     recalled = [ToOne(who, Cancel(key, "prefill-1 was lost")) for who in (D1, D2)]
-    assert commands == [*recalled, ToOne(P2, Offer(again, 6 + first_token, 8 - first_token, 98.0))]
+    assert commands == [*recalled, ToOne(P2, placed(again, 6 + first_token, 8 - first_token, 98.0))]
     (prompt,) = machine.on(Accept(again), 2.0)
     assert prompt.message.request.prompt == (*range(6), *[100] * first_token)
     assert machine.on(Tokens(again, 0, (101,)), 3.0) == [Deliver(1, (101,), ())]
@@ -345,7 +350,7 @@ def test_who_is_to_blame_and_the_only_one_is_asked_again_a_little_later():
     assert not [command for command in commands if isinstance(command.message, Offer)], "not at once"
     assert machine.deadline() == 1.1
     assert machine.on(WorkerUp(UP[3]), 1.05) == [], "nor when anybody comes"
-    assert machine.on(None, 1.1) == [ToOne(P1, Offer(ticket(1, attempt=3, source=P1), 6, 8, 98.9))]
+    assert machine.on(None, 1.1) == [ToOne(P1, placed(ticket(1, attempt=3, source=P1), 6, 8, 98.9))]
 
 
 def put_off(machine: Router, key: Ticket, times: int) -> tuple[list[float], Ticket, float]:
@@ -579,7 +584,7 @@ def test_a_failed_attempt_is_tried_again(code):
     commands = machine.on(Failed(key, code, "oh"), 1.0)
     again = ticket(1, attempt=2, source=P2)
     assert commands[:-1] == [ToOne(who, Cancel(key, "oh")) for who in (P1, D1, D2)]
-    assert commands[-1] == ToOne(P2, Offer(again, 6, 8, 99.0))
+    assert commands[-1] == ToOne(P2, placed(again, 6, 8, 99.0))
 
 
 def test_a_failure_of_the_request_itself_is_not_tried_again():
@@ -642,7 +647,7 @@ def test_a_gap_in_the_tokens_loses_the_attempt_not_the_gateway():
     machine.on(Tokens(key, 0, (100,)), 0.0)
     commands = machine.on(Tokens(key, 5, (105,)), 1.0)
     assert [command.message for command in commands[:-1]] == [Cancel(key, "token 5 came after 1 tokens")] * 3
-    assert commands[-1] == ToOne(P1, Offer(ticket(1, attempt=2, source=P1), 7, 7, 99.0))
+    assert commands[-1] == ToOne(P1, placed(ticket(1, attempt=2, source=P1), 7, 7, 99.0))
 
 
 def test_an_end_that_counts_more_tokens_than_came_loses_the_attempt():

@@ -160,7 +160,7 @@ class LaneMeasured(_message.Message):
     def __init__(self, source: _Optional[str] = ..., transport: _Optional[str] = ..., gbytes_per_s: _Optional[float] = ..., latency_us: _Optional[float] = ...) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints", "prefix", "prefix_page_tokens", "batch")
+    __slots__ = ("ticket", "prompt_tokens", "max_tokens", "wait_s", "hints", "prefix", "prefix_page_tokens", "batch", "second")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -169,6 +169,7 @@ class Offer(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PAGE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
+    SECOND_FIELD_NUMBER: _ClassVar[int]
     ticket: Ticket
     prompt_tokens: int
     max_tokens: int
@@ -177,7 +178,8 @@ class Offer(_message.Message):
     prefix: _containers.RepeatedScalarFieldContainer[int]
     prefix_page_tokens: int
     batch: bool
-    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ..., batch: _Optional[bool] = ...) -> None: ...
+    second: str
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ..., prompt_tokens: _Optional[int] = ..., max_tokens: _Optional[int] = ..., wait_s: _Optional[float] = ..., hints: _Optional[_Union[_common_pb2.Hints, _Mapping]] = ..., prefix: _Optional[_Iterable[int]] = ..., prefix_page_tokens: _Optional[int] = ..., batch: _Optional[bool] = ..., second: _Optional[str] = ...) -> None: ...
 
 class Accept(_message.Message):
     __slots__ = ("ticket", "cached_tokens", "wait_s")
