@@ -186,7 +186,7 @@ class DecodePolicy:
         self._ledger = ledger
         self._config = config
         self._cost = cost
-        self._capacity = ledger.available
+        self._capacity = ledger.total
         self._forecasts = config.admission == "past_future"
         self.forecast = forecast or Forecast()
         self._batch = Batch(shape.page_tokens)

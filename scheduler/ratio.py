@@ -11,7 +11,8 @@ A period goes like this. If nobody waits, nobody was refused and loads are low, 
 was when no change helped, it is asked again only after twice as long as the last time. Otherwise these are simulated:
 the ratio that there is; ratios one, two, four and all flips away, because where a phase has far too little, one worker
 more changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
-gives nobody. One worker is flipped if that, or the way that begins with it, makes more requests good by `gain`. More
+gives nobody. One worker is flipped if that, or the way that begins with it, makes more requests good by `gain`. A way
+is gone on with at once: when its first flip has ended it is asked again from there, without waiting for a period. More
 workers are asked for only if too few are good with the best ratio of those that there are; goals that idle workers
 cannot meet ask for none, because no number of workers meets them. A worker is given up only if the rest would serve
 `spare` times the traffic as well (a check of consolidation), `patience` times in a row.
@@ -126,6 +127,12 @@ class _Post:
     load: float = 0.0
     waiting: int = 0
     oldest_s: float = 0.0
+    told: bool = False
+    """It said something since it has its role."""
+
+    def become(self, role: Role) -> None:
+        """It has another role, and nothing to do there yet."""
+        self.role, self.load, self.waiting, self.oldest_s, self.told = role, 0.0, 0, 0.0, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +215,7 @@ class RatioController:
                 if post is None:
                     self.ignored += 1
                 else:
-                    post.load, post.waiting, post.oldest_s = load, waiting, oldest_s
+                    post.load, post.waiting, post.oldest_s, post.told = load, waiting, oldest_s, True
             case Offered():
                 counts = (event.requests, event.new_tokens, event.cached_tokens, event.output_tokens, event.refused)
                 if not 0 < event.seconds < math.inf or min(counts) < 0:
@@ -222,9 +229,9 @@ class RatioController:
                 if post is None:
                     self._posts[worker] = _Post(worker, role, flips)
                 else:
+                    post.flips = flips
                     if post.role is not role:
-                        post.load, post.waiting, post.oldest_s = 0.0, 0, 0.0
-                    post.role, post.flips = role, flips
+                        post.become(role)
             case Gone(worker):
                 self.ignored += self._posts.pop(worker, None) is None
             case Bounded(bounds):
@@ -238,7 +245,9 @@ class RatioController:
             case Simulated():
                 return self._simulated(event, now)
             case Changed(number, done, _):
-                self._changed(number, done, now)
+                way = self._changed(number, done, now)
+                if way and self._due is not None:
+                    return self._period(now)
         if self._due is None:
             self._due = now + self._config.period_s
         return []
@@ -570,20 +579,23 @@ class RatioController:
         self._change = (number, chosen)
         return said
 
-    def _changed(self, number: int, done: bool, now: float) -> None:
+    def _changed(self, number: int, done: bool, now: float) -> bool:
+        """A change has ended; whether it was a flip with which a way of several began."""
         if self._change is None or self._change[0] != number:
             self.ignored += 1
-            return
+            return False
         _, chosen = self._change
         self._change, self._ended_at = None, now
         post = self._posts.get(chosen.worker) if chosen.worker is not None else None
         if not done or post is None:
-            return
+            return False
         if chosen.act.flips:
-            post.role = Role.PREFILL if chosen.act is Act.TO_PREFILL else Role.DECODE
-            post.load, post.waiting, post.oldest_s = 0.0, 0, 0.0
+            post.become(Role.PREFILL if chosen.act is Act.TO_PREFILL else Role.DECODE)
         elif chosen.act.removes:
             del self._posts[post.identity]
+        if chosen.steps > 1:
+            self._ended_at = -math.inf
+        return chosen.steps > 1
 
     @staticmethod
     def _unasked(
@@ -598,7 +610,9 @@ def _oldest(inputs: Inputs) -> float:
 
 
 def _mean(posts: list[_Post]) -> float:
-    return math.fsum(post.load for post in posts) / len(posts) if posts else 0.0
+    """Load of those that said something: who has just changed its role is not idle for long."""
+    loads = [post.load for post in posts if post.told]
+    return math.fsum(loads) / len(loads) if loads else 0.0
 
 
 def _traffic(inputs: Inputs) -> _Traffic:

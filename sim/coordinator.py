@@ -262,7 +262,7 @@ class Coordinator(Process):
         number, worker, role = what
         if not worker.alive:
             self._ended(Changed(number, False, "was lost"))
-        elif not worker.empty:
+        elif not (worker.empty if role is None else worker.may_become(role)):
             self.loop.at(self.loop.now + self._control.look_s, Kind.FAULT, ORDER, self._look, what)
         elif role is None:
             self._simulation.end(worker)
@@ -274,7 +274,7 @@ class Coordinator(Process):
         number, worker, role = what
         if not worker.alive:
             self._ended(Changed(number, False, "was lost"))
-        elif not worker.empty:
+        elif not worker.may_become(role):
             self._look(what)
         else:
             self._simulation.become(worker, role)

@@ -29,6 +29,7 @@ from core.worker import Identity, Member, Role
 from scheduler import decode_events as decoding
 from scheduler import router_events as routing
 from scheduler.policies import Policy
+from scheduler.prefill_events import State
 from scheduler.router import Router
 from sim.fleet import Build
 from sim.loop import Loop, Process, Seat
@@ -78,6 +79,8 @@ class Worker(Process):
         self.prefill: PrefillShell | None = None
         self.decode: DecodeShell | None = None
         self.mixed: MixedShell | None = None
+        self.leaving: PrefillShell | None = None
+        """Of one that decodes now: others have yet to take what it prefilled."""
         self._source, self._sink = Source(build.shape, self.ledger), Sink(build.shape, self.ledger)
         handoff = HandOffShell(self, self._source, self._sink, build.shape)
         self.handoff = handoff
@@ -141,8 +144,9 @@ class Worker(Process):
     @property
     def prefill_seat(self) -> Seat:
         """Of the prefill policy."""
-        assert self.prefill is not None
-        return self.prefill.seat
+        shell = self.prefill or self.leaving
+        assert shell is not None
+        return shell.seat
 
     @property
     def decode_seat(self) -> Seat:
@@ -164,6 +168,8 @@ class Worker(Process):
     def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""
         seat = self._takers.get(type(message))
+        if isinstance(message, Cancel) and self.leaving is not None and message.ticket.source == self.me:
+            seat = self.leaving.seat
         if isinstance(message, Release):
             seat = self.source_seat if message.ticket.source == self.me else self.sink_seat
         if seat is not None:
@@ -198,7 +204,7 @@ class Worker(Process):
     @property
     def empty(self) -> bool:
         """It has nothing of any request."""
-        shells = [shell for shell in (self.prefill, self.decode) if shell is not None]
+        shells = [shell for shell in (self.prefill, self.decode, self.leaving) if shell is not None]
         return not (
             any(any(shell.policy.queue().values()) for shell in shells)
             or len(self._source)
@@ -206,15 +212,22 @@ class Worker(Process):
             or self.ledger.pinned
         )
 
+    def may_become(self, role: Role) -> bool:
+        """It has nothing left to do that the other role does not: pages may still be pulled from one that decodes."""
+        if role is Role.DECODE and self.prefill is not None and self.leaving is None and not self.ledger.pinned:
+            return all(state is State.HANDING_OFF for state, count in self.prefill.policy.queue().items() if count)
+        return self.empty
+
     def become(self, role: Role) -> None:
-        """Take the other role, once it is empty: same process, same memory, and so the same cached prefixes."""
-        if not (self.draining and self.empty):
+        """Take the other role, as soon as it may: same process, same memory, and so the same cached prefixes."""
+        if not (self.draining and self.may_become(role)):
             raise LocalError(f"{self.me.name}: got a change of role to {role}, want a drained worker")
         self._over = self.orders()
-        for shell in (self.prefill, self.decode):
-            if shell is not None:
+        left = None if self.empty else self.prefill
+        for shell in (self.prefill, self.decode, self.leaving):
+            if shell is not None and shell is not left:
                 self.unseat(shell.seat)
-        self.prefill = self.decode = None
+        self.leaving, self.prefill, self.decode = left, None, None
         self.role, self.draining = role, False
         self._begin()
 
