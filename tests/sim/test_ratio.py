@@ -267,3 +267,50 @@ def test_another_process_with_another_hash_seed_decides_the_same():
         [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == story()
+
+
+def test_full_decode_workers_refuse_instead_of_making_everybody_late():
+    """Twice of what they can take: before, four of five came late."""
+    arrivals = steady(16.0, 100.0, 400, 600)
+    outcomes: list[Outcome] = []
+    builds = workers("2 prefill, 2 decode", COST, kv=60_000)
+    simulate(arrivals, builds, small(rows=128), SETTINGS, over=outcomes.append)
+    after = [each for each in outcomes if each.at_s >= 50.0]
+    assert sum(each.good for each in after) > 0.4 * len(after)
+    assert all(each.phase in (Phase.DONE, Phase.REJECTED) for each in outcomes)
+    firsts = [each.ttft_s for each in outcomes if each.ttft_s is not None]
+    assert sum(first_s > 2.0 for first_s in firsts) < 0.15 * len(firsts), "in line when the workers became full"
+
+
+def test_a_worker_decodes_while_others_have_yet_to_pull_what_it_prefilled():
+    """The decode worker is full: what the one that flips has prefilled waits there for half a minute."""
+    arrivals = [*steady(8.0, 5.5, 400, 600), Arrival(60.0, 400, 8)]
+    policy = small(rows=128)
+    seen: list[tuple[float, int]] = []
+
+    class Watched(Coordinator):
+        def up(self, worker):
+            super().up(worker)
+            if worker.leaving is not None:
+                seen.append((self.loop.now, sum(worker.leaving.policy.queue().values())))
+
+    outcomes: list[Outcome] = []
+    found: list[Simulation] = []
+
+    def watch(simulation: Simulation) -> None:
+        found.append(simulation)
+        assert isinstance(simulation.coordinator, Coordinator)
+        simulation.loop.at(8.0, Kind.FAULT, 0, simulation.coordinator.tell, Pinned(Ratio(1, 2)))
+
+    settings = replace(SETTINGS, slo=Slo(60.0, 0.05))
+    simulate(
+        arrivals, workers("2 prefill, 1 decode", COST, kv=30_000), policy, settings,
+        control=lambda simulation: Watched(simulation, SMALL), over=outcomes.append, watch=watch,
+    )  # fmt: skip
+    (simulation,) = found
+    ((at_s, waiting),) = seen
+    assert at_s < 15.0
+    assert waiting > 0
+    assert ratio(simulation) == Ratio(1, 2)
+    assert all((each.phase, each.tokens, each.attempts) == (Phase.DONE, each.output, 1) for each in outcomes)
+    empty(simulation)
