@@ -1,10 +1,11 @@
 """The coordinator of a simulated deployment: both controllers as they are, and what their commands take here.
 
 Every `report_s` it tells the controller what came and how workers do, as gateways and workers would. A question is
-answered by `sim/whatif.py` `think_s` later; asking takes no time of any worker. A flip takes what it takes until
-the worker has nothing left (its rows move, where the policy lets them, or end), and then `flip_s`; nobody's request is
-lost by it. The worker keeps its memory, so what it computed is still there for who asks for it in the new role.
-A new worker loads for `Settings.load_s`; one that is given up ends like one that flips.
+answered by `sim/whatif.py` `think_s` later; asking takes no time of any worker. A flip takes what it takes until the
+worker has nothing left (its rows move, where the policy lets them, or end; from one that is to decode others may yet
+pull what it prefilled), and then `flip_s`; nobody's request is lost by it. The worker keeps its memory, so what it
+computed is still there for who asks for it in the new role. A new worker loads for `Settings.load_s`; one that is
+given up ends like one that flips.
 """
 
 from __future__ import annotations
