@@ -508,7 +508,7 @@ class PrefillPolicy:
         if behind_s > wanted_s:
             who = " and ".join([sink.name for sink in sinks])
             why = f"{who} promised nothing for {behind_s:.2f} s, wanted in {wanted_s:.2f} s"
-            return Reject(ticket, why, behind_s, behind_s - wanted_s)
+            return Reject(ticket, why, wait_s, behind_s - wanted_s)  # one that was begun asks again: they may promise
         return None
 
     def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
