@@ -25,7 +25,7 @@ from core.request import Stage
 from core.worker import Identity, Lane, Use
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone, Withdrawn
-from scheduler.prefill_policy import FetchOver, Granted, HandOffOver
+from scheduler.prefill_events import FetchOver, Granted, HandOffOver
 from transfer import sink as taking
 from transfer import source as giving
 from transfer.thread import TransferThread

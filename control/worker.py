@@ -31,7 +31,7 @@ from runtime.inspection import Inspection
 from runtime.jobs import JobThread
 from runtime.metrics import RATIOS, Gauges, Metrics
 from runtime.registry import Registry
-from scheduler import decode_policy, policies, prefill_policy
+from scheduler import decode_events, policies, prefill_events
 from scheduler.cost import QUANTILES, CostModel, Repriced
 from scheduler.decode_migrating import MigratingPolicy
 from scheduler.drain import Begun, Drain, DrainCommand, Drained, Look, Looked
@@ -307,7 +307,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             return
         self._leaving = True
         self._changed()
-        self._driver.post("decode", decode_policy.Drain())
+        self._driver.post("decode", decode_events.Drain())
         given = policy.moves.given
         drained = self._loop.create_future()
 
@@ -459,15 +459,15 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _gateway_came(self, gateway: Identity) -> None:
         if self._decode is not None:
-            self._driver.post("decode", decode_policy.GatewayCame(gateway))
+            self._driver.post("decode", decode_events.GatewayCame(gateway))
 
     def _gateway_lost(self, gateway: Identity) -> None:
         if self._mixed is not None:
-            self._driver.post("mixed", prefill_policy.GatewayGone(gateway))
+            self._driver.post("mixed", prefill_events.GatewayGone(gateway))
         if self._prefill is not None:
-            self._driver.post("prefill", prefill_policy.GatewayGone(gateway))
+            self._driver.post("prefill", prefill_events.GatewayGone(gateway))
         if self._decode is not None:
-            self._driver.post("decode", decode_policy.GatewayGone(gateway))
+            self._driver.post("decode", decode_events.GatewayGone(gateway))
 
     # Peers.
     def _send_peer(self, peer: Identity, message: ToPeer) -> bool:
@@ -537,7 +537,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
 
     def _peer_hushed(self, peer: Identity, quiet: bool) -> None:
         if self._prefill is not None:
-            self._driver.post("prefill", prefill_policy.PeerQuiet(peer, quiet))
+            self._driver.post("prefill", prefill_events.PeerQuiet(peer, quiet))
 
     # Transfer thread.
     def _post_threadsafe(self, event: lanes.Event) -> None:

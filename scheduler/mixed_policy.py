@@ -51,7 +51,6 @@ from scheduler.mixed_events import (
     Began,
     Begin,
     Cut,
-    Ended,
     EndSequence,
     GatewayGone,
     Grow,
@@ -69,30 +68,6 @@ from scheduler.mixed_events import (
 )
 from scheduler.mixed_wait import Waits
 from scheduler.refusals import Refusals
-
-__all__ = [
-    "Answer",
-    "Began",
-    "Begin",
-    "Cut",
-    "EndSequence",
-    "Ended",
-    "GatewayGone",
-    "Grow",
-    "Invite",
-    "Join",
-    "MixedCommand",
-    "MixedConfig",
-    "MixedEvent",
-    "MixedPolicy",
-    "Span",
-    "State",
-    "Step",
-    "StepFailed",
-    "Stepped",
-    "Suspend",
-    "continuation",
-]
 
 _FURTHEST = list(State)
 

@@ -42,10 +42,8 @@ from scheduler.prefill_events import (
     Begin,
     ChunkDone,
     ChunkFailed,
-    DropFetch,
     EndSequence,
     FetchOver,
-    FetchPages,
     GatewayGone,
     Grant,
     Granted,
@@ -66,39 +64,6 @@ from scheduler.prefill_events import (
 from scheduler.prefill_fetches import Fetches
 from scheduler.prefill_keeps import Keeps
 from scheduler.refusals import Refusals
-
-__all__ = [
-    "Answer",
-    "AskForSink",
-    "Began",
-    "Begin",
-    "ChunkDone",
-    "ChunkFailed",
-    "DropFetch",
-    "EndSequence",
-    "FetchOver",
-    "FetchPages",
-    "GatewayGone",
-    "Grant",
-    "Granted",
-    "HandOffOver",
-    "Invite",
-    "PeerQuiet",
-    "PrefillCommand",
-    "PrefillConfig",
-    "PrefillEvent",
-    "PrefillPolicy",
-    "Resume",
-    "RunChunk",
-    "SealPages",
-    "Span",
-    "State",
-    "Suspend",
-    "Suspended",
-    "WithdrawHandOff",
-    "holder",
-]
-
 
 _COMES = Prompt, FetchOver
 """Somebody may be in line after these who was not before."""
@@ -268,7 +233,7 @@ class PrefillPolicy:
         self._refusals = Refusals()
         self._now = 0.0
         """Of the event."""
-        self._quiet: set[Identity] = set()
+        self._quiet: dict[Identity, None] = {}
         """Decode workers that nothing comes from."""
         self._eased = False
         """There is less to do, or more memory, than when a request was refused."""
@@ -828,9 +793,9 @@ class PrefillPolicy:
         Nor where this is the second one: the gateway, which may know another, thinks that it is at the first.
         """
         if not quiet:
-            self._quiet.discard(sink)
+            self._quiet.pop(sink, None)
             return []
-        self._quiet.add(sink)
+        self._quiet[sink] = None
         return [
             WithdrawHandOff(held.key, f"{sink.name} is quiet")
             for held in self._requests.values()

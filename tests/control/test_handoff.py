@@ -23,7 +23,7 @@ from core.messages import (
 from core.worker import Lane, Use
 from runtime.driver import Driver
 from scheduler.decode_events import Asked, KvArrived, MoveAsked, MoveEnded, PeerCame, PeerGone
-from scheduler.prefill_policy import FetchOver
+from scheduler.prefill_events import FetchOver
 from tests.cast import D1, D2, P1, ask, ticket
 from tests.decode.test_shell import Scripted
 from transfer import sink as taking

@@ -18,17 +18,8 @@ from core.messages import Accept, First, Grant, Prompt, Taken, Tokens
 from core.pages import Pages
 from runtime.driver import Driver
 from runtime.recorder import Recorder, head
-from scheduler.prefill_policy import (
-    AskForSink,
-    Began,
-    ChunkDone,
-    Granted,
-    HandOffOver,
-    PrefillConfig,
-    PrefillPolicy,
-    RunChunk,
-    SealPages,
-)
+from scheduler.prefill_events import AskForSink, Began, ChunkDone, Granted, HandOffOver, RunChunk, SealPages
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, WorkerUp
 from sim import recordings, traces

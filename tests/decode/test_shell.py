@@ -22,10 +22,12 @@ from engine.api import Row, Sampled
 from runtime.driver import Driver
 from runtime.jobs import JobThread
 from scheduler.decode_events import (
+    Asked,
     Cut,
     Grow,
     HandOver,
     Join,
+    KvArrived,
     Leave,
     OfferRow,
     Run,
@@ -38,7 +40,7 @@ from scheduler.decode_events import (
     TellPeer,
     WithdrawRow,
 )
-from scheduler.decode_policy import Asked, DecodeConfig, DecodePolicy, KvArrived
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.forecast import Forecast, ForecastConfig
 from tests.cast import D1, D2, SHAPE, ask, ticket
 from tests.runtime.test_shells import Silent

@@ -18,7 +18,8 @@ from runtime.driver import Driver
 from runtime.recorder import Ended, Head, Machines, Recorded, Recorder, Took, head, read
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.liveness import Connected, Disconnected, Liveness
-from scheduler.prefill_policy import ChunkDone, PrefillConfig, PrefillPolicy
+from scheduler.prefill_events import ChunkDone
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from tests.cast import D1, P1, P2, SHAPE
 from tests.runtime.test_driver import Echo, nothing
 

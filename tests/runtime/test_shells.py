@@ -13,7 +13,8 @@ from engine.api import Row, Sampled
 from prefill.shell import PrefillShell
 from runtime.driver import Driver
 from runtime.jobs import JobThread
-from scheduler.decode_policy import Asked, DecodeConfig, DecodePolicy, KvArrived
+from scheduler.decode_events import Asked, KvArrived
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from tests.cast import D1, P1, SHAPE, ask, ticket
 

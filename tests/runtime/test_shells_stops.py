@@ -22,8 +22,8 @@ from engine.paced import LAYERS, PacedEngine
 from prefill.shell import PrefillShell
 from runtime.driver import Driver
 from runtime.jobs import JobThread
-from scheduler.prefill_events import ChunkDone, Resume, RunChunk, Span, Suspend, Suspended
-from scheduler.prefill_policy import GatewayGone, PrefillConfig, PrefillPolicy
+from scheduler.prefill_events import ChunkDone, GatewayGone, Resume, RunChunk, Span, Suspend, Suspended
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from tests.cast import GATEWAY, P1, ticket
 from tests.checkpoints import make_llama
 from tests.decode.test_shell import Scripted

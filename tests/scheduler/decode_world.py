@@ -17,13 +17,10 @@ from core.request import Hints, Request, Slo, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.cost import CostModel, Lane
-from scheduler.decode_policy import (
-    TURN_STEPS,
+from scheduler.decode_events import (
     Answer,
     Asked,
     Cut,
-    DecodeConfig,
-    DecodePolicy,
     DropHandOff,
     Ended,
     Evict,
@@ -33,7 +30,6 @@ from scheduler.decode_policy import (
     Ran,
     Run,
     RunFailed,
-    State,
     SwapIn,
     SwapOut,
     SwappedIn,
@@ -41,6 +37,8 @@ from scheduler.decode_policy import (
     Tell,
     Withdrawn,
 )
+from scheduler.decode_policy import TURN_STEPS, DecodeConfig, DecodePolicy
+from scheduler.decode_rows import State
 from scheduler.forecast import Forecast, ForecastConfig
 from tests.cast import D1, GATEWAY, SHAPE, ticket
 

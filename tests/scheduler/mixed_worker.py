@@ -11,19 +11,9 @@ from dataclasses import dataclass, field
 from core.messages import First
 from core.request import Request, Ticket
 from core.sampling import Sampling
-from scheduler.mixed_policy import (
-    Began,
-    Begin,
-    Cut,
-    Ended,
-    EndSequence,
-    MixedCommand,
-    Step,
-    StepFailed,
-    Stepped,
-    Suspend,
-    continuation,
-)
+from scheduler.decode_events import Ended
+from scheduler.mixed_events import Begin, Cut, MixedCommand, Step, StepFailed, Stepped, Suspend, continuation
+from scheduler.prefill_events import Began, EndSequence
 from tests.cast import SHAPE
 
 SIZE = SHAPE.page_tokens

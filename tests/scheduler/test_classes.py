@@ -12,31 +12,12 @@ from core.pages import Owner, Pages
 from core.request import Hints, Request, Slo, Ticket
 from core.worker import Identity, Role
 from scheduler.cost import CostModel
-from scheduler.decode_policy import Answer as Promise
-from scheduler.decode_policy import (
-    Asked,
-    Cut,
-    DecodeConfig,
-    DecodePolicy,
-    Evict,
-    KvArrived,
-    Ran,
-    Run,
-    Tell,
-)
-from scheduler.decode_policy import State as Waits
-from scheduler.prefill_policy import (
-    Answer,
-    AskForSink,
-    Began,
-    ChunkDone,
-    Granted,
-    PrefillConfig,
-    PrefillPolicy,
-    RunChunk,
-    Span,
-    State,
-)
+from scheduler.decode_events import Answer as Promise
+from scheduler.decode_events import Asked, Cut, Evict, KvArrived, Ran, Run, Tell
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.decode_rows import State as Waits
+from scheduler.prefill_events import Answer, AskForSink, Began, ChunkDone, Granted, RunChunk, Span, State
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, ClientGone, End, ToOne, WorkerDown, WorkerUp
 from tests.cast import D1, GATEWAY, P1, P2, SHAPE, ask, ticket, worker

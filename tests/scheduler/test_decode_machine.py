@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from core.messages import Cancel
 from scheduler.cost import Repriced
-from scheduler.decode_policy import DecodeConfig, GatewayGone
+from scheduler.decode_events import GatewayGone
+from scheduler.decode_policy import DecodeConfig
 from tests.cast import GATEWAY, OTHER_GATEWAY, efforts
 from tests.scheduler.decode_world import COST, Play, Visit, World
 

@@ -12,13 +12,11 @@ from core.pages import Owner, Pages
 from core.request import Stage
 from core.sampling import Sampling
 from core.worker import Identity
-from scheduler.decode_policy import (
+from scheduler.decode_events import (
     Answer,
     Asked,
     Cut,
     DecodeCommand,
-    DecodeConfig,
-    DecodePolicy,
     Drain,
     DropHandOff,
     Ended,
@@ -31,13 +29,14 @@ from scheduler.decode_policy import (
     Leave,
     Ran,
     Run,
-    State,
     SwapIn,
     SwappedIn,
     SwappedOut,
     Tell,
     Withdrawn,
 )
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
+from scheduler.decode_rows import State
 from tests.cast import D1, GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask, ticket
 
 KEY = ticket(1).key

@@ -30,20 +30,11 @@ from core.pages import Owner, Pages
 from core.request import Request, Ticket
 from core.sampling import Sampling
 from scheduler.cost import CostModel
-from scheduler.mixed_policy import (
-    Answer,
-    Begin,
-    Ended,
-    EndSequence,
-    GatewayGone,
-    Invite,
-    MixedConfig,
-    MixedPolicy,
-    State,
-    Step,
-    Stepped,
-    Suspend,
-)
+from scheduler.decode_events import Ended
+from scheduler.mixed_batch import State
+from scheduler.mixed_events import Begin, MixedConfig, Step, Stepped, Suspend
+from scheduler.mixed_policy import MixedPolicy
+from scheduler.prefill_events import Answer, EndSequence, GatewayGone, Invite
 from tests.cast import GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask, efforts, ticket
 from tests.scheduler.mixed_worker import Worker, prefix_of, text
 

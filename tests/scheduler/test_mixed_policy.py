@@ -13,29 +13,24 @@ from core.request import Stage, Ticket
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.cost import CostModel, Repriced
+from scheduler.decode_events import Ended, Grow, Join
+from scheduler.mixed_batch import State
 from scheduler.mixed_chunk import Chunks
-from scheduler.mixed_events import PREFILL_FIRST, SARATHI, VLLM
-from scheduler.mixed_policy import (
-    Answer,
-    Began,
+from scheduler.mixed_events import (
+    PREFILL_FIRST,
+    SARATHI,
+    VLLM,
     Begin,
     Cut,
-    Ended,
-    EndSequence,
-    GatewayGone,
-    Grow,
-    Invite,
-    Join,
     MixedConfig,
-    MixedPolicy,
-    Span,
-    State,
     Step,
     StepFailed,
     Stepped,
     Suspend,
     continuation,
 )
+from scheduler.mixed_policy import MixedPolicy
+from scheduler.prefill_events import Answer, Began, EndSequence, GatewayGone, Invite, Span
 from tests.cast import D1, GATEWAY, MIXED, OTHER_GATEWAY, SHAPE, ask
 from tests.cast import ticket as any_ticket
 from tests.scheduler.mixed_worker import prefix_of

@@ -20,6 +20,7 @@ from core.request import Request
 from core.sampling import Sampling
 from core.state import load
 from core.worker import Identity, Role
+from scheduler import decode_events
 from scheduler import decode_policy as decode
 from scheduler import router_events as front
 from scheduler.decode_migrating import MigratingPolicy
@@ -46,13 +47,13 @@ class Worker(together.Worker):
     def policy(self) -> decode.DecodePolicy:
         return MigratingPolicy(self.me, self.shape, self.ledger, decode.DecodeConfig(max_rows=4, max_steps=6), EAGER)
 
-    def decodes(self, command: decode.DecodeCommand) -> None:
+    def decodes(self, command: decode_events.DecodeCommand) -> None:
         match command:
-            case decode.OfferRow(offer, deadline):
+            case decode_events.OfferRow(offer, deadline):
                 self.post("source", giving.AskToMove(offer, deadline))
-            case decode.SealRow(key, pages, tokens):
+            case decode_events.SealRow(key, pages, tokens):
                 self.post("source", giving.Sealed(key, pages, tokens))
-            case decode.HandOver(row, key, pages, tokens, stages):
+            case decode_events.HandOver(row, key, pages, tokens, stages):
 
                 def part() -> None:
                     sequence = self.sequences[row]
@@ -64,13 +65,13 @@ class Worker(together.Worker):
                     self.post("source", giving.Sealed(key, pages, tokens, (first,), Carried(said, stages)))
 
                 self.at_once(part)
-            case decode.WithdrawRow(key, reason):
+            case decode_events.WithdrawRow(key, reason):
                 self.post("source", giving.Withdraw(key, reason))
-            case decode.TellMoved(message):
+            case decode_events.TellMoved(message):
                 self.world.tally["moved"] += 1
                 self.world.tally["again"] += message.moves > 1
                 self.world.send(self.me, message.ticket.minter, message)
-            case decode.TellPeer(peer, message):
+            case decode_events.TellPeer(peer, message):
                 self.world.send(self.me, peer, message)
             case _:
                 super().decodes(command)
@@ -82,11 +83,11 @@ class Worker(together.Worker):
                 if not self.world.send(self.me, offer.ticket.sink, offer):
                     self.post("source", Refuse(offer.ticket, "no lane"))
             case giving.MoveAsked(key):
-                self.post("decode", decode.MoveAsked(key))
+                self.post("decode", decode_events.MoveAsked(key))
             case giving.MoveEnded(key, taken, sure, reason):
                 self.world.tally["stayed"] += not taken and sure
                 self.world.tally["in doubt"] += not sure
-                self.post("decode", decode.MoveEnded(key, taken, sure, reason))
+                self.post("decode", decode_events.MoveEnded(key, taken, sure, reason))
             case _:
                 super().give(command)
 
@@ -95,9 +96,9 @@ class Worker(together.Worker):
             case taking.AskForMore(message):
                 self.world.send(self.me, message.ticket.source, message)
             case taking.AskPolicy(ticket, request, offer):
-                self.post("decode", decode.Asked(ticket, request, offer))
+                self.post("decode", decode_events.Asked(ticket, request, offer))
             case taking.Arrived(ticket, request, firsts, _, carried):
-                self.post("decode", decode.KvArrived(ticket, request, firsts, (), carried))
+                self.post("decode", decode_events.KvArrived(ticket, request, firsts, (), carried))
             case _:
                 super().take(command)
 
@@ -115,17 +116,17 @@ class Worker(together.Worker):
     def up(self, peer: Identity) -> None:
         super().up(peer)
         if self.role.decodes and self.world.processes[peer].me.name.startswith("d"):
-            self.post("decode", decode.PeerCame(peer))
+            self.post("decode", decode_events.PeerCame(peer))
 
     def down(self, peer: Identity) -> None:
         super().down(peer)
         if self.role.decodes and isinstance(self.world.processes[peer], Worker):
-            self.post("decode", decode.PeerGone(peer))
+            self.post("decode", decode_events.PeerGone(peer))
 
     def retire(self) -> None:
         if self.alive:
             self.leaving = True
-            self.post("decode", decode.Drain())
+            self.post("decode", decode_events.Drain())
             for other in self.world.processes.values():
                 if isinstance(other, together.Gateway) and self.world.link(self.me, other.me).up:
                     other.up(self.me)

@@ -9,7 +9,8 @@ import pytest
 from core.messages import Cancel, First
 from core.pages import Owner, Pages
 from core.request import Hints
-from scheduler.decode_policy import Answer, Asked, Cut, DecodeConfig, DecodePolicy, Ended, KvArrived, Leave, Ran, Run
+from scheduler.decode_events import Answer, Asked, Cut, Ended, KvArrived, Leave, Ran, Run
+from scheduler.decode_policy import DecodeConfig, DecodePolicy
 from scheduler.pins import PinConfig, Pins
 from tests.cast import D1, SHAPE, ask, ticket
 

@@ -16,16 +16,8 @@ from core.worker import Identity, ProcessEnded, Role
 from scheduler.decode_events import Asked, KvArrived, Leave, Ran, Run, RunFailed
 from scheduler.decode_policy import TURN_STEPS, DecodeConfig, DecodePolicy
 from scheduler.poison import KEPT, Loss, Poison, Presence, Suspicion, crashes, suspicion
-from scheduler.prefill_policy import (
-    Began,
-    ChunkDone,
-    Granted,
-    HandOffOver,
-    PrefillConfig,
-    PrefillPolicy,
-    RunChunk,
-    State,
-)
+from scheduler.prefill_events import Began, ChunkDone, Granted, HandOffOver, RunChunk, State
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, Deliver, End, ToOne, WorkerDown, WorkerUp
 from tests.cast import D1, D2, GATEWAY, P1, P2, SHAPE, ask, ticket, worker

@@ -19,8 +19,7 @@ from core.pages import Owner, Pages
 from core.request import Stage, Ticket
 from core.worker import Identity, Lane
 from scheduler.cost import Repriced
-from scheduler.prefill_fetches import Fetches
-from scheduler.prefill_policy import (
+from scheduler.prefill_events import (
     Answer,
     AskForSink,
     Began,
@@ -32,14 +31,14 @@ from scheduler.prefill_policy import (
     FetchPages,
     GatewayGone,
     HandOffOver,
-    PrefillConfig,
-    PrefillPolicy,
     RunChunk,
     SealPages,
     Span,
     State,
     Suspend,
 )
+from scheduler.prefill_fetches import Fetches
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from tests.cast import D1, D2, P1, P2, SHAPE, ask, efforts, ticket
 from tests.scheduler.orders import ORDERS, SLOW
 from tests.scheduler.test_prefill_policy import Job, PrefillWorker

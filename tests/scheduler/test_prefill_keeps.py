@@ -16,8 +16,7 @@ from hypothesis.stateful import invariant, rule, run_state_machine_as_test
 from core.messages import Failed, First, Offer, Prompt
 from core.pages import Pages
 from core.request import Hints
-from scheduler.prefill_keeps import Keeps, KeepsConfig
-from scheduler.prefill_policy import (
+from scheduler.prefill_events import (
     Answer,
     AskForSink,
     Began,
@@ -25,11 +24,11 @@ from scheduler.prefill_policy import (
     ChunkDone,
     Granted,
     HandOffOver,
-    PrefillConfig,
-    PrefillPolicy,
     RunChunk,
     SealPages,
 )
+from scheduler.prefill_keeps import Keeps, KeepsConfig
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.programs import ProgramsConfig
 from tests.cast import P1, SHAPE, ask, efforts, ticket
 from tests.scheduler.orders import ORDERS, SLOW

@@ -19,7 +19,7 @@ from core.worker import Identity
 from scheduler.cost import Repriced
 from scheduler.dual_queue import DualQueue, DualQueueSettings
 from scheduler.fcfs import Fcfs
-from scheduler.prefill_policy import (
+from scheduler.prefill_events import (
     Answer,
     AskForSink,
     Began,
@@ -32,8 +32,6 @@ from scheduler.prefill_policy import (
     HandOffOver,
     Invite,
     PeerQuiet,
-    PrefillConfig,
-    PrefillPolicy,
     Resume,
     RunChunk,
     SealPages,
@@ -42,8 +40,8 @@ from scheduler.prefill_policy import (
     Suspend,
     Suspended,
     WithdrawHandOff,
-    holder,
 )
+from scheduler.prefill_policy import PrefillConfig, PrefillPolicy, holder
 from scheduler.shortest import Shortest
 from tests.cast import D1, D2, GATEWAY, MIXED, OTHER_GATEWAY, P1, P2, SHAPE, ask, efforts, ticket
 from tests.scheduler.orders import COST, ORDERS, SLOW

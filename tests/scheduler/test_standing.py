@@ -12,7 +12,7 @@ from core.request import Stage
 from core.state import dump
 from core.worker import Role
 from scheduler.decode_events import Asked
-from scheduler.prefill_policy import Began, ChunkDone, Granted
+from scheduler.prefill_events import Began, ChunkDone, Granted
 from scheduler.router_events import Arrived, End, WorkerDown, WorkerUp
 from tests.cast import D1, P1, P2, SHAPE, ask, efforts, ticket, worker
 from tests.scheduler.test_decode_machine import RULES, DecodeWorker

@@ -39,6 +39,7 @@ from core.prefix import page_hashes
 from core.request import Hints, Phase, Request, Slo, Ticket
 from core.sampling import Logprobs, Sampling
 from core.worker import Identity, Lane, Role
+from scheduler import decode_events, prefill_events
 from scheduler import decode_policy as decode
 from scheduler import prefill_policy as prefill
 from scheduler import router_events as front
@@ -336,30 +337,30 @@ class Worker(Process):
         self.sequences.pop(name, None)
 
     # The prefill shell.
-    def prefills(self, command: prefill.PrefillCommand) -> None:
+    def prefills(self, command: prefill_events.PrefillCommand) -> None:
         match command:
-            case prefill.Answer(message):
+            case prefill_events.Answer(message):
                 self.world.send(self.me, message.ticket.minter, message)
-            case prefill.Invite(gateway, message):
+            case prefill_events.Invite(gateway, message):
                 self.world.send(self.me, gateway, message)
-            case prefill.Begin(ticket, request, pages):
+            case prefill_events.Begin(ticket, request, pages):
                 self.at_once(lambda: self.open(prefill.holder(ticket.key), ticket, request.prompt, pages, request))
-            case prefill.RunChunk():
+            case prefill_events.RunChunk():
                 self.do(lambda: self.later(self.world.dice.uniform(0.005, 0.02), lambda: self.chunk(command)))
-            case prefill.EndSequence(key):
+            case prefill_events.EndSequence(key):
                 self.at_once(lambda: self.close(prefill.holder(key)))
-            case prefill.AskForSink(ticket, request, deadline):
+            case prefill_events.AskForSink(ticket, request, deadline):
                 self.post("source", giving.AskSink(ticket, request, deadline))
-            case prefill.SealPages(key, pages, tokens, firsts):
+            case prefill_events.SealPages(key, pages, tokens, firsts):
                 self.post("source", giving.Sealed(key, pages, tokens, firsts))
-            case prefill.WithdrawHandOff(key, reason):
+            case prefill_events.WithdrawHandOff(key, reason):
                 self.post("source", giving.Withdraw(key, reason))
-            case prefill.FetchPages(ticket, prefix, deadline):
+            case prefill_events.FetchPages(ticket, prefix, deadline):
                 self.post("sink", taking.AskSource(ticket, prefix, deadline))
-            case prefill.DropFetch(key, reason):
+            case prefill_events.DropFetch(key, reason):
                 self.post("sink", taking.Drop(key, reason))
 
-    def chunk(self, command: prefill.RunChunk) -> None:
+    def chunk(self, command: prefill_events.RunChunk) -> None:
         firsts = []
         for span in command.spans:
             sequence = self.sequences[prefill.holder(span.key)]
@@ -369,7 +370,7 @@ class Worker(Process):
                 for branch in range(sequence.sampling.n):
                     alone = replace(sequence, tokens=list(sequence.tokens), sampling=sequence.sampling.branch(branch))
                     token, finish = self.sample(alone)
-                    firsts.append(prefill.Began(span.key, First(token, mark(token), branch), finish))
+                    firsts.append(prefill_events.Began(span.key, First(token, mark(token), branch), finish))
                     said = () if finish == "stop" else (token,)
                     asked = sequence.sampling.prompt_logprobs is not None and branch == 0
                     told = likely(tuple(sequence.tokens)) if asked else ()
@@ -377,26 +378,26 @@ class Worker(Process):
                         first = Tokens(sequence.ticket, 0, said, tuple(map(mark, said)), branch, (), told)
                         self.world.send(self.me, sequence.ticket.minter, first)
         self.next_job()
-        self.post("prefill", prefill.ChunkDone(command.run_id, tuple(firsts)))
+        self.post("prefill", prefill_events.ChunkDone(command.run_id, tuple(firsts)))
 
     # The decode shell.
-    def decodes(self, command: decode.DecodeCommand) -> None:
+    def decodes(self, command: decode_events.DecodeCommand) -> None:
         match command:
-            case decode.Answer(key, granted, reason):
+            case decode_events.Answer(key, granted, reason):
                 self.post("sink", taking.Decided(key, granted, reason))
-            case decode.Run():
+            case decode_events.Run():
                 self.cut = False
                 self.do(lambda: self.start(command))
-            case decode.Cut():
+            case decode_events.Cut():
                 self.cut = True
-            case decode.Leave(key):
+            case decode_events.Leave(key):
                 self.at_once(lambda: self.close(key))
-            case decode.DropHandOff(key, reason):
+            case decode_events.DropHandOff(key, reason):
                 self.post("sink", taking.Drop(key, reason))
-            case decode.Tell(message):
+            case decode_events.Tell(message):
                 self.world.send(self.me, message.ticket.minter, message)
 
-    def start(self, command: decode.Run) -> None:
+    def start(self, command: decode_events.Run) -> None:
         for join in command.joining:
             said = join.carried.tokens if join.carried is not None else (join.first.token,)
             tokens = (*join.request.prompt, *said)
@@ -414,7 +415,7 @@ class Worker(Process):
             sequence.pages = sequence.pages[: grow.first] + grow.pages
         self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, 1))
 
-    def step(self, command: decode.Run, steps: int) -> None:
+    def step(self, command: decode_events.Run, steps: int) -> None:
         ended = []
         for key in command.rows:
             sequence = self.sequences[key]
@@ -431,10 +432,10 @@ class Worker(Process):
             if finish is not None:
                 generated = len(sequence.tokens) - sequence.prompt - (finish == "stop")
                 stop = token if finish == "stop" else None
-                ended.append(decode.Ended(key, finish, generated, stop, sequence.names()))
+                ended.append(decode_events.Ended(key, finish, generated, stop, sequence.names()))
         if ended or self.cut or steps == command.steps:
             self.next_job()
-            self.post("decode", decode.Ran(command.run_id, steps, tuple(ended)))
+            self.post("decode", decode_events.Ran(command.run_id, steps, tuple(ended)))
         else:
             self.later(self.world.dice.uniform(0.002, 0.01), lambda: self.step(command, steps + 1))
 
@@ -455,9 +456,9 @@ class Worker(Process):
                     lambda found: self.post("source", giving.Digested(key, first_page, found)),
                 )
             case giving.GrantCame(key):
-                self.post("prefill", prefill.Granted(key))
+                self.post("prefill", prefill_events.Granted(key))
             case giving.HandOffEnded(key, taken, reason):
-                self.post("prefill", prefill.HandOffOver(key, taken, reason))
+                self.post("prefill", prefill_events.HandOffOver(key, taken, reason))
 
     def take(self, command: taking.SinkCommand) -> None:
         match command:
@@ -468,17 +469,19 @@ class Worker(Process):
                 elif not self.world.send(self.me, ticket.source, message) and isinstance(message, Fetch):
                     self.post("sink", Refuse(ticket, "no lane"))
             case taking.AskPolicy(ticket, request):
-                self.post("decode", decode.Asked(ticket, request))
+                self.post("decode", decode_events.Asked(ticket, request))
             case taking.Read():
                 self.read(command)
             case taking.Fence(read_ids):
                 self.later(0.01, lambda: self.fence(read_ids))
             case taking.Arrived(ticket, request, firsts):
-                self.post("decode", decode.KvArrived(ticket, request, firsts))
+                self.post("decode", decode_events.KvArrived(ticket, request, firsts))
             case taking.Gone(ticket, reason, recompute):
-                self.post("decode", decode.Withdrawn(ticket, reason, recompute))
+                self.post("decode", decode_events.Withdrawn(ticket, reason, recompute))
             case taking.Fetched(ticket, _, reason, pull):
-                self.post("prefill", prefill.FetchOver(ticket.key, pull.nbytes if pull else 0, {"failed": reason}))
+                self.post(
+                    "prefill", prefill_events.FetchOver(ticket.key, pull.nbytes if pull else 0, {"failed": reason})
+                )
 
     def digest(self, first_page: int, pages: tuple[int, ...], tokens: int, tell: Callable) -> None:
         def job() -> None:
@@ -564,7 +567,7 @@ class Worker(Process):
         if isinstance(self.world.processes[peer], Gateway):
             self.gateway_gone(peer)
             if "decode" in self.machines:
-                self.post("decode", decode.GatewayCame(peer))
+                self.post("decode", decode_events.GatewayCame(peer))
         elif self.world.fetches and self.role.prefills:
             self.post("prefill", Lane(peer, "wire", 1.0, 10.0))
 
@@ -586,7 +589,7 @@ class Worker(Process):
         self.later(3.0, gone)
 
     def gateway_gone(self, peer: Identity) -> None:
-        for name, event in (("prefill", prefill.GatewayGone(peer)), ("decode", decode.GatewayGone(peer))):
+        for name, event in (("prefill", prefill_events.GatewayGone(peer)), ("decode", decode_events.GatewayGone(peer))):
             if name in self.machines:
                 self.post(name, event)
 

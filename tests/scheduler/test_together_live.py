@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from core.worker import Identity, Role
+from scheduler import decode_events
 from scheduler import decode_policy as decode
 from scheduler.cost import CostModel, Repriced
 from scheduler.policies import live
@@ -50,14 +51,14 @@ class LiveWorker(Worker):
         if self.world.now < 4.0:
             self.later(self.world.dice.uniform(0.1, 0.5), self.reprice)
 
-    def decodes(self, command: decode.DecodeCommand) -> None:
+    def decodes(self, command: decode_events.DecodeCommand) -> None:
         match command:
-            case decode.Evict():
+            case decode_events.Evict():
                 pass  # its tokens stay; of its pages nobody reads until it joins again
             case _:
                 super().decodes(command)
 
-    def start(self, command: decode.Run) -> None:
+    def start(self, command: decode_events.Run) -> None:
         super().start(command)
         for join in command.joining:
             if join.recompute is not None:

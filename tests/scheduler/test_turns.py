@@ -14,6 +14,7 @@ from core.prefix import page_hashes
 from core.request import Phase, Request
 from core.sampling import Sampling
 from core.worker import Identity, Role
+from scheduler import prefill_events
 from scheduler import prefill_policy as prefill
 from tests.cast import SHAPE
 from tests.scheduler import test_together as together
@@ -34,11 +35,11 @@ class Worker(together.Worker):
             self.world.fetched_pages += command.pull.nbytes // SHAPE.page_nbytes if command.pull else 0
         super().take(command)
 
-    def prefills(self, command: prefill.PrefillCommand) -> None:
-        self.world.asked += isinstance(command, prefill.FetchPages)
+    def prefills(self, command: prefill_events.PrefillCommand) -> None:
+        self.world.asked += isinstance(command, prefill_events.FetchPages)
         super().prefills(command)
 
-    def chunk(self, command: prefill.RunChunk) -> None:
+    def chunk(self, command: prefill_events.RunChunk) -> None:
         for span in command.spans:
             key = self.sequences[prefill.holder(span.key)].ticket.key
             self.world.computed[key] = self.world.computed.get(key, 0) + span.stop - span.start

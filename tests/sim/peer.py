@@ -35,7 +35,8 @@ from core.request import Phase
 from core.worker import Identity, Role
 from scheduler.cost import CostModel, DecodeLine, Lane
 from scheduler.decode_policy import DecodeConfig, DecodePolicy
-from scheduler.mixed_policy import MixedConfig, MixedPolicy
+from scheduler.mixed_events import MixedConfig
+from scheduler.mixed_policy import MixedPolicy
 from scheduler.policies import Policy
 from scheduler.prefill_policy import PrefillConfig, PrefillPolicy
 from scheduler.router import RouterConfig

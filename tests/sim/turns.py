@@ -15,7 +15,7 @@ from core.messages import Accept, Cancel, Finished, First, Handed, Offer, Prompt
 from core.pages import Owner, Pages
 from core.request import Request, Ticket
 from scheduler import decode_events as decoding
-from scheduler import mixed_policy as mixing
+from scheduler import mixed_events
 from scheduler.cost import CostModel
 from scheduler.prefill_events import Began, ChunkDone, PrefillCommand, PrefillEvent, RunChunk
 from scheduler.prefill_policy import PrefillPolicy
@@ -91,7 +91,7 @@ class Turns:
         match event:
             case Offer(ticket, prompt_tokens, max_tokens):
                 self._jobs[ticket.key] = Job(ticket, prompt_tokens, max_tokens)
-                commands.append(mixing.Answer(Accept(ticket)))
+                commands.append(mixed_events.Answer(Accept(ticket)))
             case Prompt(ticket):
                 self._begun.append(self._jobs[ticket.key])
             case decoding.Asked(ticket, request):
@@ -179,7 +179,7 @@ class TurnsEngine:
     def _perform(self, command: Any) -> None:
         worker = self._worker
         match command:
-            case mixing.Answer(message):
+            case mixed_events.Answer(message):
                 worker.send(message.ticket.minter, message)
             case decoding.Answer(key, granted, reason):
                 worker.post(worker.sink_seat, taking.Decided(key, granted, reason))
