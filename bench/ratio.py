@@ -130,14 +130,13 @@ def run(job: Job) -> dict[str, Any]:
     periods: dict[int, list[int]] = {}
     coming = arrivals(job)
     total = sum(each.at_s >= since_s for each in coming)
-    allowed = (1 - SHARE) * total if job.search else total
     good = judged = 0
 
     def over(one: Outcome) -> None:
         nonlocal good, judged
         judged += one.at_s >= since_s
         good += one.good and one.at_s >= since_s
-        if judged - good > allowed:
+        if job.search and 1 - (judged - good) / total < SHARE:
             seen[0].loop.stopped = True
         count = periods.setdefault(int(one.at_s // PERIOD_S), [0, 0])
         count[0] += one.good

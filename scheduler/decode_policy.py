@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +76,7 @@ from scheduler.decode_events import (
     Withdrawn,
 )
 from scheduler.decode_memory import Memory
+from scheduler.decode_retired import Retired
 from scheduler.decode_rows import RETIRED, Batch, Guest, Place, Row, State
 from scheduler.forecast import Forecast
 from scheduler.pace import Pace
@@ -175,10 +175,7 @@ class DecodePolicy:
         """Of the last decision point."""
         self._fresh: list[Row] = []
         """Of the batch, those that no order has named yet."""
-        self._retired: list[Row] = []
-        """Oldest request first."""
-        self._returning = 0
-        """Rows on their way back from host memory."""
+        self._retired = Retired(shape, ledger, config.host_pages, config.host_lane)
         self._deadlines: list[tuple[float, int, Guest]] = []
         """A heap; guests that are cancelled or gone are dropped when they come first."""
         self._ends: list[tuple[int, int, Row]] = []
@@ -207,8 +204,6 @@ class DecodePolicy:
         self._cut = False
         self.draining = False
         """Takes nothing more."""
-        self.host_pages = 0
-        """In use in host memory."""
         self.ignored = 0
         """Messages about tickets we do not hold."""
         self.revoked = 0
@@ -229,6 +224,11 @@ class DecodePolicy:
         """The rule by which memory is promised, for whoever counts what it did."""
         return self._admission
 
+    @property
+    def host_pages(self) -> int:
+        """In use in host memory."""
+        return self._retired.pages
+
     def freeness(self) -> float:
         """Steps that the rows can take after the next before memory is used up, the first in line's prompt included.
 
@@ -248,7 +248,7 @@ class DecodePolicy:
             if not guest.rows:
                 counts[guest.state] += 1
             for row in guest.rows.values():
-                counts[_STATES[row.place]] += 1
+                counts[row.place.state] += 1
         return counts
 
     def standing(self) -> list[Standing]:
@@ -259,8 +259,8 @@ class DecodePolicy:
         for guest in self._guests.values():
             key, request = guest.ticket.key, guest.request
             for row in guest.rows.values():
-                left, tokens = _ROW_WAITS[row.place], row.generated(self._batch.step)
-                where = "cancelled" if row.cancelled else _STATES[row.place]
+                left, tokens = row.place.waits_for, row.generated(self._batch.step)
+                where = "cancelled" if row.cancelled else row.place.state
                 standing.append(Standing(key, request.id, where, guest.asked_at, guest.deadline, left, tokens=tokens))
             if not guest.rows:
                 where = "cancelled" if guest.cancelled else guest.state
@@ -797,13 +797,13 @@ class DecodePolicy:
     def _victim(self) -> Guest | None:
         """The newest request with pages to free that is newer than all that run; else than all that have memory."""
         running = [row.guest for row in self._batch.rows.values()]
-        guests = [row.guest for row in (*self._batch.rows.values(), *self._joiners) if _frees(row)]
-        newest = max(guests, key=_order, default=None)
+        guests = [row.guest for row in (*self._batch.rows.values(), *self._joiners) if row.frees]
+        newest = max(guests, key=lambda guest: guest.order, default=None)
         if newest is None:
             return None
-        if newest.order > min(map(_order, running)):
+        if newest.order > min(guest.order for guest in running):
             return newest
-        oldest = min([_order(guest) for guest in self._guests.values() if guest.rows and not _retired(guest)])
+        oldest = min([guest.order for guest in self._guests.values() if guest.rows and not guest.retired])
         return newest if newest.order > oldest else None
 
     def _retire(self, guest: Guest) -> list[DecodeCommand]:
@@ -819,7 +819,7 @@ class DecodePolicy:
                 row.generated_then = row.generated(self._batch.step)
                 self._leave_batch(row)
             self._admission.remove(row.key)
-            if row.lost or guest.shares or not self._swaps(row):
+            if row.lost or guest.shares or not self._retired.swaps(row, self._cost):
                 row.place, row.lost = Place.EVICTED, True
                 self.evicted += 1
                 if running and row.known:
@@ -827,37 +827,24 @@ class DecodePolicy:
                 self._memory.release(row.key, row.bound)
                 row.bound = 0
             else:
-                row.place = Place.LEAVING
                 self.swapped += 1
-                row.away = row.bound
-                self.host_pages += row.bound
+                self._retired.leaves(row)
                 self._coming += row.bound
                 commands.append(SwapOut(row.key, self._ledger.pages(row.key)))
-            insort(self._retired, row, key=_age)
+            self._retired.put(row)
         if guest.shares and all(row.place is Place.EVICTED for row in guest.rows.values()):
             self._release_shared(guest)
         return commands
-
-    def _swaps(self, row: Row) -> bool:
-        """Whether a row's KV goes to host memory: if there is room, and it is back sooner than it is computed."""
-        if self.host_pages + row.bound > self._config.host_pages:
-            return False
-        if self._cost is None:
-            return True
-        nbytes, runs = row.bound * self._shape.page_nbytes, len(self._ledger.runs(row.key))
-        there_s = self._cost.transfer_s(nbytes, runs, self._config.host_lane)
-        return 2 * there_s < self._cost.prefill_s([(len(row.request.prompt) + row.generated_then - 1, 0)])
 
     def _bring_back(self, now: float) -> list[DecodeCommand]:
         """Let retired rows have memory again, oldest first; alone on the worker one need not fit for long."""
         commands: list[DecodeCommand] = []
         batch, memory = self._batch, self._memory
-        while self._retired and self._retired[0].place is not Place.LEAVING:
-            row = self._retired[0]
+        while self._retired and (row := self._retired.first).place is not Place.LEAVING:
             guest = row.guest
             shared = row.shared if guest.shares and not guest.pages else 0
             pages = shared + self._shape.pages_for(row.own + row.generated_then)
-            alone = not (batch.rows or self._returning or self._first_joiner())
+            alone = not (batch.rows or self._retired.returning or self._first_joiner())
             if not (alone or (len(batch) < self._config.max_rows and self._paced(row))):
                 if (stopped := self._stop_idler()) is None:
                     break
@@ -875,15 +862,14 @@ class DecodePolicy:
                 if alone:
                     commands += self._revoke(pages - memory.free - self._coming)
                 break
-            del self._retired[0]
+            self._retired.take(row)
             if shared:
                 memory.bind(guest.key, shared)
                 guest.pages = shared
                 self._admission.add(Claim(guest.key, 0, self._decided, 1, 0, shared))
             self._admission.add(self._claim(row))
             if row.place is Place.AWAY:
-                row.place = Place.RETURNING
-                self._returning += 1
+                self._retired.returns(row)
                 row.bound = self._shape.pages_for(row.own + row.generated_then - 1)
                 commands.append(SwapIn(row.key, memory.bind(row.key, row.bound)))
             else:
@@ -914,9 +900,8 @@ class DecodePolicy:
         return self._stop(row.guest, now)
 
     def _swapped_in(self, row: Row, now: float) -> list[DecodeCommand]:
-        self._returning -= 1
+        self._retired.is_back(row)
         row.place = Place.JOINING
-        self._not_away(row)
         self._joiners.appendleft(row)
         return self._stop(row.guest, now)
 
@@ -1069,8 +1054,8 @@ class DecodePolicy:
         elif row.place is Place.ALONE:
             self._alone.remove(row)
         if row.place in RETIRED:
-            self._retired.remove(row)
-            self._not_away(row)
+            self._retired.take(row)
+            self._retired.forget(row)
         else:
             self._admission.remove(row.key)
             self._memory.release(row.key, row.bound)
@@ -1106,10 +1091,6 @@ class DecodePolicy:
         if row in self._fresh:
             self._fresh.remove(row)
 
-    def _not_away(self, row: Row) -> None:
-        self.host_pages -= row.away
-        row.away = 0
-
     def _context(self, row: Row) -> int:
         """Tokens that a running row attends to, less the worker's step."""
         return row.offset + 1 + row.shared * self._shape.page_tokens
@@ -1119,7 +1100,7 @@ class DecodePolicy:
             raise LocalError(f"order ended: got run {run_id}, want {self._run_id if self._running else 'none'}")
 
     def _where(self, guest: Guest) -> State:
-        states = {_STATES[row.place] for row in guest.rows.values()}
+        states = {row.place.state for row in guest.rows.values()}
         for state in (State.RUNNING, State.EVICTED):
             if state in states:
                 return state
@@ -1153,16 +1134,12 @@ class DecodePolicy:
         assert set(at[Place.JOINING]) == set(joiners)
         assert set(at[Place.ALONE]) == set(self._alone)
         assert all(row.guest.alone == (row.place is Place.ALONE) for row in rows), "one that is to be alone is not"
-        assert set(self._retired) == {row for place in RETIRED for row in at[place]}
-        assert [_age(row) for row in self._retired] == sorted(_age(row) for row in self._retired)
-        assert self._returning == len(at[Place.RETURNING])
-        assert self.host_pages == sum(row.away for row in rows)
+        self._retired.check(rows)
         own, coming, crowd = 0, sum(row.bound for row in at[Place.LEAVING]), 0
         due, waiting = {entry[2] for entry in self._deadlines}, {*self._waiting, *self._lane}
         assert set(self._lent.values()) == {row for row in at[Place.RUNNING] if row.guest.batch}
         assert not any(guest.batch for guest in self._waiting)
         assert all(guest.batch for guest in self._lane)
-        assert not any(row.guest.batch for row in self._retired), "idle memory was kept"
         lent = 0
         for key, guest in self._guests.items():
             assert key == guest.key == (guest.ticket if guest.moving is None else guest.moving.ticket).key
@@ -1188,46 +1165,3 @@ class DecodePolicy:
 
 
 _ORDERED = (Place.RUNNING, Place.ALONE)
-
-
-_STATES = {
-    Place.JOINING: State.JOINING,
-    Place.RUNNING: State.RUNNING,
-    Place.EVICTED: State.EVICTED,
-    Place.LEAVING: State.EVICTED,
-    Place.AWAY: State.EVICTED,
-    Place.RETURNING: State.EVICTED,
-    Place.MOVING: State.RUNNING,
-    Place.ALONE: State.RUNNING,
-}
-
-
-_ROW_WAITS = {
-    Place.JOINING: "room in the batch",
-    Place.RUNNING: "",
-    Place.EVICTED: "memory: it ran out, and its KV is to be computed again",
-    Place.LEAVING: "its KV to reach host memory, and memory then",
-    Place.AWAY: "memory: its KV is in host memory",
-    Place.RETURNING: "its KV to come back from host memory",
-    Place.MOVING: "another worker to take it",
-    Place.ALONE: "",
-    Place.ENDED: "",
-}
-
-
-def _age(row: Row) -> tuple[int, int]:
-    return row.guest.order, row.first.branch
-
-
-def _order(guest: Guest) -> int:
-    return guest.order
-
-
-def _retired(guest: Guest) -> bool:
-    return all(row.place in RETIRED for row in guest.rows.values())
-
-
-def _frees(row: Row) -> bool:
-    """Whether there is memory to be had from its request: one that waits to join may hold shared pages alone."""
-    held = row.bound or (row.guest.shares and row.guest.pages)
-    return held > 0 and row.place in (Place.RUNNING, Place.JOINING)

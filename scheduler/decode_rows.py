@@ -46,7 +46,38 @@ class Place(StrEnum):
     """In pages for all that it may come to: it has orders of its own."""
     ENDED = "ended"
 
+    @property
+    def state(self) -> State:
+        """As people count it."""
+        return _STATES[self]
 
+    @property
+    def waits_for(self) -> str:
+        """In words; empty for one that runs."""
+        return _WAITS[self]
+
+
+_STATES = {
+    Place.JOINING: State.JOINING,
+    Place.RUNNING: State.RUNNING,
+    Place.EVICTED: State.EVICTED,
+    Place.LEAVING: State.EVICTED,
+    Place.AWAY: State.EVICTED,
+    Place.RETURNING: State.EVICTED,
+    Place.MOVING: State.RUNNING,
+    Place.ALONE: State.RUNNING,
+}
+_WAITS = {
+    Place.JOINING: "room in the batch",
+    Place.RUNNING: "",
+    Place.EVICTED: "memory: it ran out, and its KV is to be computed again",
+    Place.LEAVING: "its KV to reach host memory, and memory then",
+    Place.AWAY: "memory: its KV is in host memory",
+    Place.RETURNING: "its KV to come back from host memory",
+    Place.MOVING: "another worker to take it",
+    Place.ALONE: "",
+    Place.ENDED: "",
+}
 RETIRED = frozenset({Place.EVICTED, Place.LEAVING, Place.AWAY})
 """Without memory, or soon: a row that ran waits for room before any request that did not begin."""
 
@@ -125,6 +156,12 @@ class Row:
         """Steps it took part in."""
         return self.generated(step) - 1
 
+    @property
+    def frees(self) -> bool:
+        """Whether there is memory to be had from its request: one that waits to join may hold shared pages alone."""
+        held = self.bound or (self.guest.shares and self.guest.pages)
+        return held > 0 and self.place in (Place.RUNNING, Place.JOINING)
+
 
 @dataclass(slots=True, eq=False)
 class Guest:
@@ -168,6 +205,11 @@ class Guest:
     """No order has its row and another: its pages, promised at once, are those of its longest text."""
     rows: dict[int, Row] = field(default_factory=dict)
     """By branch."""
+
+    @property
+    def retired(self) -> bool:
+        """None of its rows has memory, or will have it for long."""
+        return all(row.place in RETIRED for row in self.rows.values())
 
 
 class Batch:

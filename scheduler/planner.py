@@ -60,7 +60,7 @@ Rounds = Generator[list[Question], Mapping[Question, float], T]
 ROUNDING = 1e-9
 LEAP = 1.35
 """How much more than what it needs at least a pool is given in a question, at most."""
-DROP = 0.85
+DROP = 0.7
 """What is tried next of a rate that no layout sustains, at most."""
 LEAST = 1e-3
 """Of the rate that was asked for: below, nothing is planned any more."""
@@ -252,7 +252,7 @@ class Planner:
                 # What needs at least that many for the rate needs all of ours for no more than this.
                 rate *= min(DROP, self._cluster.devices / least)
             else:
-                rate = math.sqrt(kept[0] * failed)
+                rate = yield from self._next_rate(kept[0], kept[1], failed)
         rate, best, families = kept
         layout = best.layout
         assert layout is not None
@@ -262,6 +262,37 @@ class Planner:
         top, *cases = yield from self._together([self._highest(layout, rate), *self._cases(layout, rate)])
         assert isinstance(top, float)
         return self._written(rate, best, families, equal, top, [each for each in cases if isinstance(each, Case)])
+
+    def _next_rate(self, kept: float, best: Found, failed: float) -> Rounds[float]:
+        """What to search for above a rate that is sustained and below one that is not.
+
+        What all devices sustain in the same way takes few questions; that nothing sustains more takes a search.
+        """
+        assert best.layout is not None
+        (top,) = yield from self._together([self._highest(self._filled(best.layout), kept)])
+        assert isinstance(top, float)
+        return top if kept < top < failed else kept * (1 + self._ask.precision)
+
+    def _filled(self, layout: Layout) -> Layout:
+        """With as many workers more as there are devices for, each where least is to be had."""
+        limit = self._cluster.devices
+        if layout.near:
+            return replace(layout, times=limit * layout.times // layout.devices)
+        while True:
+            use, pool = min(
+                self._pools(layout), key=lambda each: each[1].count * self._fits[each[0]][each[1].cell].bound
+            )
+            more = Pool(pool.cell, pool.count + 1)
+            match use:
+                case "prefill":
+                    larger = replace(layout, prefill=more)
+                case "decode":
+                    larger = replace(layout, decode=more)
+                case _:
+                    larger = replace(layout, mixed=more)
+            if larger.devices > limit:
+                return layout
+            layout = larger
 
     def _fewest(self, rate: float) -> Rounds[tuple[Found, dict[str, Found]]]:
         """The best layout for a rate, and what every family came to."""

@@ -3,9 +3,9 @@
 The mechanics of a prefill worker; in which order it computes is an `Order`'s business (`scheduler/order.py`): first
 come, first served unless another is given. A request is offered before its prompt is sent, so that a worker that cannot
 meet its deadline costs no transfer (after P/D-Serve, "on-demand forwarding upon rejections"); who was refused is told
-when it would be accepted. Nor can it where somebody here has waited for the promise of its sinks for longer than that:
-were all accepted while decode workers are full, all would be late. A long step can be suspended for an urgent request
-and goes on later (after FlowPrefill).
+when it would be accepted. So is one whose sinks have let somebody here wait for their promise for longer than it may
+wait: were all accepted while decode workers are full, all would be late. A long step can be suspended for an urgent
+request and goes on later (after FlowPrefill).
 
 Who is to be alone in its steps (`Request.alone`) is no order's business: once its prompt is here it leaves the order,
 and its chunks, a step each, and the order's steps take turns. So neither waits for more than one step of the other's,
@@ -470,10 +470,11 @@ class PrefillPolicy:
             return Reject(ticket, why, wait_s, again_s)
         sinks = [sink for sink in (ticket.sink, offer.second) if sink is not None]
         behind_s = min([self._behind(sink, now) for sink in sinks])
-        if behind_s > wanted_s:
+        if behind_s > wanted_s and offer.max_tokens > 1:
+            self._refusals.add(ticket.minter, new, wanted_s, now)
             who = " and ".join([sink.name for sink in sinks])
             why = f"{who} promised nothing for {behind_s:.2f} s, wanted in {wanted_s:.2f} s"
-            return Reject(ticket, why, wait_s, behind_s - wanted_s)  # one that was begun asks again: they may promise
+            return Reject(ticket, why, wait_s, behind_s)
         return None
 
     def _outlook(self, now: float, new: int, cached: int, wanted_s: float) -> tuple[float, float]:
@@ -484,7 +485,7 @@ class PrefillPolicy:
         return wait_s, self._order.lacks_s(new, cached, now, wanted_s)
 
     def _behind(self, sink: Identity, now: float) -> float:
-        """For how long somebody has waited for that sink's promise: who comes now waits no less."""
+        """For how long somebody has waited for that sink's promise: about as long will wait who comes now."""
         waiting = self._waits_since.get(sink)
         return now - next(iter(waiting.values())) if waiting else 0.0
 
@@ -767,14 +768,16 @@ class PrefillPolicy:
         assert held.request is not None
         if held.grant is not Grant.NOT_ASKED or self._asks_nobody(held):
             return []
-        if held.second is not None and self._is_better(held, held.second):
-            self._turn(held, held.second)
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
-        if held.ticket.sink == self._me:
+        second = held.second
+        sink = second if second is not None and self._is_better(held, second) else held.ticket.sink
+        if sink == self._me:
             if self._own_is_asked(held):
                 return []
             self._own = held.key
+        if sink != held.ticket.sink:
+            self._turn(held, sink)
         if not held.begun and held.pages > (1 - self._config.ungranted_share) * self._capacity:
             self._vast[held.key] = held.pages
         self._set_grant(held, Grant.ASKED)
@@ -828,7 +831,8 @@ class PrefillPolicy:
         if grant is Grant.ASKED and not (held.batch or held.request is None or held.request.alone):
             waiting[held.key] = self._now
         else:
-            waiting.pop(held.key, None)
+            if waiting.pop(held.key, None) is not None:
+                self._eased = True
             if not waiting:
                 del self._waits_since[held.ticket.sink]
 
@@ -1097,6 +1101,8 @@ class PrefillPolicy:
         def welcome(new: int, wait_s: float) -> bool:
             pages = self._pages + self._shape.pages_for(new)
             fits = pages <= self._config.accept_share * self._capacity
+            if any(self._behind(sink, now) > wait_s for sink in self._waits_since):
+                return False
             if len(self._shares) > 1 and self._line and self._line + new > wait_s * self._speed > 0:
                 return False  # who was refused may have been above its share
             return fits and self._outlook(now, new, 0, wait_s)[1] == 0

@@ -27,7 +27,7 @@ Bounds are the planner's. An operator's ratio (`Pinned`) is taken up flip by fli
 |---|---|---|---|
 | period_s | s | 25 | between two decisions; 10 to 60, five times the split controller's |
 | window_s | s | 25 | of traffic that counts |
-| cooldown_s | s | 10 | after a change has ended |
+| cooldown_s | s | 10 | after a change has ended, but for a way that goes on |
 | share | share | 0.9 | of the requests that must be good for the number of workers to be enough |
 | gain | share | 0.02 | of the requests that a flip or one more worker must make good |
 | turn_s | s | 600 | in which there is one turn at most while traffic does not move |
@@ -245,9 +245,8 @@ class RatioController:
             case Simulated():
                 return self._simulated(event, now)
             case Changed(number, done, _):
-                way = self._changed(number, done, now)
-                if way and self._due is not None:
-                    return self._period(now)
+                if self._changed(number, done, now) and self._due is not None:
+                    return self._period(now, on_way=True)
         if self._due is None:
             self._due = now + self._config.period_s
         return []
@@ -310,14 +309,15 @@ class RatioController:
         return any(max(a, b) > bound * min(a, b) and max(a, b) > 0 for a, b in zip(one.rates, two.rates, strict=True))
 
     # Deciding.
-    def _period(self, now: float) -> list[RatioCommand]:
+    def _period(self, now: float, *, on_way: bool = False) -> list[RatioCommand]:
+        """What is to be done now; `on_way`: a flip that began a way has just ended."""
         inputs = self._inputs(now)
         keep = Candidate(Act.KEEP, inputs.ratio)
         if self._change is not None:
             return self._decide(now, inputs, keep, Why.UNDER_WAY)
         if self._question is not None:
             return self._decide(now, inputs, keep, Why.UNANSWERED)
-        if now < self._ended_at + self._config.cooldown_s:
+        if now < self._ended_at + self._config.cooldown_s and not on_way:
             return self._decide(now, inputs, keep, Why.RECENT)
         if min(inputs.ratio) < 1:
             return self._decide(now, inputs, keep, Why.BLIND)
@@ -593,8 +593,6 @@ class RatioController:
             post.become(Role.PREFILL if chosen.act is Act.TO_PREFILL else Role.DECODE)
         elif chosen.act.removes:
             del self._posts[post.identity]
-        if chosen.steps > 1:
-            self._ended_at = -math.inf
         return chosen.steps > 1
 
     @staticmethod

@@ -391,8 +391,8 @@ class Router:
             if not flight.placements and (self._workers.quiet or (self.missing() and self._lately(now))):
                 return self._hope(flight, now)
         final = all(no.again_s or no.wait_s > need.wait_s for no in flight.refusals.values())
-        kept = any(no.again_s and no.wait_s <= need.wait_s for no in flight.refusals.values())
-        if final and kept and flight.placements and need.wait_s:  # for others to come: it has come, and asks again
+        again = flight.placements and need.wait_s and any(no.again_s for no in flight.refusals.values())
+        if final and again:  # to be told early is for those who come: it has come, and asks as long as there is time
             flight.refusals.clear()
             flight.tried.clear()
             return self._strand(flight, now + self._config.again_s)

@@ -168,8 +168,8 @@ class Worker(Process):
     def heard(self, message: Message) -> None:
         """A message of a gateway or of another worker."""
         seat = self._takers.get(type(message))
-        if isinstance(message, Cancel) and self.leaving is not None and message.ticket.source == self.me:
-            seat = self.leaving.seat
+        if isinstance(message, Cancel) and self.leaving is not None:
+            self.post(self.leaving.seat, message)  # or it is of a row that moved here
         if isinstance(message, Release):
             seat = self.source_seat if message.ticket.source == self.me else self.sink_seat
         if seat is not None:

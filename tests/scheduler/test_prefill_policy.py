@@ -373,12 +373,14 @@ def test_who_would_wait_too_long_for_its_sinks_is_refused():
     queued(machine, 1)
     assert isinstance(machine.on(offer(2, wait_s=2.0), 1.9)[0].message, Accept)
     refused = machine.on(offer(3, wait_s=2.0), 2.5)[0].message
-    assert refused == Reject(ticket(3), "decode-1 promised nothing for 2.50 s, wanted in 2.00 s", 0.0, 0.5)
+    assert refused == Reject(ticket(3), "decode-1 promised nothing for 2.50 s, wanted in 2.00 s", 0.0, 2.5)
     assert isinstance(machine.on(offer(4, wait_s=3.0), 2.5)[0].message, Accept), "it may wait for longer"
     for counter, second, sink, taken in ((5, D2, D1, True), (6, None, D2, True), (7, D1, D1, False)):
         answer = machine.on(replace(offer(counter, sink=sink, wait_s=2.0), second=second), 2.5)[0].message
         assert isinstance(answer, Accept) == taken
-    machine.on(Granted(KEY), 2.6)
+    first_only = replace(offer(9, wait_s=2.0), max_tokens=1)
+    assert isinstance(machine.on(first_only, 2.5)[0].message, Accept), "it goes to no decode worker"
+    assert invites(machine.on(Granted(KEY), 2.6)) == [(GATEWAY, 6)]
     assert isinstance(machine.on(offer(8, wait_s=2.0), 2.6)[0].message, Accept), "it promises again"
 
 

@@ -612,15 +612,16 @@ def test_a_refused_retry_fails_a_request_whose_tokens_were_sent():
     assert (end.phase, end.code) == (Phase.FAILED, "RESOURCE_EXHAUSTED")
 
 
-def test_a_retry_that_would_only_take_the_headroom_of_others_asks_again_until_it_may():
-    """A client has tokens of it: it is not refused for the sake of those who may come."""
+@pytest.mark.parametrize(("wait_s", "again_s"), [(0.05, 0.01), (150.0, 50.0)])
+def test_a_retry_that_is_refused_for_now_asks_again_until_it_may(wait_s, again_s):
+    """A client has tokens of it: it is not refused for the sake of those who may come, nor because of a forecast."""
     machine = router(UP[0], UP[2], UP[3])
     key = decoding(machine)
     machine.on(WorkerDown(D1), 0.0)
     again = replace(key, attempt=2, sink=D2)
     for turn in range(3):
         now = 0.1 * turn
-        assert machine.on(Reject(again, "no time to spare", 0.05, 0.01), now) == []
+        assert machine.on(Reject(again, "not now", wait_s, again_s), now) == []
         assert machine.on(Accept(again), now) == []
         assert machine.deadline() == pytest.approx(now + 0.1)
         (offer,) = machine.on(None, now + 0.1)
