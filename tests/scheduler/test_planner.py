@@ -337,6 +337,9 @@ def test_questions_grow_slower_than_what_there_is_to_search() -> None:
     assert found.layout is not None
     assert len(world.asked) < 150
     assert sum(1 for _ in layouts(world, Cluster(64))) > 20_000
+    too_much = World(caps)
+    assert planned(too_much, 1000.0, Cluster(64)).rate == pytest.approx(141.9, rel=0.03)
+    assert len(too_much.asked) < 220, "269 by bisection of the rate"
 
 
 def test_wrong_answers_and_settings_raise_and_change_nothing() -> None:
