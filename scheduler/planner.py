@@ -256,10 +256,13 @@ class Planner:
         rate, best, families = kept
         layout = best.layout
         assert layout is not None
-        self._stage = f"alternatives at {rate:.4g}/s"
-        (equal,) = yield from self._together([self._apart(rate, self._cluster.devices, equal=True)])
-        self._stage = "what if"
-        top, *cases = yield from self._together([self._highest(layout, rate), *self._cases(layout, rate)])
+        self._stage = f"alternatives at {rate:.4g}/s, and what if"
+        searches: list[Search[Found | float | Case]] = [
+            self._apart(rate, self._cluster.devices, equal=True), self._highest(layout, rate),
+            *self._cases(layout, rate),
+        ]  # fmt: skip
+        equal, top, *cases = yield from self._together(searches)
+        assert isinstance(equal, Found)
         assert isinstance(top, float)
         return self._written(rate, best, families, equal, top, [each for each in cases if isinstance(each, Case)])
 
