@@ -139,6 +139,18 @@ class Fleet:
             self.now = max(self.now, due)
             self.tell(None)
 
+    def flip_ordered(self) -> Flip:
+        """One period in which nothing is done by itself: the question is answered, and what it led to is returned."""
+        self.slow = True
+        self.pass_(1)
+        question = self.stuck.pop()
+        assert isinstance(question, Simulate)
+        scores = tuple(Score(self.good(each.ratio, each.stress), 100) for each in question.candidates)
+        self.tell(Simulated(question.number, scores))
+        flip = self.stuck.pop()
+        assert isinstance(flip, Flip)
+        return flip
+
     @property
     def last(self) -> Decision:
         return self.decisions[-1]
@@ -171,13 +183,7 @@ def test_after_a_single_flip_it_waits_for_the_next_period():
 
 def test_a_way_is_left_where_it_no_longer_gains():
     fleet = Fleet(5, 3, peak(2))
-    fleet.slow = True
-    fleet.pass_(1)
-    question = fleet.stuck.pop()
-    assert isinstance(question, Simulate)
-    fleet.tell(Simulated(question.number, tuple(Score(peak(2)(each.ratio, 1.0), 100) for each in question.candidates)))
-    flip = fleet.stuck.pop()
-    assert isinstance(flip, Flip)
+    flip = fleet.flip_ordered()
     fleet.good, fleet.slow = peak(4), False  # traffic is another by now
     fleet.roles[flip.worker] = flip.role
     fleet.tell(Changed(flip.number, True))
@@ -406,13 +412,7 @@ def test_while_a_change_is_under_way_nothing_else_is_done():
 
 def test_a_worker_that_dies_in_the_middle_of_a_flip_is_not_waited_for():
     fleet = Fleet(4, 4, peak(1))
-    fleet.slow = True
-    fleet.pass_(1)
-    question = fleet.stuck.pop()
-    assert isinstance(question, Simulate)
-    fleet.tell(Simulated(question.number, tuple(Score(peak(1)(each.ratio, 1.0), 100) for each in question.candidates)))
-    flip = fleet.stuck.pop()
-    assert isinstance(flip, Flip)
+    flip = fleet.flip_ordered()
     del fleet.roles[flip.worker]
     fleet.tell(Gone(flip.worker))
     fleet.tell(Changed(flip.number, False, "was lost"))
