@@ -27,9 +27,10 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from functools import partial
+from typing import Generic, TypeVar
 
 from core.errors import LocalError
 from scheduler.fluid import Load
@@ -51,17 +52,19 @@ from scheduler.plan import (
 )
 
 T = TypeVar("T")
+K = TypeVar("K")
+"""Ordered: the simpler first."""
 Question = tuple[Layout, float, Change, bool]
-Search = Generator[Question, float, T]
-"""Asks, is told, and returns."""
-Rounds = Generator[list[Question], Mapping[Question, float], T]
-"""Asks several at a time."""
+Search = Generator[list[Question], None, T]
+"""Asks some questions at a time; when it is resumed, their answers are known."""
 
 ROUNDING = 1e-9
 LEAP = 1.35
 """How much more than what it needs at least a pool is given in a question, at most."""
 DROP = 0.7
 """What is tried next of a rate that no layout sustains, at most."""
+ABREAST = 3
+"""Of those that are first in line, so many are asked about at a time: who answers may have several cores."""
 LEAST = 1e-3
 """Of the rate that was asked for: below, nothing is planned any more."""
 
@@ -115,10 +118,10 @@ class Segment:
     prefills: int
     decodes: int
 
-    @property
-    def layout(self) -> Layout:
+    def times(self, count: int) -> Layout:
+        """So many of it."""
         prefill = Pool(Cell(self.stages, self.prefill_ranks), self.prefills)
-        return Layout(prefill, Pool(Cell(self.stages, self.decode_ranks), self.decodes), near=True)
+        return Layout(prefill, Pool(Cell(self.stages, self.decode_ranks), self.decodes), near=True, times=count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,40 @@ class Found:
     layout: Layout | None
     devices: int
     attained: float | None = None
+
+
+class _Line(Generic[K]):
+    """Kinds by the devices that they need at least, of which one only ever learns that they are more."""
+
+    def __init__(self, least: Callable[[K], int], kinds: Iterable[K]) -> None:
+        self._least = least
+        self._seen = set(kinds)
+        self._line = [(least(kind), kind) for kind in self._seen]
+        heapq.heapify(self._line)
+
+    def fronts(self, count: int) -> list[tuple[int, K]]:
+        """The first so many, with what each needs at least."""
+        line, found = self._line, list[tuple[int, K]]()
+        while line and len(found) < count:
+            kind = line[0][1]
+            now = self._least(kind), kind
+            if now == line[0]:
+                found.append(heapq.heappop(line))
+            else:
+                heapq.heapreplace(line, now)
+        for each in found:
+            heapq.heappush(line, each)
+        return found
+
+    def drop(self) -> None:
+        """The first one is out."""
+        heapq.heappop(self._line)
+
+    def add(self, kind: K) -> None:
+        """One more, if it never was in line."""
+        if kind not in self._seen:
+            self._seen.add(kind)
+            heapq.heappush(self._line, (self._least(kind), kind))
 
 
 class Planner:
@@ -171,7 +208,7 @@ class Planner:
             if self._begun:
                 return []
             self._begun = True
-            return self._resume(None)
+            return self._resume()
         question = self._out.get(event.number)
         if question is None:
             raise LocalError(f"evaluated: got number {event.number}, want one of {sorted(self._out)}")
@@ -179,7 +216,7 @@ class Planner:
             raise LocalError(f"attained: got {event.attained!r}, want a share from 0 to 1")
         del self._out[event.number]
         self._known[question] = event.attained
-        return [] if self._out else self._resume(self._known)
+        return [] if self._out else self._resume()
 
     def deadline(self) -> float | None:
         """None: it waits for answers only."""
@@ -196,9 +233,9 @@ class Planner:
         """What is being looked for, and how many evaluations are over."""
         return f"{self._stage}: {len(self._known)} evaluations"
 
-    def _resume(self, known: Mapping[Question, float] | None) -> list[Evaluate | Planned]:
+    def _resume(self) -> list[Evaluate | Planned]:
         try:
-            questions = next(self._threads) if known is None else self._threads.send(known)
+            questions = next(self._threads)
         except StopIteration as end:
             self._ended = True
             return [Planned(end.value)]
@@ -209,30 +246,32 @@ class Planner:
             commands.append(Evaluate(self._count, *question))
         return commands
 
-    def _together(self, searches: Sequence[Search[T]]) -> Rounds[list[T]]:
-        """All searches side by side, a question of each at a time; what is known already is not asked."""
+    def _asked(self, *questions: Question) -> Search[list[float]]:
+        """Answers, in this order."""
+        yield list(questions)
+        return [self._known[question] for question in questions]
+
+    def _together(self, searches: Sequence[Search[T]]) -> Search[list[T]]:
+        """All searches side by side; what is known already is not asked."""
         results: dict[int, T] = {}
-        waiting: dict[int, Question] = {}
-        told: dict[int, float | None] = dict.fromkeys(range(len(searches)))
-        while True:
-            for at in sorted(told):
-                answer = told.pop(at)
+        open_ = dict(enumerate(searches))
+        while open_:
+            asked: dict[Question, None] = {}
+            for at, search in list(open_.items()):
                 try:
-                    question = next(searches[at]) if answer is None else searches[at].send(answer)
-                    while question in self._known:
-                        question = searches[at].send(self._known[question])
-                    waiting[at] = question
+                    while not (unknown := [each for each in next(search) if each not in self._known]):
+                        pass
+                    asked |= dict.fromkeys(unknown)
                 except StopIteration as end:
                     results[at] = end.value
-            if not waiting:
-                return [results[at] for at in range(len(searches))]
-            known = yield list(dict.fromkeys(waiting[at] for at in sorted(waiting)))
-            told = {at: known[question] for at, question in waiting.items()}
-            waiting.clear()
+                    del open_[at]
+            if asked:
+                yield list(asked)
+        return [results[at] for at in range(len(searches))]
 
     # The plan.
 
-    def _planned(self) -> Rounds[Plan]:
+    def _planned(self) -> Search[Plan]:
         rate, failed = self._ask.rate, math.inf
         kept: tuple[float, Found, dict[str, Found]] | None = None
         while True:
@@ -266,7 +305,7 @@ class Planner:
         assert isinstance(top, float)
         return self._written(rate, best, families, equal, top, [each for each in cases if isinstance(each, Case)])
 
-    def _next_rate(self, kept: float, best: Found, failed: float) -> Rounds[float]:
+    def _next_rate(self, kept: float, best: Found, failed: float) -> Search[float]:
         """What to search for above a rate that is sustained and below one that is not.
 
         What all devices sustain in the same way takes few questions; that nothing sustains more takes a search.
@@ -297,7 +336,7 @@ class Planner:
                 return layout
             layout = larger
 
-    def _fewest(self, rate: float) -> Rounds[tuple[Found, dict[str, Found]]]:
+    def _fewest(self, rate: float) -> Search[tuple[Found, dict[str, Found]]]:
         """The best layout for a rate, and what every family came to."""
         limit = self._cluster.devices
         mixed, apart = yield from self._together([self._mixed(rate, limit), self._apart(rate, limit, equal=False)])
@@ -319,91 +358,73 @@ class Planner:
 
     def _mixed(self, rate: float, limit: int) -> Search[Found]:
         """The fewest that do both phases."""
-        lines = [
-            (fit.cell.devices * self._pool(rate, "mixed", fit.cell).least, fit.cell) for fit in self._usable("mixed")
-        ]
-        heapq.heapify(lines)
-        while lines:
-            _, cell = heapq.heappop(lines)
-            need = self._pool(rate, "mixed", cell)
-            devices = cell.devices * need.least
-            if lines and (devices, cell) > lines[0]:
-                heapq.heappush(lines, (devices, cell))
-                continue
+        cells = [fit.cell for fit in self._usable("mixed")]
+        need, layout = partial(self._pool, rate, "mixed"), partial(self._of, "mixed")
+        return self._alike(rate, limit, cells, need, layout)
+
+    def _segments(self, rate: float, limit: int) -> Search[Found]:
+        """The fewest in segments; ended without one as soon as they would be more than `limit`."""
+        return self._alike(rate, limit, self._drawn(), partial(self._sets, rate), Segment.times)
+
+    def _alike(
+        self,
+        rate: float,
+        limit: int,
+        kinds: Iterable[K],
+        need: Callable[[K], Need],
+        layout: Callable[[K, int], Layout],
+    ) -> Search[Found]:
+        """The fewest devices where all that is counted is of one kind."""
+        line = _Line(lambda kind: need(kind).least * layout(kind, 1).devices, kinds)
+        while fronts := line.fronts(ABREAST + 1):
+            devices, kind = fronts[0]
+            first = need(kind)
             if devices > limit:
                 return Found(None, devices)
-            if need.least == need.enough:
-                return Found(self._of("mixed", cell, need.least), devices, need.attained.get(need.least))
-            most = (lines[0][0] if lines else limit) // cell.devices
-            yield from self._try_pool(rate, "mixed", cell, need.middle(most))
-            heapq.heappush(lines, (cell.devices * need.least, cell))
+            if first.least == first.enough:
+                return Found(layout(kind, first.least), devices, first.attained.get(first.least))
+            tries = []
+            behinds = [*(devices for devices, _ in fronts[1:]), limit]
+            for (devices, kind), behind in zip(fronts[:ABREAST], behinds, strict=False):
+                if devices <= limit and need(kind).least < need(kind).enough:
+                    count = need(kind).middle(behind // layout(kind, 1).devices)
+                    tries.append((need(kind), layout(kind, count), count))
+            yield from self._try(rate, tries)
         return Found(None, 0)
 
     def _apart(self, rate: float, limit: int, *, equal: bool) -> Search[Found]:
         """The fewest with the phases apart; `equal`: with equal cells."""
-        lines: list[tuple[int, Apart]] = []
-        for prefill in self._usable("prefill"):
-            for decode in self._usable("decode"):
-                if not equal or prefill.cell == decode.cell:
-                    pair = Apart(prefill.cell, decode.cell)
-                    lines.append((self._least(rate, pair), pair))
-        heapq.heapify(lines)
-        seen = {pair for _, pair in lines}
-        while lines:
-            _, pair = heapq.heappop(lines)
-            devices = self._least(rate, pair)
-            if lines and (devices, pair) > lines[0]:
-                heapq.heappush(lines, (devices, pair))
-                continue
+        pairs = (
+            Apart(prefill.cell, decode.cell)
+            for prefill in self._usable("prefill")
+            for decode in self._usable("decode")
+            if not equal or prefill.cell == decode.cell
+        )
+        line = _Line(partial(self._least, rate), pairs)
+        while fronts := line.fronts(2):
+            devices, pair = fronts[0]
             if devices > limit:
                 return Found(None, devices)
-            first, second = self._pool(rate, "prefill", pair.prefill), self._pool(rate, "decode", pair.decode)
-            prefills, decodes = max(pair.prefills, first.least), max(pair.decodes, second.least)
-            slack = max(0, (lines[0][0] if lines else limit) - devices)
-            if prefills < first.enough:
-                most = prefills + slack // pair.prefill.devices
-                yield from self._try_pool(rate, "prefill", pair.prefill, max(prefills, first.middle(most)))
-            elif decodes < second.enough:
-                most = decodes + slack // pair.decode.devices
-                yield from self._try_pool(rate, "decode", pair.decode, max(decodes, second.middle(most)))
-            else:
-                layout = Layout(Pool(pair.prefill, prefills), Pool(pair.decode, decodes))
-                attained = yield layout, rate, ASKED, False
-                if attained >= self._ask.share:
-                    return Found(layout, devices, attained)
-                for more in (
-                    replace(pair, prefills=prefills + 1, decodes=decodes),
-                    replace(pair, prefills=prefills, decodes=decodes + 1),
-                ):
-                    if more not in seen:
-                        seen.add(more)
-                        heapq.heappush(lines, (self._least(rate, more), more))
+            slack = (fronts[1][0] if fronts[1:] else limit) - devices
+            tries = []
+            for use, cell, least in (("prefill", pair.prefill, pair.prefills), ("decode", pair.decode, pair.decodes)):
+                need = self._pool(rate, use, cell)
+                least = max(least, need.least)
+                if least < need.enough:
+                    count = max(least, need.middle(least + slack // cell.devices))
+                    tries.append((need, self._of(use, cell, count), count))
+            if tries:
+                yield from self._try(rate, tries)
                 continue
-            heapq.heappush(lines, (self._least(rate, pair), pair))
-        return Found(None, 0)
-
-    def _segments(self, rate: float, limit: int) -> Search[Found]:
-        """The fewest in segments; ended without one as soon as they would be more than `limit`."""
-        lines: list[tuple[int, Segment]] = []
-        for segment in self._drawn():
-            lines.append((self._sets(rate, segment).least * segment.layout.devices, segment))
-        heapq.heapify(lines)
-        while lines:
-            _, segment = heapq.heappop(lines)
-            need, each = self._sets(rate, segment), segment.layout.devices
-            devices = each * need.least
-            if lines and (devices, segment) > lines[0]:
-                heapq.heappush(lines, (devices, segment))
-                continue
-            if devices > limit:
-                return Found(None, devices)
-            if need.least == need.enough:
-                layout = replace(segment.layout, times=need.least)
-                return Found(layout, devices, need.attained.get(need.least))
-            times = need.middle((lines[0][0] if lines else limit) // each)
-            attained = yield replace(segment.layout, times=times), rate, ASKED, False
-            need.learn(times, attained, self._ask.share)
-            heapq.heappush(lines, (each * need.least, segment))
+            prefills = max(pair.prefills, self._pool(rate, "prefill", pair.prefill).least)
+            decodes = max(pair.decodes, self._pool(rate, "decode", pair.decode).least)
+            layout = Layout(Pool(pair.prefill, prefills), Pool(pair.decode, decodes))
+            (attained,) = yield from self._asked((layout, rate, ASKED, False))
+            if attained >= self._ask.share:
+                return Found(layout, devices, attained)
+            line.drop()
+            line.add(replace(pair, prefills=prefills + 1, decodes=decodes))
+            line.add(replace(pair, prefills=prefills, decodes=decodes + 1))
         return Found(None, 0)
 
     def _highest(self, layout: Layout, rate: float) -> Search[float | Case]:
@@ -417,7 +438,7 @@ class Planner:
             if asked > self._bound(layout):
                 high = middle
                 continue
-            attained = yield layout, asked, ASKED, False
+            (attained,) = yield from self._asked((layout, asked, ASKED, False))
             if attained >= self._ask.share:
                 low = middle
             else:
@@ -442,7 +463,8 @@ class Planner:
         factor = next(
             value for value in (change.rate, change.prompt, change.output, change.ttft, change.gap) if value != 1
         )
-        attained = yield layout, rate * change.rate, replace(change, rate=1.0, name=""), True
+        question = layout, rate * change.rate, replace(change, rate=1.0, name=""), True
+        (attained,) = yield from self._asked(question)
         name = f"{change.name} {100 * (factor - 1):+.0f} %"
         return Case(name, rate * change.rate, attained, attained >= self._ask.share)
 
@@ -481,9 +503,11 @@ class Planner:
                 enough = min(enough, need.enough)
         return Need(short, enough if enough > short else math.inf)
 
-    def _try_pool(self, rate: float, use: str, cell: Cell, count: int) -> Search[None]:
-        attained = yield self._of(use, cell, count), rate, ASKED, False
-        self._pool(rate, use, cell).learn(count, attained, self._ask.share)
+    def _try(self, rate: float, tries: Sequence[tuple[Need, Layout, int]]) -> Search[None]:
+        """Learn whether so many of each are enough."""
+        answers = yield from self._asked(*((layout, rate, ASKED, False) for _, layout, _ in tries))
+        for (need, _, count), attained in zip(tries, answers, strict=True):
+            need.learn(count, attained, self._ask.share)
 
     def _least(self, rate: float, pair: Apart) -> int:
         """Devices that a pair takes at least."""
@@ -493,7 +517,7 @@ class Planner:
 
     def _sets(self, rate: float, segment: Segment) -> Need:
         """How many segments, by what is known of them and of their phases."""
-        key = rate, segment.layout
+        key = rate, segment.times(1)
         prefill = self._pool(rate, "prefill", Cell(segment.stages, segment.prefill_ranks))
         decode = self._pool(rate, "decode", Cell(segment.stages, segment.decode_ranks))
         short = max((prefill.least - 1) // segment.prefills, (decode.least - 1) // segment.decodes)

@@ -162,6 +162,16 @@ def test_neither_the_order_of_answers_nor_the_way_of_driving_changes_anything(
     planner.check()
 
 
+def test_those_first_in_line_are_asked_about_together() -> None:
+    """Who answers may have several cores: that nothing mixed is enough takes a round for three cells."""
+    world = uniform(10.0, 10.0, 1.5)
+    planner = Planner(Ask(8.0, SLO), Cluster(6), LOAD, world.fits())
+    asked = [command for command in planner.on(None, 0.0) if isinstance(command, Evaluate)]
+    assert sum(command.layout.mixed is not None for command in asked) == 3
+    assert sum(command.layout.prefill is not None for command in asked) == 1
+    assert sum(command.layout.decode is not None for command in asked) == 1
+
+
 def uniform(prefill: float, decode: float, mixed: float, limit: int = 8, gain: float = 1.0) -> World:
     """Every cell as good as its devices."""
     of = dict(zip(USES, (prefill, decode, mixed), strict=True))
@@ -209,7 +219,7 @@ def test_what_is_enough_for_each_phase_alone_may_not_be_for_both(prefill, decode
 
 
 def test_segments_win_where_the_way_between_nodes_is_too_long() -> None:
-    world = uniform(10.0, 10.0, 1.0)
+    world = uniform(10.0, 10.0, 1.5)
     world.far = 0.5
     found = planned(world, 16.0, Cluster(8, 2))
     assert found.layout is not None
