@@ -282,7 +282,7 @@ class RatioController:
         told = [each for at, each in self._offers if at > now - self._config.window_s]
         # Several gateways tell of the same seconds.
         begin = min((at - each.seconds for at, each in self._offers if at > now - self._config.window_s), default=now)
-        seconds = min(self._config.window_s, now - begin)
+        seconds = min(self._config.window_s, self._offers[-1][0] - begin) if told else 0.0
         per_s = 1 / seconds if seconds else 0.0
         requests = sum(each.requests for each in told)
         prefills = [post for post in self._posts.values() if post.role is Role.PREFILL]

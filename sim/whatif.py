@@ -3,17 +3,18 @@
 The same simulator, the same policies and the same cost model as the deployment that asks. The last requests are
 repeated lap by lap, so that a deployment that begins empty is as full as it would become; who arrives in one lap, after
 `warm_s`, is judged, while those behind it still come. Memory of decode workers fills for as long as an output takes:
-judged before, a ratio with too few of them looks good. Requests whose output is not known yet have one drawn from those
-that ended (see `Recent`); so a decision knows no more than a gateway would.
+judged before, a ratio with too few of them looks good. Those that began together end together, too, so requests are
+taken in and refused in waves at first: looked at for too short a time, any ratio may look good. Requests whose output
+is not known yet have one drawn from those that ended (see `Recent`); so a decision knows no more than a gateway would.
 
 Blocks of prompts have other names in each lap: a lap finds in caches what it has itself computed, and nothing of what
 came before. So sessions that began before the window look somewhat dearer to prefill than they are.
 
 | parameter | unit | default | meaning |
 |---|---|---|---|
-| most | requests | 400 | that are judged; of more, the last |
-| warm_steps | outputs | 1.4 | mean outputs, each token as slow as its goal allows, that pass before anybody is judged |
-| warm_least_s, warm_most_s | s | 8, 90 | bounds of that time |
+| most | requests | 1000 | that are judged; of more, the last |
+| warm_steps | outputs | 2 | mean outputs, each token as slow as its goal allows, that pass before anybody is judged |
+| warm_least_s, warm_most_s | s | 8, 120 | bounds of that time |
 | tail | share | 0.5 | of that time in which others still come after the judged |
 | gap_s | s | 0.03 | a token takes, where there is no goal for gaps |
 """
@@ -41,10 +42,10 @@ NEVER = 2**60
 class WhatIf:
     """Settings; see the module's table."""
 
-    most: int = 400
-    warm_steps: float = 1.4
+    most: int = 1000
+    warm_steps: float = 2.0
     warm_least_s: float = 8.0
-    warm_most_s: float = 90.0
+    warm_most_s: float = 120.0
     tail: float = 0.5
     gap_s: float = 0.03
 

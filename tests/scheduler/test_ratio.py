@@ -258,6 +258,23 @@ def test_the_lightest_worker_that_can_is_flipped():
     assert fleet.acts == [(10.0, f"{light.name} to decode")]
 
 
+@pytest.mark.parametrize("told_at", [0.0, 0.1, 1.9])
+def test_rates_are_those_of_the_time_that_was_told_of_whenever_it_decides(told_at):
+    fleet = Fleet(2, 2, peak(2))
+    for index in range(30):
+        fleet.now = told_at + 2 * index
+        fleet.tell(Offered(2.0, 20, 1000, 200, 400, 0))
+        fleet.now = 2.0 * (index + 1)
+        due = fleet.machine.deadline()
+        if due is not None and due <= fleet.now:
+            fleet.tell(None)
+    assert fleet.decisions
+    for each in fleet.decisions:
+        inputs = each.inputs
+        rates = (inputs.requests_per_s, inputs.new_tokens_per_s, inputs.cached_tokens_per_s, inputs.output_tokens_per_s)
+        assert rates == pytest.approx((10.0, 500.0, 100.0, 200.0))
+
+
 def test_a_gain_that_noise_could_make_moves_nobody():
     fleet = Fleet(4, 4, lambda ratio, _: 0.80 + (0.019 if ratio.prefill == 3 else 0.0))
     fleet.pass_(1)

@@ -227,6 +227,12 @@ def test_more_than_the_most_are_not_judged():
     assert judge(steady(5.0, 20.0, 100, 10), 20.0, fleet, small(), SETTINGS, WhatIf(most=30)).requests == 30
 
 
+def test_as_a_rule_all_that_came_within_the_window_are_judged():
+    """Too few are one wave of those that are taken in and refused together, and any ratio may look good."""
+    fleet, window_s = workers("2 prefill, 2 decode", COST), RatioConfig().window_s
+    assert judge(steady(40.0, window_s, 100, 10), window_s, fleet, small(), SETTINGS).requests == 1000
+
+
 # How long outputs are.
 def test_a_life_table_of_ended_outputs_is_their_distribution():
     table = Lengths([(0, tokens, True) for tokens in (10, 20, 30, 40)])
