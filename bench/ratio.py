@@ -67,8 +67,8 @@ SETTINGS = Settings(slo=Slo(2.0, 0.05), max_tokens=4096)
 SHARE = 0.9
 GRID = 2 ** (1 / 32)
 """From one share that is tried to the next."""
-LIKELY = -12
-"""Steps of the grid from `SHARE` to where the search for the best static ratio begins."""
+OURS_LIKELY, LIKELY = 3, -12
+"""Steps of the grid from `SHARE` to where the searches begin: for the adaptive ratio, for the best static one."""
 PRECISION = 0.045
 """Of `ALONE`."""
 SEGMENT_S = 1200.0
@@ -234,7 +234,7 @@ def sustained(runs: Runs, seed: int) -> dict[str, float]:
         job = Job("drift", seed, SHARE * GRID**step, prefill, search=bool(step or prefill))
         return bool(runs(job)["attained"] >= SHARE)
 
-    adaptive = walk(partial(holds, 0), 0)
+    adaptive = walk(partial(holds, 0), OURS_LIKELY)
     best, which = walk(partial(holds, 3), LIKELY), 3
     for prefill in (2, 4, 5, 1, 6, 7):
         if holds(prefill, best + 1):  # else it is none that is better

@@ -8,14 +8,15 @@ help is asked before it is made: whoever runs this simulates the last traffic wi
 flip is one worker; what it would cost to be wrong is one flip, too.
 
 A period goes like this. If nobody waits, nobody was refused and loads are low, nothing is asked. If traffic is what it
-was when no change helped, it is asked again only after twice as long as the last time. Otherwise these are simulated:
-the ratio that there is; ratios one, two, four and all flips away, because where a phase has far too little, one worker
-more changes nothing yet; and, where bounds allow it, one worker more or less. A phase that is the busier one by `apart`
-gives nobody. One worker is flipped if that, or the way that begins with it, makes more requests good by `gain`. A way
-is gone on with at once: when its first flip has ended it is asked again from there, without waiting for a period. More
-workers are asked for only if too few are good with the best ratio of those that there are; goals that idle workers
-cannot meet ask for none, because no number of workers meets them. A worker is given up only if the rest would serve
-`spare` times the traffic as well (a check of consolidation), `patience` times in a row.
+was when no change helped, it is asked again only after twice as long as the last time, or when it is worse than ever
+since. Otherwise these are simulated: the ratio that there is; ratios one, two, four and all flips away, because where a
+phase has far too little, one worker more changes nothing yet; and, where bounds allow it, one worker more or less. A
+phase that is the busier one by `apart` gives nobody. One worker is flipped if that, or the way that begins with it,
+makes more requests good by `gain`. A way is gone on with at once: when its first flip has ended it is asked again from
+there, without waiting for a period. More workers are asked for only if too few are good with the best ratio of those
+that there are; goals that idle workers cannot meet ask for none, because no number of workers meets them. A worker is
+given up only if the rest would serve `spare` times the traffic as well (a check of consolidation), `patience` times in
+a row.
 
 A flip that takes back the one before is a turn. Where traffic has not moved since, only one is made in `turn_s`, and it
 must gain twice as much: so noise does not send workers to and fro. Traffic has moved if the rate of requests, of
@@ -333,10 +334,11 @@ class RatioController:
         traffic = _traffic(inputs)
         if self._asked is not None:
             was, refused, oldest_s = self._asked
-            worse = inputs.refused > refused + WORSE or _oldest(inputs) > WORSE_S + 2 * oldest_s
-            if worse or self._other(traffic, was):
+            if self._other(traffic, was):
                 self._wake()
-            elif now < self._rests_until:
+            elif now >= self._rests_until:
+                self._asked = None
+            elif inputs.refused <= refused + WORSE and _oldest(inputs) <= WORSE_S + 2 * oldest_s:
                 return self._decide(
                     now, inputs, keep, Why.RESTING, against=self._unasked(candidates, against, Why.RESTING)
                 )
@@ -446,7 +448,10 @@ class RatioController:
             against = ((chosen, Why.OTHERS), *[each for each in against if each[0] != keep])
             return self._decide(now, inputs, keep, Why.OTHERS, question, event, against)
         if chosen.act is Act.KEEP:
-            self._asked = (question.traffic, inputs.refused, _oldest(inputs))
+            refused, oldest_s = inputs.refused, _oldest(inputs)
+            if self._asked is not None:  # it was worse, and that does not help either: as bad as this it may become
+                refused, oldest_s = max(refused, self._asked[1]), max(oldest_s, self._asked[2])
+            self._asked = (question.traffic, refused, oldest_s)
             self._rest_s = min(self._config.rest_most_s, max(self._config.period_s, 2 * self._rest_s))
             # A little early, so that it ends by the period that it is to end with.
             self._rests_until = now + self._rest_s - self._config.period_s / 2

@@ -303,6 +303,19 @@ def test_distress_is_asked_about_though_traffic_is_what_it_was():
     assert fleet.last.scores
 
 
+def test_what_comes_in_waves_is_asked_about_once_and_then_as_seldom_as_all_else():
+    fleet = Fleet(4, 4, lambda ratio, _: 0.95)
+    for _ in range(10):
+        fleet.refused = 0.05
+        fleet.pass_(2)
+        fleet.refused = 0.25
+        fleet.pass_(2)
+    assert sum(bool(each.scores) for each in fleet.decisions) == 6
+    fleet.refused = 0.4  # worse than any wave so far
+    fleet.pass_(1)
+    assert fleet.last.scores
+
+
 def test_flapping_scores_turn_once_in_ten_minutes_of_constant_load():
     flip = [0]
 
