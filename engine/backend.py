@@ -23,6 +23,7 @@ from kernels.batch import Batch
 from kernels.exact_cpu import ExactOps, row_independent
 from kernels.exact_native import ExactNativeOps
 from kernels.fast_cpu import FastOps
+from kernels.linear import tiles
 from kernels.native import NativeMissing
 from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
 from kernels.ops import Ops
@@ -93,16 +94,16 @@ def default_dtype(checkpoint: str, device: str) -> str:
     """The checkpoint's own on a GPU; on a CPU bf16 if the checkpoint is bf16 and it is multiplied in hardware."""
     if device == "cuda":
         return checkpoint
-    cpu = torch.cpu
-    fast = any(getattr(cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    fast = tiles() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return "bfloat16" if checkpoint == "bfloat16" and fast else "float32"
 
 
-def prove(weights: Weights, dtype: str) -> None:
+def prove(ops: Ops, weights: Weights, dtype: str) -> None:
     """Raise `SetupError` if a product of this model's shapes is not exact on this CPU."""
     layer = weights.layers[0]
-    for weight in (layer.qkv, layer.out, layer.gate_up, layer.down, weights.lm_head):
-        if not row_independent(weight, TORCH_DTYPES[dtype]):
+    products = [(ops.linear, weight) for weight in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    for product, weight in (*products, (ops.logits, weights.lm_head)):
+        if not row_independent(product, weight, TORCH_DTYPES[dtype]):
             raise SetupError(
                 f"exact: got a CPU whose {dtype} product with a [{weight.rows}, {weight.cols}] matrix depends on the "
                 "row's place, want one where it does not"

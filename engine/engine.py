@@ -104,7 +104,7 @@ class TorchEngine:
         with torch.inference_mode():
             weights = load(model_dir, self.config, ops, self.dtype, progress, device=where)
             if exact:
-                backend.prove(weights, self.dtype)
+                backend.prove(ops, weights, self.dtype)
             self._model = Decoder(self.config, weights, ops, self._arena)
             longest = min(self._kv.pages_for(self.config.context), self._arena.count)
             self._forward = backend.forward(self._model, device, longest)

@@ -136,7 +136,7 @@ def load(
             )
         )
     final_norm = reader.norm(FINAL_NORM)
-    lm_head = ops.pack(embedding if config.tied else reader.tensor(LM_HEAD))
+    lm_head = ops.pack_head(embedding if config.tied else reader.tensor(LM_HEAD))
     if config.embedding_scale != 1:  # a tied output layer keeps the numbers as they are stored
         embedding = embedding * torch.tensor(config.embedding_scale, dtype=embedding.dtype)
     return Weights(embedding, tuple(layers), final_norm, lm_head)

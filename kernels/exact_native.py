@@ -27,7 +27,8 @@ class ExactNativeOps(NativeOps):
         return tiled_linear(x, weight)
 
     def logits(self, x: Tensor, weight: Packed) -> Tensor:
-        return tiled_logits(x, weight)
+        plain = x.dtype == torch.bfloat16 and not weight.data.is_mkldnn
+        return super().logits(x, weight) if plain else tiled_logits(x, weight)
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         """Every row, of a chunk or of decode, is one row with its own number of keys."""

@@ -31,6 +31,9 @@ class FastOps:
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
         return linear.pack(weight, bias)
 
+    def pack_head(self, weight: Tensor) -> Packed:
+        return self.pack(weight)
+
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         single = [segment for segment in batch.segments if segment.count == 1 and segment.newest]
         chunks = [segment for segment in batch.segments if segment.count > 1 or not segment.newest]

@@ -30,6 +30,12 @@ def packs(dtype: torch.dtype) -> bool:
     return True
 
 
+def tiles() -> bool:
+    """True if oneDNN multiplies bf16 in this CPU's tile registers (AMX), several times as fast as in vectors."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
+
+
 def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
     """`weight` ``[out, in]`` in oneDNN's layout if this torch can, else as it is; `bias` as it is."""
     rows, cols = weight.shape

@@ -7,11 +7,16 @@
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
 //   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
 //   soft_cap      y = cap * tanh(y / cap)
+//   wide_product  y = x W^T + b in fp32, x and W in bf16; W is read once, however many rows x has
 //   page_sums     sum over a page's rows of mix64(sum of the row's words + key of its lane + key of its token)
 //   page_weights  sum over a page's first slots of word * weight of its place
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -268,6 +273,83 @@ void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
     for (int64_t c = 0; c < cols; c++) put(logits + n * cols + c, cap * fast_tanh(wide(logits[n * cols + c]) / cap));
 }
 
+// A Part holds kStep numbers of a row: pairs of bf16 that the CPU multiplies and adds in fp32, or, without that, fp32.
+#ifdef __AVX512BF16__
+typedef bf16 Held;
+typedef __m512bh Part;
+constexpr int64_t kStep = 2 * kLanes;
+inline Part part(const bf16* from) {
+  Part found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+inline Lanes more(Lanes sum, Part a, Part b) { return Lanes(_mm512_dpbf16_ps(__m512(sum), a, b)); }
+inline void hold(Held* to, bf16 x) { *to = x; }
+#else
+typedef float Held;
+typedef Lanes Part;
+constexpr int64_t kStep = kLanes;
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+inline Part part(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return Lanes(__builtin_convertvector(halves, Words) << 16);
+}
+inline Part part(const float* from) {
+  Part found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+inline Lanes more(Lanes sum, Part a, Part b) { return sum + a * b; }
+inline void hold(Held* to, bf16 x) { *to = wide(x); }
+#endif
+
+constexpr int64_t kBlock = 4;   // rows, and outputs, whose sums are in registers at a time
+constexpr int64_t kTile = 16;   // outputs whose weights stay in the cache while all rows pass
+
+// Rows of x are `stride` apart, with zeros behind their end. A row's sums do not depend on the other rows.
+template <int64_t kRows, int64_t kOuts>
+void product_block(const Held* x, int64_t stride, const bf16* w, int64_t cols, const float* bias, float* out,
+                   int64_t outs) {
+  Lanes sums[kRows][kOuts] = {};
+  Part right[kOuts];
+  const auto add = [&](int64_t c) {
+    for (int64_t r = 0; r < kRows; r++) {
+      const Part left = part(x + r * stride + c);
+      for (int64_t o = 0; o < kOuts; o++) sums[r][o] = more(sums[r][o], left, right[o]);
+    }
+  };
+  const int64_t whole = cols / kStep * kStep;
+  for (int64_t c = 0; c < whole; c += kStep) {
+    for (int64_t o = 0; o < kOuts; o++) {
+      right[o] = part(w + o * cols + c);
+      __builtin_prefetch(w + (o + kOuts) * cols + c);
+    }
+    add(c);
+  }
+  if (whole < cols) {
+    for (int64_t o = 0; o < kOuts; o++) {
+      bf16 rest[kStep] = {};
+      std::memcpy(rest, w + o * cols + whole, (cols - whole) * sizeof(bf16));
+      right[o] = part(rest);
+    }
+    add(whole);
+  }
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t o = 0; o < kOuts; o++) out[r * outs + o] = sum_of(sums[r][o]) + (bias ? bias[o] : 0.0f);
+}
+
+template <int64_t kOuts>
+void product_rows(const Held* x, int64_t rows, int64_t stride, const bf16* w, int64_t cols, const float* bias,
+                  float* out, int64_t outs) {
+  for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * outs)
+    product_block<kBlock, kOuts>(x, stride, w, cols, bias, out, outs);
+  if (rows == 3) product_block<3, kOuts>(x, stride, w, cols, bias, out, outs);
+  if (rows == 2) product_block<2, kOuts>(x, stride, w, cols, bias, out, outs);
+  if (rows == 1) product_block<1, kOuts>(x, stride, w, cols, bias, out, outs);
+}
+
 // The finaliser of splitmix64.
 inline uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -313,6 +395,23 @@ void page_sums_of(const uint64_t* pages, int64_t count, int64_t lanes, int64_t p
 }
 
 }  // namespace
+
+// x: [rows, cols], w: [outs, cols], bias: [outs] or null, out: [rows, outs].
+extern "C" void wide_product(const bf16* x, const bf16* w, const float* bias, float* out, int64_t rows, int64_t outs,
+                             int64_t cols, int threads) {
+  const int64_t stride = (cols + kStep - 1) / kStep * kStep;
+  std::vector<Held> held(rows * stride);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < cols; c++) hold(&held[r * stride + c], x[r * cols + c]);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t tile = 0; tile < outs; tile += kTile) {
+    const int64_t end = tile + kTile < outs ? tile + kTile : outs;
+    for (int64_t o = tile; o < end; o += o + kBlock <= end ? kBlock : 1) {
+      auto product = o + kBlock <= end ? product_rows<kBlock> : product_rows<1>;
+      product(held.data(), rows, stride, w + o * cols, cols, bias ? bias + o : nullptr, out + o, outs);
+    }
+  }
+}
 
 // pages: [count, lanes, page_tokens, words], of whose tokens the first `tokens` are summed; `keys`: of count * page_tokens.
 extern "C" void page_sums(const uint64_t* pages, int64_t count, int64_t lanes, int64_t page_tokens, int64_t words,

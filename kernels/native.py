@@ -70,6 +70,7 @@ def library() -> ctypes.CDLL:
         for dtype in DTYPES:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
+    loaded.wide_product.argtypes, loaded.wide_product.restype = (*[POINTER] * 4, *[COUNT] * 3, INT), None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
     loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)
     loaded.page_weights.restype = None

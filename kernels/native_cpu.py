@@ -12,8 +12,9 @@ from torch import Tensor
 from kernels.batch import Batch, Segment
 from kernels.chunk_attention import chunk_attention
 from kernels.fast_cpu import FastOps
+from kernels.linear import tiles
 from kernels.native import DTYPES, SIGNATURES, library
-from kernels.ops import Heads
+from kernels.ops import Heads, Packed
 from kernels.rope import Rope
 
 MAX_GROUP, MAX_DIM = 16, 256
@@ -38,11 +39,36 @@ class NativeOps(FastOps):
 
     def __init__(self) -> None:
         loaded = library()
+        self._wide_product = loaded.wide_product
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {
             (operation, getattr(torch, dtype)): getattr(loaded, f"{operation}_{dtype}")
             for operation in SIGNATURES
             for dtype in DTYPES
         }
+
+    def pack_head(self, weight: Tensor) -> Packed:
+        """bf16 stays as it is, so a tied embedding is kept once, unless oneDNN is quicker though it reads it twice."""
+        if weight.dtype != torch.bfloat16 or tiles():
+            return self.pack(weight)
+        rows, cols = weight.shape
+        return Packed(rows, cols, weight.contiguous())
+
+    def logits(self, x: Tensor, weight: Packed) -> Tensor:
+        if x.dtype != torch.bfloat16 or weight.data.is_mkldnn:
+            return super().logits(x, weight)
+        x, out = x.contiguous(), torch.empty(len(x), weight.rows)
+        bias = None if weight.bias is None else weight.bias.float()
+        self._wide_product(
+            x.data_ptr(),
+            weight.data.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            len(x),
+            weight.rows,
+            weight.cols,
+            torch.get_num_threads(),
+        )
+        return out
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         if heads.group > MAX_GROUP or heads.dim > MAX_DIM:

@@ -76,6 +76,10 @@ class Ops(Protocol):
         """`weight` ``[out, in]`` and `bias` in this backend's form; the caller drops the originals."""
         ...
 
+    def pack_head(self, weight: Tensor) -> Packed:
+        """Likewise, for `logits`; may be `weight` itself."""
+        ...
+
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         """Work out, once a step for each `heads`, what `attend` needs in every layer with it. `pages`: the arena."""
         ...

@@ -21,6 +21,9 @@ class ReferenceOps:
         rows, cols = weight.shape
         return Packed(rows, cols, weight, bias)
 
+    def pack_head(self, weight: Tensor) -> Packed:
+        return self.pack(weight)
+
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         return None
 

@@ -34,6 +34,9 @@ class TritonOps:
         rows, cols = weight.shape
         return Packed(rows, cols, weight, bias)
 
+    def pack_head(self, weight: Tensor) -> Packed:
+        return self.pack(weight)
+
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         assert isinstance(batch, DeviceBatch), "steps of this backend come from StaticBatch.fill"
         batch.plans[heads] = splits(batch.singles, heads.kv_heads, _processors(pages.device))

@@ -174,7 +174,9 @@ def test_recomputing_prompt_and_output_changes_no_bit(exact, number, sizes):
 
 
 def test_a_cpu_that_is_not_exact_is_refused(engine, monkeypatch):
-    monkeypatch.setattr("engine.backend.row_independent", lambda weight, dtype: weight.rows != 128 or weight.cols != 64)
+    monkeypatch.setattr(
+        "engine.backend.row_independent", lambda product, weight, dtype: weight.rows != 128 or weight.cols != 64
+    )
     with pytest.raises(SetupError, match=r"exact: got a CPU whose float32 product with a \[128, 64\] matrix"):
         engine("gqa", exact=True, dtype="float32")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
 from kernels import native
+from kernels.native_cpu import NativeOps
 
 
 @pytest.fixture
@@ -48,3 +50,26 @@ def test_a_compiler_that_fails(fresh, monkeypatch, compiler):
     with pytest.raises(native.NativeMissing, match="cannot be built or loaded"):
         load()
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("without", [(), ("-mno-avx512bf16",)], ids=["as built", "without bf16 instructions"])
+def test_logits_are_fp32_sums_and_a_row_has_its_bits_alone(fresh, monkeypatch, without):
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *without))
+    monkeypatch.setattr("kernels.native_cpu.library", fresh[0])
+    monkeypatch.setattr("kernels.native_cpu.tiles", lambda: False)
+    ops, before = NativeOps(), torch.get_num_threads()
+    for cols in (1, 15, 16, 31, 32, 33, 96, 100):
+        for outs in (1, 3, 4, 5, 16, 17, 131):
+            x, weight = torch.randn(9, cols).bfloat16(), torch.randn(outs, cols).bfloat16()
+            packed = ops.pack_head(weight)
+            assert packed.data.data_ptr() == weight.data_ptr()
+            together = ops.logits(x, packed)
+            assert together.dtype == torch.float32
+            assert (together - x.double() @ weight.double().T).abs().max() < 1e-6 * (cols + 10)
+            for rows in range(1, 9):
+                assert torch.equal(ops.logits(x[rows:], packed), together[rows:])
+            torch.set_num_threads(2)
+            try:
+                assert torch.equal(ops.logits(x, packed), together)
+            finally:
+                torch.set_num_threads(before)
