@@ -1,7 +1,8 @@
-// The small operations and decode attention of kernels/ops.py, fused: one pass over memory each. Plain C interface,
+// The small operations, attention and logits of kernels/ops.py, fused: one pass over memory each. Plain C interface,
 // no torch headers, built in a second or two by kernels/native.py; fp32 inside, rounded once at the end.
 //
 //   attend        one partial softmax a page, merged while walking a row's pages in place (only keys that exist)
+//   attend_chunk  the same for many rows of one sequence: a block of keys is unpacked once for all of them
 //   add_rms_norm  r += x;  y = r / sqrt(mean(r^2) + eps) * w      (x null: no addition)
 //   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k, normed before if asked for;  k, v -> their slots
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
@@ -193,6 +194,117 @@ void attend(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, 
 }
 
 // One row's sum of squares, in lanes.
+constexpr int64_t kRows = 128;  // queries, of all heads of a group, that meet a block of keys while it is in the cache
+constexpr int64_t kTogether = 4;
+static_assert(kKeys == 4 * kLanes, "a row's scores of a block are four vectors");
+
+inline Lanes lanes(const float* from) {
+  Lanes found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+// Scores of `kTogether` queries against a block of keys; `keys` has a row of kKeys numbers for each number of a head.
+inline void scores_of(const float* query, int64_t room, const float* keys, int64_t dim, float* scores) {
+  Lanes sums[kTogether][4] = {};
+  for (int64_t d = 0; d < dim; d++, keys += kKeys) {
+    const Lanes k[4] = {lanes(keys), lanes(keys + kLanes), lanes(keys + 2 * kLanes), lanes(keys + 3 * kLanes)};
+    for (int64_t r = 0; r < kTogether; r++)
+      for (int64_t part = 0; part < 4; part++) sums[r][part] += query[r * room + d] * k[part];
+  }
+  std::memcpy(scores, sums, sizeof sums);
+}
+
+// mixed = mixed * shrink + sum of the values [from, to) by their shares, for kParts vectors of `kTogether` rows.
+template <int64_t kParts>
+void mix(float* mixed, int64_t room, const float* shrink, const float* shares, const float* values, int64_t from,
+         int64_t to) {
+  Lanes sums[kTogether][kParts];
+  for (int64_t r = 0; r < kTogether; r++)
+    for (int64_t part = 0; part < kParts; part++) sums[r][part] = lanes(mixed + r * room + part * kLanes) * shrink[r];
+  for (int64_t t = from; t < to; t++) {
+    Lanes v[kParts];
+    for (int64_t part = 0; part < kParts; part++) v[part] = lanes(values + t * room + part * kLanes);
+    for (int64_t r = 0; r < kTogether; r++)
+      for (int64_t part = 0; part < kParts; part++) sums[r][part] += shares[r * kKeys + t] * v[part];
+  }
+  for (int64_t r = 0; r < kTogether; r++)
+    for (int64_t part = 0; part < kParts; part++)
+      std::memcpy(mixed + r * room + part * kLanes, &sums[r][part], sizeof(Lanes));
+}
+
+// Positions [first, first + count) of one KV head: q and out begin there, `q_stride` and `out_stride` from one to the next.
+template <class T>
+void attend_block(const T* q, int64_t q_stride, const T* half, const T* values, const int64_t* pages, int64_t first,
+                  int64_t count, int64_t page_stride, int64_t page_tokens, int64_t group, int64_t dim, float scale,
+                  int64_t window, float cap, T* out, int64_t out_stride) {
+  const int64_t room = (dim + kLanes - 1) / kLanes * kLanes, rows = count * group;
+  const int64_t padded = (rows + kTogether - 1) / kTogether * kTogether;
+  std::vector<float> query(padded * room), mixed(padded * room), keys(dim * kKeys), held(kKeys * room);
+  std::vector<float> share(padded * kKeys), top(padded, -1e30f), total(padded, 0.0f), shrink(padded, 1.0f);
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t d = 0; d < dim; d++) query[n * room + d] = wide(q[n / group * q_stride + n % group * dim + d]) * scale;
+  const int64_t stop = first + count, lowest = window && first + 1 > window ? first + 1 - window : 0;
+  for (int64_t start = lowest / kKeys * kKeys; start < stop; start += kKeys) {
+    const int64_t there = stop - start < kKeys ? stop - start : kKeys;
+    for (int64_t t = lowest > start ? lowest - start : 0; t < there; t++) {
+      const int64_t at = pages[(start + t) / page_tokens] * page_stride + (start + t) % page_tokens * dim;
+      for (int64_t d = 0; d < dim; d++) keys[d * kKeys + t] = wide(half[at + d]);
+      for (int64_t d = 0; d < dim; d++) held[t * room + d] = wide(values[at + d]);
+    }
+    for (int64_t row = 0; row < rows; row += kTogether) {
+      scores_of(&query[row * room], room, keys.data(), dim, &share[row * kKeys]);
+      int64_t from = kKeys, to = 0;
+      for (int64_t n = row; n < row + kTogether && n < rows; n++) {
+        float* score = &share[n * kKeys];
+        const int64_t own = first + n / group + 1 - start;  // keys up to its own
+        const int64_t seen = own < 0 ? 0 : own < kKeys ? own : kKeys;
+        const int64_t unseen = window && own > window ? (own - window < seen ? own - window : seen) : 0;
+        if (cap > 0)
+          for (int64_t t = 0; t < kKeys; t++) score[t] = cap * fast_tanh(score[t] / cap);
+        for (int64_t t = 0; t < unseen; t++) score[t] = -1e30f;
+        for (int64_t t = seen; t < kKeys; t++) score[t] = -1e30f;
+        Lanes most = lanes(score);
+        for (int64_t t = kLanes; t < kKeys; t += kLanes) most = larger(lanes(score + t), most);
+        const float highest = most_of(most), best = highest > top[n] ? highest : top[n];
+        shrink[n] = fast_exp(top[n] - best);
+        for (int64_t t = 0; t < kKeys; t++) score[t] = fast_exp(score[t] - best);
+        for (int64_t t = 0; t < unseen; t++) score[t] = 0;
+        for (int64_t t = seen; t < kKeys; t++) score[t] = 0;
+        Lanes sum = {};
+        for (int64_t t = 0; t < kKeys; t += kLanes) sum += lanes(score + t);
+        total[n] = total[n] * shrink[n] + sum_of(sum);
+        top[n] = best;
+        from = unseen < from ? unseen : from;
+        to = seen > to ? seen : to;
+      }
+      for (int64_t d = 0; d < room; d += room - d >= 4 * kLanes ? 4 * kLanes : kLanes) {
+        auto mixes = room - d >= 4 * kLanes ? mix<4> : mix<1>;
+        mixes(&mixed[row * room + d], room, &shrink[row], &share[row * kKeys], &held[d], from, to);
+      }
+    }
+  }
+  for (int64_t n = 0; n < rows; n++)
+    for (int64_t d = 0; d < dim; d++)
+      put(out + n / group * out_stride + n % group * dim + d, mixed[n * room + d] / total[n]);
+}
+
+// Positions [start, start + count) of a sequence whose pages are `pages`; q and out begin with the first of them.
+template <class T>
+void attend_chunk(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,
+                  int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,
+                  int64_t window, float cap, T* out, int threads) {
+  const int64_t each = kRows / group, blocks = (count + each - 1) / each, out_stride = kv_heads * group * dim;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t n = 0; n < kv_heads * blocks; n++) {
+    const int64_t head = n % kv_heads, first = n / kv_heads * each, left = count - first;
+    attend_block(q + first * q_stride + head * group * dim, q_stride, layer + head * page_tokens * dim,
+                 layer + (kv_heads + head) * page_tokens * dim, pages, start + first, left < each ? left : each,
+                 page_stride, page_tokens, group, dim, scale, window, cap, out + first * out_stride + head * group * dim,
+                 out_stride);
+  }
+}
+
 template <class T>
 float squares(const T* x, int64_t cols) {
   Lanes sum = {};
@@ -448,6 +560,13 @@ extern "C" void page_weights(const uint64_t* arena, int64_t lanes, int64_t page_
    int64_t dim, float scale, int64_t window, float cap, T* out, int threads)
 BOTH(attend, ATTEND, (q, q_stride, layer, pages, first, keys, rows, count, page_stride, page_tokens, kv_heads, group,
                       dim, scale, window, cap, out, threads))
+
+#define ATTEND_CHUNK(T)                                                                                          \
+  (const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,           \
+   int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,        \
+   int64_t window, float cap, T* out, int threads)
+BOTH(attend_chunk, ATTEND_CHUNK, (q, q_stride, layer, pages, start, count, page_stride, page_tokens, kv_heads, group,
+                                  dim, scale, window, cap, out, threads))
 
 #define ADD_RMS_NORM(T) \
   (const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t cols, float eps, int threads)

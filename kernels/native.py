@@ -37,6 +37,7 @@ BUILD_LIMIT_S = 60.0
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "attend": (POINTER, COUNT, *[POINTER] * 5, *[COUNT] * 6, FLOAT, COUNT, FLOAT, POINTER, INT),
+    "attend_chunk": (POINTER, COUNT, *[POINTER] * 2, *[COUNT] * 7, FLOAT, COUNT, FLOAT, POINTER, INT),
     "add_rms_norm": (*[POINTER] * 4, COUNT, COUNT, FLOAT, INT),
     "rope_store": (*[POINTER] * 5, FLOAT, *[POINTER] * 3, *[COUNT] * 6, INT),
     "silu_mul": (POINTER, POINTER, COUNT, COUNT, INT),

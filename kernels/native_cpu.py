@@ -1,4 +1,4 @@
-"""The fast CPU backend with native code for decode attention and the small operations: one pass over memory each."""
+"""The fast CPU backend with native code for attention, logits and the small operations: one pass over memory each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kernels.batch import Batch, Segment
-from kernels.chunk_attention import chunk_attention
 from kernels.fast_cpu import FastOps
 from kernels.linear import tiles
 from kernels.native import DTYPES, SIGNATURES, library
@@ -152,8 +151,24 @@ class NativeOps(FastOps):
         out = q.new_empty(q.shape)
         out[batch.rows :] = 0
         for segment in plan.chunks:
-            rows = slice(segment.row, segment.row + segment.count)
-            out[rows] = chunk_attention(q[rows], segment, layer, heads)
+            self._calls["attend_chunk", q.dtype](
+                q[segment.row].data_ptr(),
+                q.stride(0),
+                layer.data_ptr(),
+                segment.pages.ctypes.data,
+                segment.start,
+                segment.count,
+                layer.stride(0),
+                layer.shape[3],
+                heads.kv_heads,
+                heads.group,
+                heads.dim,
+                heads.scale,
+                heads.window or 0,
+                heads.cap or 0.0,
+                out[segment.row].data_ptr(),
+                torch.get_num_threads(),
+            )
         if len(plan.rows):
             self._calls["attend", q.dtype](
                 q.data_ptr(),
