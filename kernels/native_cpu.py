@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.batch import Batch, Segment
+from kernels.chunk_attention import chunk_attention
 from kernels.fast_cpu import FastOps
 from kernels.linear import tiles
 from kernels.native import DTYPES, SIGNATURES, library
@@ -38,6 +39,8 @@ class NativeOps(FastOps):
 
     def __init__(self) -> None:
         loaded = library()
+        self._tiles = tiles()
+        """torch's own bf16 products are quicker than ours, those inside of its attention, too."""
         self._wide_product = loaded.wide_product
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {
             (operation, getattr(torch, dtype)): getattr(loaded, f"{operation}_{dtype}")
@@ -47,7 +50,7 @@ class NativeOps(FastOps):
 
     def pack_head(self, weight: Tensor) -> Packed:
         """bf16 stays as it is, so a tied embedding is kept once, unless oneDNN is quicker though it reads it twice."""
-        if weight.dtype != torch.bfloat16 or tiles():
+        if weight.dtype != torch.bfloat16 or self._tiles:
             return self.pack(weight)
         rows, cols = weight.shape
         return Packed(rows, cols, weight.contiguous())
@@ -151,6 +154,10 @@ class NativeOps(FastOps):
         out = q.new_empty(q.shape)
         out[batch.rows :] = 0
         for segment in plan.chunks:
+            if self._tiles and q.dtype == torch.bfloat16:
+                rows = slice(segment.row, segment.row + segment.count)
+                out[rows] = chunk_attention(q[rows], segment, layer, heads)
+                continue
             self._calls["attend_chunk", q.dtype](
                 q[segment.row].data_ptr(),
                 q.stride(0),

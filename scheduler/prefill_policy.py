@@ -63,6 +63,7 @@ from scheduler.prefill_events import (
 )
 from scheduler.prefill_fetches import Fetches
 from scheduler.prefill_keeps import Keeps
+from scheduler.prefill_sinks import Sinks
 from scheduler.refusals import Refusals
 
 _COMES = Prompt, FetchOver
@@ -201,8 +202,7 @@ class PrefillPolicy:
         """Bound pages that no sink has promised to take."""
         self._vast: dict[str, int] = {}
         """Pages of those whose sink was asked, that have not begun, and for which ungranted ones may leave no room."""
-        self._waits_since: dict[Identity, dict[str, float]] = {}
-        """By sink, when it was asked for those to whom it has not answered, in this order."""
+        self._sinks = Sinks()
         self._own = ""
         """The last that our own sink was asked for."""
         self._running: _Step | None = None
@@ -233,8 +233,6 @@ class PrefillPolicy:
         self._refusals = Refusals()
         self._now = 0.0
         """Of the event."""
-        self._quiet: dict[Identity, None] = {}
-        """Decode workers that nothing comes from."""
         self._eased = False
         """There is less to do, or more memory, than when a request was refused."""
         self.ignored = 0
@@ -358,10 +356,8 @@ class PrefillPolicy:
         ungranted = [held.pages for held in self._requests.values() if held.begun and held.grant is Grant.ASKED]
         assert self._ungranted == sum(ungranted)
         asked = [held for held in self._requests.values() if held.grant is not Grant.NOT_ASKED and not held.begun]
-        waiting = {key: sink for sink, keys in self._waits_since.items() for key in keys}
         lined = [held for held in self._requests.values() if held.request is not None and not held.request.alone]
-        assert waiting == {h.key: h.ticket.sink for h in lined if h.grant is Grant.ASKED and not h.batch}
-        assert all(self._waits_since.values())
+        self._sinks.check({h.key: h.ticket.sink for h in lined if h.grant is Grant.ASKED and not h.batch})
         assert self._vast.items() <= {held.key: held.pages for held in asked}.items()
         assert max((held.pages for held in asked), default=0) + self._ungranted <= self._capacity, "a ring may come"
         for state in State:
@@ -469,7 +465,7 @@ class PrefillPolicy:
                 why += f", but there is no time to spare for {again_s:.2f} s"
             return Reject(ticket, why, wait_s, again_s)
         sinks = [sink for sink in (ticket.sink, offer.second) if sink is not None]
-        behind_s = min([self._behind(sink, now) for sink in sinks])
+        behind_s = self._sinks.quickest_s(sinks, now)
         if behind_s > wanted_s and offer.max_tokens > 1:
             self._refusals.add(ticket.minter, new, wanted_s, now)
             who = " and ".join([sink.name for sink in sinks])
@@ -483,11 +479,6 @@ class PrefillPolicy:
         if wait_s > wanted_s:
             return wait_s, wait_s - wanted_s
         return wait_s, self._order.lacks_s(new, cached, now, wanted_s)
-
-    def _behind(self, sink: Identity, now: float) -> float:
-        """For how long somebody has waited for that sink's promise: about as long will wait who comes now."""
-        waiting = self._waits_since.get(sink)
-        return now - next(iter(waiting.values())) if waiting else 0.0
 
     def _prompted(self, event: Prompt, now: float) -> _Held | None:
         """The prompt of an accepted offer is here; None: of one that has lapsed, or another prompt."""
@@ -770,8 +761,9 @@ class PrefillPolicy:
             return []
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
-        second = held.second
-        sink = second if second is not None and self._is_better(held, second) else held.ticket.sink
+        sink, second, left_s = held.ticket.sink, held.second, held.wanted_by - self._now
+        if second is not None and self._sinks.is_better(second, sink, left_s, self._now):
+            sink = second
         if sink == self._me:
             if self._own_is_asked(held):
                 return []
@@ -783,22 +775,14 @@ class PrefillPolicy:
         self._set_grant(held, Grant.ASKED)
         return [AskForSink(held.ticket, held.request, held.until)]
 
-    def _is_better(self, held: _Held, second: Identity) -> bool:
-        """Whether the second sink is to be asked first: the other one may be lost, or would make it late."""
-        sink, left_s = held.ticket.sink, held.wanted_by - self._now
-        if second in self._quiet or sink in self._quiet:
-            return second not in self._quiet
-        return self._behind(second, self._now) <= left_s < self._behind(sink, self._now)
-
     def _hush(self, sink: Identity, quiet: bool) -> list[PrefillCommand]:
         """Nobody waits for a sink that may be lost while a second one would take it; its KV is here.
 
         Nor where this is the second one: the gateway, which may know another, thinks that it is at the first.
         """
+        self._sinks.hush(sink, quiet)
         if not quiet:
-            self._quiet.pop(sink, None)
             return []
-        self._quiet[sink] = None
         return [
             WithdrawHandOff(held.key, f"{sink.name} is quiet")
             for held in self._requests.values()
@@ -810,7 +794,7 @@ class PrefillPolicy:
 
     def _other(self, held: _Held) -> Identity | None:
         """The second sink, if it can be asked now."""
-        return None if held.second in self._quiet or self._stands_in_the_way(held) else held.second
+        return None if self._sinks.quiet(held.second) or self._stands_in_the_way(held) else held.second
 
     def _turn(self, held: _Held, sink: Identity) -> None:
         held.ticket, held.second, held.turned = replace(held.ticket, sink=sink), None, True
@@ -827,14 +811,10 @@ class PrefillPolicy:
         if held.begun:
             self._ungranted += ((grant is Grant.ASKED) - (held.grant is Grant.ASKED)) * held.pages
         held.grant = grant
-        waiting = self._waits_since.setdefault(held.ticket.sink, {})
         if grant is Grant.ASKED and not (held.batch or held.request is None or held.request.alone):
-            waiting[held.key] = self._now
-        else:
-            if waiting.pop(held.key, None) is not None:
-                self._eased = True
-            if not waiting:
-                del self._waits_since[held.ticket.sink]
+            self._sinks.asked(held.ticket.sink, held.key, self._now)
+        elif self._sinks.answered(held.ticket.sink, held.key):
+            self._eased = True
 
     def _may_start(self, held: _Held) -> bool:
         pages = held.pages
@@ -1101,7 +1081,7 @@ class PrefillPolicy:
         def welcome(new: int, wait_s: float) -> bool:
             pages = self._pages + self._shape.pages_for(new)
             fits = pages <= self._config.accept_share * self._capacity
-            if any(self._behind(sink, now) > wait_s for sink in self._waits_since):
+            if self._sinks.longest_s(now) > wait_s:
                 return False
             if len(self._shares) > 1 and self._line and self._line + new > wait_s * self._speed > 0:
                 return False  # who was refused may have been above its share

@@ -56,7 +56,7 @@ def test_a_compiler_that_fails(fresh, monkeypatch, compiler):
 def test_logits_are_fp32_sums_and_a_row_has_its_bits_alone(fresh, monkeypatch, without):
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *without))
     monkeypatch.setattr("kernels.native_cpu.library", fresh[0])
-    monkeypatch.setattr("kernels.native_cpu.tiles", lambda: False)
+    monkeypatch.setattr("kernels.native_cpu.tiles", lambda: False)  # those keep the weights for oneDNN
     ops, before = NativeOps(), torch.get_num_threads()
     for cols in (1, 15, 16, 31, 32, 33, 96, 100):
         for outs in (1, 3, 4, 5, 16, 17, 131):

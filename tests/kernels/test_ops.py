@@ -19,7 +19,16 @@ from kernels.page_attention import page_plan
 from kernels.reference import ReferenceOps
 from kernels.rope import TABLE_BLOCK, Rope, frequencies, rope_table
 
-BACKENDS = [FastOps, NativeOps, ExactOps, ExactNativeOps]
+
+class TiledOps(NativeOps):
+    """As on a CPU with tile registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tiles = True
+
+
+BACKENDS = [FastOps, TiledOps, NativeOps, ExactOps, ExactNativeOps]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
