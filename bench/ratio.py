@@ -14,7 +14,8 @@ counted in periods of the controller from a step of the drift on, until a period
 good. In both, at `s` = 0.9, a static ratio that attains `BEHIND` less than the best one over the first `TRIED` seeds is
 not run with the other seeds.
 
-Runs are kept in FILE.details.json as they end: who calls again with the same FILE goes on where it stopped. `--seeds`
+Runs are kept in FILE.details.json as they end: who calls again with the same FILE goes on where it stopped, and must
+not have changed anything meanwhile that decides. `--seeds`
 and `--only` choose parts. A seed takes most of an hour of a core, compiled (docs/simulator.md).
 """
 
@@ -67,7 +68,7 @@ SETTINGS = Settings(slo=Slo(2.0, 0.05), max_tokens=4096)
 SHARE = 0.9
 GRID = 2 ** (1 / 32)
 """From one share that is tried to the next."""
-OURS_LIKELY, LIKELY = 3, -12
+OURS_LIKELY, LIKELY = 2, -12
 """Steps of the grid from `SHARE` to where the searches begin: for the adaptive ratio, for the best static one."""
 PRECISION = 0.045
 """Of `ALONE`."""

@@ -25,6 +25,7 @@ def _torch(config: WorkerConfig) -> Loaded:
     import torch
 
     from engine.engine import TorchEngine
+    from kernels.linear import pairs, tiles
 
     engine = TorchEngine(
         config.model,
@@ -38,8 +39,7 @@ def _torch(config: WorkerConfig) -> Loaded:
         grammars=_grammars(config.model),
     )
     cpu = torch.backends.cpu.get_cpu_capability()
-    if torch.cpu._is_amx_tile_supported():
-        cpu += " AMX"
+    cpu += " AMX" if tiles() else " BF16" if pairs() else ""
     numerics = Numerics(config.exact, engine.kv.dtype, config.threads, f"{cpu}, {engine.backend}")
     return engine, numerics, fingerprint(config.model), engine.context
 

@@ -23,7 +23,7 @@ from kernels.batch import Batch
 from kernels.exact_cpu import ExactOps, row_independent
 from kernels.exact_native import ExactNativeOps
 from kernels.fast_cpu import FastOps
-from kernels.linear import tiles
+from kernels.linear import pairs, tiles
 from kernels.native import NativeMissing
 from kernels.native_cpu import MAX_DIM, MAX_GROUP, NativeOps
 from kernels.ops import Ops
@@ -94,7 +94,7 @@ def default_dtype(checkpoint: str, device: str) -> str:
     """The checkpoint's own on a GPU; on a CPU bf16 if the checkpoint is bf16 and it is multiplied in hardware."""
     if device == "cuda":
         return checkpoint
-    fast = tiles() or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    fast = tiles() or pairs()
     return "bfloat16" if checkpoint == "bfloat16" and fast else "float32"
 
 

@@ -27,8 +27,7 @@ class ExactNativeOps(NativeOps):
         return tiled_linear(x, weight)
 
     def logits(self, x: Tensor, weight: Packed) -> Tensor:
-        plain = x.dtype == torch.bfloat16 and not weight.data.is_mkldnn
-        return super().logits(x, weight) if plain else tiled_logits(x, weight)
+        return self._wide(x, weight) if self._is_wide(weight) else tiled_logits(x, weight)
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
         """Every row, of a chunk or of decode, is one row with its own number of keys."""

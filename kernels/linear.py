@@ -36,6 +36,12 @@ def tiles() -> bool:
     return supported is not None and bool(supported())
 
 
+def pairs() -> bool:
+    """True if this CPU multiplies pairs of bf16 and adds them up in fp32, in vectors (AVX512-BF16)."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return supported is not None and bool(supported())
+
+
 def pack(weight: Tensor, bias: Tensor | None = None) -> Packed:
     """`weight` ``[out, in]`` in oneDNN's layout if this torch can, else as it is; `bias` as it is."""
     rows, cols = weight.shape

@@ -1,14 +1,13 @@
-// The small operations, attention and logits of kernels/ops.py, fused: one pass over memory each. Plain C interface,
+// The small operations, decode attention and logits of kernels/ops.py, fused: one pass over memory each. Plain C interface,
 // no torch headers, built in a second or two by kernels/native.py; fp32 inside, rounded once at the end.
 //
 //   attend        one partial softmax a page, merged while walking a row's pages in place (only keys that exist)
-//   attend_chunk  the same for many rows of one sequence: a block of keys is unpacked once for all of them
 //   add_rms_norm  r += x;  y = r / sqrt(mean(r^2) + eps) * w      (x null: no addition)
 //   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k, normed before if asked for;  k, v -> their slots
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
 //   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
 //   soft_cap      y = cap * tanh(y / cap)
-//   wide_product  y = x W^T + b in fp32, x and W in bf16; W is read once, however many rows x has
+//   wide_product  y = x W^T in fp32, x and W in bf16; W is read once (only where the CPU multiplies pairs of bf16)
 //   page_sums     sum over a page's rows of mix64(sum of the row's words + key of its lane + key of its token)
 //   page_weights  sum over a page's first slots of word * weight of its place
 
@@ -194,117 +193,6 @@ void attend(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, 
 }
 
 // One row's sum of squares, in lanes.
-constexpr int64_t kRows = 128;  // queries, of all heads of a group, that meet a block of keys while it is in the cache
-constexpr int64_t kTogether = 4;
-static_assert(kKeys == 4 * kLanes, "a row's scores of a block are four vectors");
-
-inline Lanes lanes(const float* from) {
-  Lanes found;
-  std::memcpy(&found, from, sizeof found);
-  return found;
-}
-
-// Scores of `kTogether` queries against a block of keys; `keys` has a row of kKeys numbers for each number of a head.
-inline void scores_of(const float* query, int64_t room, const float* keys, int64_t dim, float* scores) {
-  Lanes sums[kTogether][4] = {};
-  for (int64_t d = 0; d < dim; d++, keys += kKeys) {
-    const Lanes k[4] = {lanes(keys), lanes(keys + kLanes), lanes(keys + 2 * kLanes), lanes(keys + 3 * kLanes)};
-    for (int64_t r = 0; r < kTogether; r++)
-      for (int64_t part = 0; part < 4; part++) sums[r][part] += query[r * room + d] * k[part];
-  }
-  std::memcpy(scores, sums, sizeof sums);
-}
-
-// mixed = mixed * shrink + sum of the values [from, to) by their shares, for kParts vectors of `kTogether` rows.
-template <int64_t kParts>
-void mix(float* mixed, int64_t room, const float* shrink, const float* shares, const float* values, int64_t from,
-         int64_t to) {
-  Lanes sums[kTogether][kParts];
-  for (int64_t r = 0; r < kTogether; r++)
-    for (int64_t part = 0; part < kParts; part++) sums[r][part] = lanes(mixed + r * room + part * kLanes) * shrink[r];
-  for (int64_t t = from; t < to; t++) {
-    Lanes v[kParts];
-    for (int64_t part = 0; part < kParts; part++) v[part] = lanes(values + t * room + part * kLanes);
-    for (int64_t r = 0; r < kTogether; r++)
-      for (int64_t part = 0; part < kParts; part++) sums[r][part] += shares[r * kKeys + t] * v[part];
-  }
-  for (int64_t r = 0; r < kTogether; r++)
-    for (int64_t part = 0; part < kParts; part++)
-      std::memcpy(mixed + r * room + part * kLanes, &sums[r][part], sizeof(Lanes));
-}
-
-// Positions [first, first + count) of one KV head: q and out begin there, `q_stride` and `out_stride` from one to the next.
-template <class T>
-void attend_block(const T* q, int64_t q_stride, const T* half, const T* values, const int64_t* pages, int64_t first,
-                  int64_t count, int64_t page_stride, int64_t page_tokens, int64_t group, int64_t dim, float scale,
-                  int64_t window, float cap, T* out, int64_t out_stride) {
-  const int64_t room = (dim + kLanes - 1) / kLanes * kLanes, rows = count * group;
-  const int64_t padded = (rows + kTogether - 1) / kTogether * kTogether;
-  std::vector<float> query(padded * room), mixed(padded * room), keys(dim * kKeys), held(kKeys * room);
-  std::vector<float> share(padded * kKeys), top(padded, -1e30f), total(padded, 0.0f), shrink(padded, 1.0f);
-  for (int64_t n = 0; n < rows; n++)
-    for (int64_t d = 0; d < dim; d++) query[n * room + d] = wide(q[n / group * q_stride + n % group * dim + d]) * scale;
-  const int64_t stop = first + count, lowest = window && first + 1 > window ? first + 1 - window : 0;
-  for (int64_t start = lowest / kKeys * kKeys; start < stop; start += kKeys) {
-    const int64_t there = stop - start < kKeys ? stop - start : kKeys;
-    for (int64_t t = lowest > start ? lowest - start : 0; t < there; t++) {
-      const int64_t at = pages[(start + t) / page_tokens] * page_stride + (start + t) % page_tokens * dim;
-      for (int64_t d = 0; d < dim; d++) keys[d * kKeys + t] = wide(half[at + d]);
-      for (int64_t d = 0; d < dim; d++) held[t * room + d] = wide(values[at + d]);
-    }
-    for (int64_t row = 0; row < rows; row += kTogether) {
-      scores_of(&query[row * room], room, keys.data(), dim, &share[row * kKeys]);
-      int64_t from = kKeys, to = 0;
-      for (int64_t n = row; n < row + kTogether && n < rows; n++) {
-        float* score = &share[n * kKeys];
-        const int64_t own = first + n / group + 1 - start;  // keys up to its own
-        const int64_t seen = own < 0 ? 0 : own < kKeys ? own : kKeys;
-        const int64_t unseen = window && own > window ? (own - window < seen ? own - window : seen) : 0;
-        if (cap > 0)
-          for (int64_t t = 0; t < kKeys; t++) score[t] = cap * fast_tanh(score[t] / cap);
-        for (int64_t t = 0; t < unseen; t++) score[t] = -1e30f;
-        for (int64_t t = seen; t < kKeys; t++) score[t] = -1e30f;
-        Lanes most = lanes(score);
-        for (int64_t t = kLanes; t < kKeys; t += kLanes) most = larger(lanes(score + t), most);
-        const float highest = most_of(most), best = highest > top[n] ? highest : top[n];
-        shrink[n] = fast_exp(top[n] - best);
-        for (int64_t t = 0; t < kKeys; t++) score[t] = fast_exp(score[t] - best);
-        for (int64_t t = 0; t < unseen; t++) score[t] = 0;
-        for (int64_t t = seen; t < kKeys; t++) score[t] = 0;
-        Lanes sum = {};
-        for (int64_t t = 0; t < kKeys; t += kLanes) sum += lanes(score + t);
-        total[n] = total[n] * shrink[n] + sum_of(sum);
-        top[n] = best;
-        from = unseen < from ? unseen : from;
-        to = seen > to ? seen : to;
-      }
-      for (int64_t d = 0; d < room; d += room - d >= 4 * kLanes ? 4 * kLanes : kLanes) {
-        auto mixes = room - d >= 4 * kLanes ? mix<4> : mix<1>;
-        mixes(&mixed[row * room + d], room, &shrink[row], &share[row * kKeys], &held[d], from, to);
-      }
-    }
-  }
-  for (int64_t n = 0; n < rows; n++)
-    for (int64_t d = 0; d < dim; d++)
-      put(out + n / group * out_stride + n % group * dim + d, mixed[n * room + d] / total[n]);
-}
-
-// Positions [start, start + count) of a sequence whose pages are `pages`; q and out begin with the first of them.
-template <class T>
-void attend_chunk(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,
-                  int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,
-                  int64_t window, float cap, T* out, int threads) {
-  const int64_t each = kRows / group, blocks = (count + each - 1) / each, out_stride = kv_heads * group * dim;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t n = 0; n < kv_heads * blocks; n++) {
-    const int64_t head = n % kv_heads, first = n / kv_heads * each, left = count - first;
-    attend_block(q + first * q_stride + head * group * dim, q_stride, layer + head * page_tokens * dim,
-                 layer + (kv_heads + head) * page_tokens * dim, pages, start + first, left < each ? left : each,
-                 page_stride, page_tokens, group, dim, scale, window, cap, out + first * out_stride + head * group * dim,
-                 out_stride);
-  }
-}
-
 template <class T>
 float squares(const T* x, int64_t cols) {
   Lanes sum = {};
@@ -385,57 +273,35 @@ void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
     for (int64_t c = 0; c < cols; c++) put(logits + n * cols + c, cap * fast_tanh(wide(logits[n * cols + c]) / cap));
 }
 
-// A Part holds kStep numbers of a row: pairs of bf16 that the CPU multiplies and adds in fp32, or, without that, fp32.
 #ifdef __AVX512BF16__
-typedef bf16 Held;
-typedef __m512bh Part;
+// Pairs of bf16, multiplied and added up in fp32 by the CPU.
+typedef __m512bh Pairs;
 constexpr int64_t kStep = 2 * kLanes;
-inline Part part(const bf16* from) {
-  Part found;
+
+inline Pairs pairs(const bf16* from) {
+  Pairs found;
   std::memcpy(&found, from, sizeof found);
   return found;
 }
-inline Lanes more(Lanes sum, Part a, Part b) { return Lanes(_mm512_dpbf16_ps(__m512(sum), a, b)); }
-inline void hold(Held* to, bf16 x) { *to = x; }
-#else
-typedef float Held;
-typedef Lanes Part;
-constexpr int64_t kStep = kLanes;
-typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-inline Part part(const bf16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return Lanes(__builtin_convertvector(halves, Words) << 16);
-}
-inline Part part(const float* from) {
-  Part found;
-  std::memcpy(&found, from, sizeof found);
-  return found;
-}
-inline Lanes more(Lanes sum, Part a, Part b) { return sum + a * b; }
-inline void hold(Held* to, bf16 x) { *to = wide(x); }
-#endif
 
 constexpr int64_t kBlock = 4;   // rows, and outputs, whose sums are in registers at a time
-constexpr int64_t kTile = 16;   // outputs whose weights stay in the cache while all rows pass
+constexpr int64_t kTile = 16;   // outputs that a thread takes at a time
 
 // Rows of x are `stride` apart, with zeros behind their end. A row's sums do not depend on the other rows.
 template <int64_t kRows, int64_t kOuts>
-void product_block(const Held* x, int64_t stride, const bf16* w, int64_t cols, const float* bias, float* out,
-                   int64_t outs) {
-  Lanes sums[kRows][kOuts] = {};
-  Part right[kOuts];
+void product_block(const bf16* x, int64_t stride, const bf16* w, int64_t cols, float* out, int64_t outs) {
+  __m512 sums[kRows][kOuts] = {};
+  Pairs right[kOuts];
   const auto add = [&](int64_t c) {
     for (int64_t r = 0; r < kRows; r++) {
-      const Part left = part(x + r * stride + c);
-      for (int64_t o = 0; o < kOuts; o++) sums[r][o] = more(sums[r][o], left, right[o]);
+      const Pairs left = pairs(x + r * stride + c);
+      for (int64_t o = 0; o < kOuts; o++) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], left, right[o]);
     }
   };
   const int64_t whole = cols / kStep * kStep;
   for (int64_t c = 0; c < whole; c += kStep) {
     for (int64_t o = 0; o < kOuts; o++) {
-      right[o] = part(w + o * cols + c);
+      right[o] = pairs(w + o * cols + c);
       __builtin_prefetch(w + (o + kOuts) * cols + c);
     }
     add(c);
@@ -444,23 +310,23 @@ void product_block(const Held* x, int64_t stride, const bf16* w, int64_t cols, c
     for (int64_t o = 0; o < kOuts; o++) {
       bf16 rest[kStep] = {};
       std::memcpy(rest, w + o * cols + whole, (cols - whole) * sizeof(bf16));
-      right[o] = part(rest);
+      right[o] = pairs(rest);
     }
     add(whole);
   }
   for (int64_t r = 0; r < kRows; r++)
-    for (int64_t o = 0; o < kOuts; o++) out[r * outs + o] = sum_of(sums[r][o]) + (bias ? bias[o] : 0.0f);
+    for (int64_t o = 0; o < kOuts; o++) out[r * outs + o] = sum_of(Lanes(sums[r][o]));
 }
 
 template <int64_t kOuts>
-void product_rows(const Held* x, int64_t rows, int64_t stride, const bf16* w, int64_t cols, const float* bias,
-                  float* out, int64_t outs) {
+void product_rows(const bf16* x, int64_t rows, int64_t stride, const bf16* w, int64_t cols, float* out, int64_t outs) {
   for (; rows >= kBlock; rows -= kBlock, x += kBlock * stride, out += kBlock * outs)
-    product_block<kBlock, kOuts>(x, stride, w, cols, bias, out, outs);
-  if (rows == 3) product_block<3, kOuts>(x, stride, w, cols, bias, out, outs);
-  if (rows == 2) product_block<2, kOuts>(x, stride, w, cols, bias, out, outs);
-  if (rows == 1) product_block<1, kOuts>(x, stride, w, cols, bias, out, outs);
+    product_block<kBlock, kOuts>(x, stride, w, cols, out, outs);
+  if (rows == 3) product_block<3, kOuts>(x, stride, w, cols, out, outs);
+  if (rows == 2) product_block<2, kOuts>(x, stride, w, cols, out, outs);
+  if (rows == 1) product_block<1, kOuts>(x, stride, w, cols, out, outs);
 }
+#endif
 
 // The finaliser of splitmix64.
 inline uint64_t mix64(uint64_t x) {
@@ -508,22 +374,23 @@ void page_sums_of(const uint64_t* pages, int64_t count, int64_t lanes, int64_t p
 
 }  // namespace
 
-// x: [rows, cols], w: [outs, cols], bias: [outs] or null, out: [rows, outs].
-extern "C" void wide_product(const bf16* x, const bf16* w, const float* bias, float* out, int64_t rows, int64_t outs,
-                             int64_t cols, int threads) {
+#ifdef __AVX512BF16__
+// x: [rows, cols], w: [outs, cols], out: [rows, outs].
+extern "C" void wide_product(const bf16* x, const bf16* w, float* out, int64_t rows, int64_t outs, int64_t cols,
+                             int threads) {
   const int64_t stride = (cols + kStep - 1) / kStep * kStep;
-  std::vector<Held> held(rows * stride);
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < cols; c++) hold(&held[r * stride + c], x[r * cols + c]);
+  std::vector<bf16> held(rows * stride);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(&held[r * stride], x + r * cols, cols * sizeof(bf16));
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t tile = 0; tile < outs; tile += kTile) {
     const int64_t end = tile + kTile < outs ? tile + kTile : outs;
     for (int64_t o = tile; o < end; o += o + kBlock <= end ? kBlock : 1) {
       auto product = o + kBlock <= end ? product_rows<kBlock> : product_rows<1>;
-      product(held.data(), rows, stride, w + o * cols, cols, bias ? bias + o : nullptr, out + o, outs);
+      product(held.data(), rows, stride, w + o * cols, cols, out + o, outs);
     }
   }
 }
+#endif
 
 // pages: [count, lanes, page_tokens, words], of whose tokens the first `tokens` are summed; `keys`: of count * page_tokens.
 extern "C" void page_sums(const uint64_t* pages, int64_t count, int64_t lanes, int64_t page_tokens, int64_t words,
@@ -560,13 +427,6 @@ extern "C" void page_weights(const uint64_t* arena, int64_t lanes, int64_t page_
    int64_t dim, float scale, int64_t window, float cap, T* out, int threads)
 BOTH(attend, ATTEND, (q, q_stride, layer, pages, first, keys, rows, count, page_stride, page_tokens, kv_heads, group,
                       dim, scale, window, cap, out, threads))
-
-#define ATTEND_CHUNK(T)                                                                                          \
-  (const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,           \
-   int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,        \
-   int64_t window, float cap, T* out, int threads)
-BOTH(attend_chunk, ATTEND_CHUNK, (q, q_stride, layer, pages, start, count, page_stride, page_tokens, kv_heads, group,
-                                  dim, scale, window, cap, out, threads))
 
 #define ADD_RMS_NORM(T) \
   (const T* x, T* residual, const float* weight, T* out, int64_t rows, int64_t cols, float eps, int threads)

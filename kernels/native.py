@@ -37,7 +37,6 @@ BUILD_LIMIT_S = 60.0
 POINTER, COUNT, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "attend": (POINTER, COUNT, *[POINTER] * 5, *[COUNT] * 6, FLOAT, COUNT, FLOAT, POINTER, INT),
-    "attend_chunk": (POINTER, COUNT, *[POINTER] * 2, *[COUNT] * 7, FLOAT, COUNT, FLOAT, POINTER, INT),
     "add_rms_norm": (*[POINTER] * 4, COUNT, COUNT, FLOAT, INT),
     "rope_store": (*[POINTER] * 5, FLOAT, *[POINTER] * 3, *[COUNT] * 6, INT),
     "silu_mul": (POINTER, POINTER, COUNT, COUNT, INT),
@@ -71,7 +70,8 @@ def library() -> ctypes.CDLL:
         for dtype in DTYPES:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    loaded.wide_product.argtypes, loaded.wide_product.restype = (*[POINTER] * 4, *[COUNT] * 3, INT), None
+    if hasattr(loaded, "wide_product"):  # where the CPU multiplies pairs of bf16
+        loaded.wide_product.argtypes, loaded.wide_product.restype = (*[POINTER] * 3, *[COUNT] * 3, INT), None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
     loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)
     loaded.page_weights.restype = None

@@ -1,4 +1,4 @@
-"""The fast CPU backend with native code for attention, logits and the small operations: one pass over memory each."""
+"""The fast CPU backend with native code for decode attention, logits and the small operations: one pass over memory."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class NativeOps(FastOps):
 
     def __init__(self) -> None:
         loaded = library()
-        self._tiles = tiles()
-        """torch's own bf16 products are quicker than ours, those inside of its attention, too."""
-        self._wide_product = loaded.wide_product
+        self._wide_product = None if tiles() else getattr(loaded, "wide_product", None)
+        """Where the CPU multiplies pairs of bf16. In tiles oneDNN is quicker, though it reads the weights twice."""
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {
             (operation, getattr(torch, dtype)): getattr(loaded, f"{operation}_{dtype}")
             for operation in SIGNATURES
@@ -49,21 +48,25 @@ class NativeOps(FastOps):
         }
 
     def pack_head(self, weight: Tensor) -> Packed:
-        """bf16 stays as it is, so a tied embedding is kept once, unless oneDNN is quicker though it reads it twice."""
-        if weight.dtype != torch.bfloat16 or self._tiles:
+        """bf16 that is multiplied here stays as it is, so that a tied embedding is kept once."""
+        if weight.dtype != torch.bfloat16 or self._wide_product is None:
             return self.pack(weight)
         rows, cols = weight.shape
         return Packed(rows, cols, weight.contiguous())
 
     def logits(self, x: Tensor, weight: Packed) -> Tensor:
-        if x.dtype != torch.bfloat16 or weight.data.is_mkldnn:
-            return super().logits(x, weight)
+        return self._wide(x, weight) if self._is_wide(weight) else super().logits(x, weight)
+
+    def _is_wide(self, weight: Packed) -> bool:
+        return self._wide_product is not None and not weight.data.is_mkldnn and weight.data.dtype == torch.bfloat16
+
+    def _wide(self, x: Tensor, weight: Packed) -> Tensor:
+        assert self._wide_product is not None
+        assert weight.bias is None
         x, out = x.contiguous(), torch.empty(len(x), weight.rows)
-        bias = None if weight.bias is None else weight.bias.float()
         self._wide_product(
             x.data_ptr(),
             weight.data.data_ptr(),
-            None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             len(x),
             weight.rows,
@@ -154,28 +157,8 @@ class NativeOps(FastOps):
         out = q.new_empty(q.shape)
         out[batch.rows :] = 0
         for segment in plan.chunks:
-            if self._tiles and q.dtype == torch.bfloat16:
-                rows = slice(segment.row, segment.row + segment.count)
-                out[rows] = chunk_attention(q[rows], segment, layer, heads)
-                continue
-            self._calls["attend_chunk", q.dtype](
-                q[segment.row].data_ptr(),
-                q.stride(0),
-                layer.data_ptr(),
-                segment.pages.ctypes.data,
-                segment.start,
-                segment.count,
-                layer.stride(0),
-                layer.shape[3],
-                heads.kv_heads,
-                heads.group,
-                heads.dim,
-                heads.scale,
-                heads.window or 0,
-                heads.cap or 0.0,
-                out[segment.row].data_ptr(),
-                torch.get_num_threads(),
-            )
+            rows = slice(segment.row, segment.row + segment.count)
+            out[rows] = chunk_attention(q[rows], segment, layer, heads)
         if len(plan.rows):
             self._calls["attend", q.dtype](
                 q.data_ptr(),

@@ -193,7 +193,6 @@ class Planner:
         """That layouts were searched for."""
         self._known: dict[Question, float] = {}
         self._out: dict[int, Question] = {}
-        self._answers: dict[Question, float] = {}
         self._count = 0
         self._stage = "planning"
         self._ended = False

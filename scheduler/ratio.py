@@ -153,6 +153,8 @@ class _Question:
     candidates: tuple[Candidate, ...]
     against: tuple[tuple[Candidate, Why], ...]
     traffic: _Traffic
+    worse: bool
+    """It is asked before its time, because it is worse than when no change helped."""
 
 
 class RatioController:
@@ -283,7 +285,7 @@ class RatioController:
         told = [each for at, each in self._offers if at > now - self._config.window_s]
         # Several gateways tell of the same seconds.
         begin = min((at - each.seconds for at, each in self._offers if at > now - self._config.window_s), default=now)
-        seconds = min(self._config.window_s, self._offers[-1][0] - begin) if told else 0.0
+        seconds = self._offers[-1][0] - begin if told else 0.0
         per_s = 1 / seconds if seconds else 0.0
         requests = sum(each.requests for each in told)
         prefills = [post for post in self._posts.values() if post.role is Role.PREFILL]
@@ -332,20 +334,20 @@ class RatioController:
         if calm and not shrinks:
             return self._decide(now, inputs, keep, Why.CALM, against=self._unasked(candidates, against, Why.NOT_NEEDED))
         traffic = _traffic(inputs)
-        if self._asked is not None:
-            was, refused, oldest_s = self._asked
-            if self._other(traffic, was):
-                self._wake()
-            elif now >= self._rests_until:
-                self._asked = None
-            elif inputs.refused <= refused + WORSE and _oldest(inputs) <= WORSE_S + 2 * oldest_s:
+        worse = False
+        if self._asked is not None and self._other(traffic, self._asked[0]):
+            self._wake()
+        elif self._asked is not None and now < self._rests_until:
+            _, refused, oldest_s = self._asked
+            worse = inputs.refused > refused + WORSE or _oldest(inputs) > WORSE_S + 2 * oldest_s
+            if not worse:
                 return self._decide(
                     now, inputs, keep, Why.RESTING, against=self._unasked(candidates, against, Why.RESTING)
                 )
         if len(candidates) == 1:
             return self._decide(now, inputs, keep, Why.NO_GAIN, against=against)
         self._number += 1
-        self._question = _Question(self._number, inputs, candidates, against, traffic)
+        self._question = _Question(self._number, inputs, candidates, against, traffic, worse)
         return [Simulate(self._number, candidates)]
 
     def _idle(self, inputs: Inputs) -> bool:
@@ -449,7 +451,7 @@ class RatioController:
             return self._decide(now, inputs, keep, Why.OTHERS, question, event, against)
         if chosen.act is Act.KEEP:
             refused, oldest_s = inputs.refused, _oldest(inputs)
-            if self._asked is not None:  # it was worse, and that does not help either: as bad as this it may become
+            if question.worse and self._asked is not None:  # as bad as it ever was, no change helps
                 refused, oldest_s = max(refused, self._asked[1]), max(oldest_s, self._asked[2])
             self._asked = (question.traffic, refused, oldest_s)
             self._rest_s = min(self._config.rest_most_s, max(self._config.period_s, 2 * self._rest_s))

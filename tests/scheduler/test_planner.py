@@ -219,7 +219,7 @@ def test_what_is_enough_for_each_phase_alone_may_not_be_for_both(prefill, decode
 
 
 def test_segments_win_where_the_way_between_nodes_is_too_long() -> None:
-    world = uniform(10.0, 10.0, 1.5)
+    world = uniform(10.0, 10.0, 1.0)
     world.far = 0.5
     found = planned(world, 16.0, Cluster(8, 2))
     assert found.layout is not None

@@ -259,15 +259,17 @@ def test_the_lightest_worker_that_can_is_flipped():
 
 
 @pytest.mark.parametrize("told_at", [0.0, 0.1, 1.9])
-def test_rates_are_those_of_the_time_that_was_told_of_whenever_it_decides(told_at):
+@pytest.mark.parametrize("every_s", [2.0, 3.0, 4.0])
+def test_rates_are_those_of_the_time_that_was_told_of_whenever_it_decides(told_at, every_s):
     fleet = Fleet(2, 2, peak(2))
     for index in range(30):
-        fleet.now = told_at + 2 * index
-        fleet.tell(Offered(2.0, 20, 1000, 200, 400, 0))
-        fleet.now = 2.0 * (index + 1)
-        due = fleet.machine.deadline()
-        if due is not None and due <= fleet.now:
+        told = told_at + every_s * index
+        while (due := fleet.machine.deadline()) is not None and due <= told:
+            fleet.now = due
             fleet.tell(None)
+        fleet.now = told
+        requests, new, cached, output = (round(each * every_s) for each in (10, 500, 100, 200))
+        fleet.tell(Offered(every_s, requests, new, cached, output, 0))
     assert fleet.decisions
     for each in fleet.decisions:
         inputs = each.inputs
@@ -314,6 +316,21 @@ def test_what_comes_in_waves_is_asked_about_once_and_then_as_seldom_as_all_else(
     fleet.refused = 0.4  # worse than any wave so far
     fleet.pass_(1)
     assert fleet.last.scores
+
+
+def test_where_nothing_was_asked_when_its_rest_was_over_it_knows_what_traffic_was():
+    fleet = Fleet(1, 7, lambda ratio, _: 0.95)
+    fleet.pass_(45)  # its rest is over by now
+    fleet.loads = (0.1, 0.8)
+    fleet.pass_(12)
+    assert fleet.last.why is Why.NO_GAIN
+    assert not fleet.last.scores, "nobody can be flipped"
+    fleet.loads, fleet.tokens = (0.8, 0.8), 4 * fleet.tokens
+    since = fleet.now
+    fleet.pass_(32)
+    assert [each.at_s - since for each in fleet.decisions if each.scores and each.at_s > since] == [
+        10.0, 20.0, 40.0, 80.0, 160.0, 320.0,
+    ]  # fmt: skip
 
 
 def test_flapping_scores_turn_once_in_ten_minutes_of_constant_load():
