@@ -10,9 +10,9 @@ begins at 4+4 and has 1 to 7 workers of each phase.
 
 Steady: 20 minutes of one trace at `s` = 0.9, judged from the fifth minute on, since the adaptive one begins at 4+4.
 A turn is a flip that takes back the one before; the most in any 10 minutes of one segment is reported. Recovery is
-counted in periods of the controller from a step of the drift on, until a period in which 90 % of those who came were
-good. In both, at `s` = 0.9, a static ratio that attains `BEHIND` less than the best one over the first `TRIED` seeds is
-not run with the other seeds.
+counted in periods of the controller from a step of the drift on, until the first of two in a row in each of which 90 %
+of those who came were good. In both, at `s` = 0.9, a static ratio that attains `BEHIND` less than the best one over the
+first `TRIED` seeds is not run with the other seeds.
 
 Runs are kept in FILE.details.json as they end: who calls again with the same FILE goes on where it stopped, and must
 not have changed anything meanwhile that decides. `--seeds`
@@ -169,12 +169,13 @@ def turns(found: dict[str, Any], segment_s: float) -> int:
 
 
 def recoveries(found: dict[str, Any], job: Job) -> list[int]:
-    """For each step, periods until one in which 90 % of those who came were good; those of the segment if none was."""
+    """For each step, periods until the first two in which 90 % of those who came were good, or all of the segment."""
     each = round(job.segment_s / PERIOD_S)
     counts = []
     for step in range(1, len(job.names)):
         shares = [good / max(1, all_) for good, all_ in found["periods"][step * each : (step + 1) * each]]
-        counts.append(next((index for index, share in enumerate(shares) if share >= SHARE), len(shares)))
+        both = (min(two) >= SHARE for two in itertools.pairwise(shares))
+        counts.append(next((index for index, good in enumerate(both) if good), len(shares)))
     return counts
 
 

@@ -12,11 +12,11 @@ was when no change helped, it is asked again only after twice as long as the las
 since. Otherwise these are simulated: the ratio that there is; ratios one, two, four and all flips away, because where a
 phase has far too little, one worker more changes nothing yet; and, where bounds allow it, one worker more or less. A
 phase that is the busier one by `apart` gives nobody. One worker is flipped if that, or the way that begins with it,
-makes more requests good by `gain`. A way is gone on with at once: when its first flip has ended it is asked again from
-there, without waiting for a period. More workers are asked for only if too few are good with the best ratio of those
-that there are; goals that idle workers cannot meet ask for none, because no number of workers meets them. A worker is
-given up only if the rest would serve `spare` times the traffic as well (a check of consolidation), `patience` times in
-a row.
+makes more requests good by `gain`. A way is gone on with at once: when a flip has ended it is asked again from there,
+without waiting for a period, and left only where to go on would make fewer good. More workers are asked for only if too
+few are good with the best ratio of those that there are; goals that idle workers cannot meet ask for none, because no
+number of workers meets them. A worker is given up only if the rest would serve `spare` times the traffic as well (a
+check of consolidation), `patience` times in a row.
 
 A flip that takes back the one before is a turn. Where traffic has not moved since, only one is made in `turn_s`, and it
 must gain twice as much: so noise does not send workers to and fro. Traffic has moved if the rate of requests, of
@@ -155,6 +155,8 @@ class _Question:
     traffic: _Traffic
     worse: bool
     """It is asked before its time, because it is worse than when no change helped."""
+    way: tuple[Act, Ratio] | None
+    """It is asked on the way to a ratio, by flips of one kind."""
 
 
 class RatioController:
@@ -181,6 +183,8 @@ class RatioController:
         """When the last change ended."""
         self._flip: tuple[Act, _Traffic] | None = None
         """The last that was done, and the traffic then."""
+        self._way: tuple[Act, Ratio] | None = None
+        """Flips that follow each other without a wait: which, and to which ratio."""
         self._turned_at = -math.inf
         self._asked: tuple[_Traffic, float, float] | None = None
         """When no change was found to help: the traffic, the share that was refused, and the longest wait."""
@@ -313,7 +317,7 @@ class RatioController:
 
     # Deciding.
     def _period(self, now: float, *, on_way: bool = False) -> list[RatioCommand]:
-        """What is to be done now; `on_way`: a flip that began a way has just ended."""
+        """What is to be done now; `on_way`: a flip has just ended after which the way goes on."""
         inputs = self._inputs(now)
         keep = Candidate(Act.KEEP, inputs.ratio)
         if self._change is not None:
@@ -346,8 +350,10 @@ class RatioController:
                 )
         if len(candidates) == 1:
             return self._decide(now, inputs, keep, Why.NO_GAIN, against=against)
+        if not on_way:
+            self._way = None
         self._number += 1
-        self._question = _Question(self._number, inputs, candidates, against, traffic, worse)
+        self._question = _Question(self._number, inputs, candidates, against, traffic, worse, self._way)
         return [Simulate(self._number, candidates)]
 
     def _idle(self, inputs: Inputs) -> bool:
@@ -492,6 +498,8 @@ class RatioController:
             needed, turn = max(config.gain, MORE / max(1, score.requests)), self._turns(each.act)
             if turn and not self._moved(traffic):
                 needed *= 2
+            if question.way is not None and _on(question.way, each):
+                needed = 0.0
             if score.good - good < needed:
                 against[each] = Why.NO_GAIN
             elif turn and not self._moved(traffic) and now < self._turned_at + config.turn_s:
@@ -565,11 +573,17 @@ class RatioController:
         self.decisions.append(decision)
         said: list[RatioCommand] = [Decided(decision)]
         worker = chosen.worker
+        if question is not None and not chosen.act.flips:
+            self._way = None
         match chosen.act:
             case Act.KEEP:
                 return said
             case Act.TO_PREFILL | Act.TO_DECODE:
                 assert worker is not None
+                if question is None:
+                    self._way = None
+                elif self._way is None or not _on(self._way, chosen):
+                    self._way = chosen.act, chosen.ratio
                 traffic = question.traffic if question is not None else _traffic(inputs)
                 if self._turns(chosen.act) and not self._moved(traffic):
                     self._turned_at = now
@@ -587,7 +601,7 @@ class RatioController:
         return said
 
     def _changed(self, number: int, done: bool, now: float) -> bool:
-        """A change has ended; whether it was a flip with which a way of several began."""
+        """A change has ended; whether it was a flip after which the way goes on."""
         if self._change is None or self._change[0] != number:
             self.ignored += 1
             return False
@@ -595,12 +609,15 @@ class RatioController:
         self._change, self._ended_at = None, now
         post = self._posts.get(chosen.worker) if chosen.worker is not None else None
         if not done or post is None:
+            self._way = None
             return False
         if chosen.act.flips:
             post.become(Role.PREFILL if chosen.act is Act.TO_PREFILL else Role.DECODE)
         elif chosen.act.removes:
             del self._posts[post.identity]
-        return chosen.steps > 1
+        if self._way is None or not _far(self._way, self.ratio):
+            self._way = None
+        return self._way is not None
 
     @staticmethod
     def _unasked(
@@ -608,6 +625,17 @@ class RatioController:
     ) -> tuple[tuple[Candidate, Why], ...]:
         """Nothing was asked of any of them."""
         return (*[(each, why) for each in candidates if each.act is not Act.KEEP], *against)
+
+
+def _far(way: tuple[Act, Ratio], ratio: Ratio) -> bool:
+    """Whether a ratio lies before the end of the way."""
+    act, end = way
+    return ratio.prefill > end.prefill if act is Act.TO_DECODE else ratio.decode > end.decode
+
+
+def _on(way: tuple[Act, Ratio], each: Candidate) -> bool:
+    """Whether a candidate leads along the way, and not beyond its end."""
+    return each.act is way[0] and (each.ratio == way[1] or _far(way, each.ratio))
 
 
 def _oldest(inputs: Inputs) -> float:

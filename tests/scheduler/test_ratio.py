@@ -192,6 +192,18 @@ def test_a_way_is_left_where_it_no_longer_gains():
     assert fleet.last.scores
 
 
+def test_a_way_is_gone_to_its_end_where_nothing_is_lost_by_it_and_not_beyond():
+    fleet = Fleet(7, 1, peak(3))
+    flip = fleet.flip_ordered()
+    fleet.good, fleet.slow = lambda ratio, _: 0.4, False  # a burst, of which nothing is known yet: all do alike
+    fleet.roles[flip.worker] = flip.role
+    fleet.tell(Changed(flip.number, True))
+    assert fleet.ratio == Ratio(3, 5)
+    assert len(fleet.acts) == 3, "at once"
+    fleet.pass_(10)
+    assert fleet.ratio == Ratio(3, 5)
+
+
 def test_who_has_just_changed_its_role_does_not_make_its_phase_look_idle():
     fleet = Fleet(2, 6, peak(7))
     fleet.pass_(1)
