@@ -58,11 +58,11 @@ class NativeOps(FastOps):
         return self._wide(x, weight) if self._is_wide(weight) else super().logits(x, weight)
 
     def _is_wide(self, weight: Packed) -> bool:
-        return self._wide_product is not None and not weight.data.is_mkldnn and weight.data.dtype == torch.bfloat16
+        plain = not weight.data.is_mkldnn and weight.data.dtype == torch.bfloat16 and weight.bias is None
+        return plain and self._wide_product is not None
 
     def _wide(self, x: Tensor, weight: Packed) -> Tensor:
         assert self._wide_product is not None
-        assert weight.bias is None
         x, out = x.contiguous(), torch.empty(len(x), weight.rows)
         self._wide_product(
             x.data_ptr(),

@@ -155,8 +155,6 @@ class _Question:
     traffic: _Traffic
     worse: bool
     """It is asked before its time, because it is worse than when no change helped."""
-    way: tuple[Act, Ratio] | None
-    """It is asked on the way to a ratio, by flips of one kind."""
 
 
 class RatioController:
@@ -353,7 +351,7 @@ class RatioController:
         if not on_way:
             self._way = None
         self._number += 1
-        self._question = _Question(self._number, inputs, candidates, against, traffic, worse, self._way)
+        self._question = _Question(self._number, inputs, candidates, against, traffic, worse)
         return [Simulate(self._number, candidates)]
 
     def _idle(self, inputs: Inputs) -> bool:
@@ -498,7 +496,7 @@ class RatioController:
             needed, turn = max(config.gain, MORE / max(1, score.requests)), self._turns(each.act)
             if turn and not self._moved(traffic):
                 needed *= 2
-            if question.way is not None and _on(question.way, each):
+            if self._way is not None and _on(self._way, each):
                 needed = 0.0
             if score.good - good < needed:
                 against[each] = Why.NO_GAIN
