@@ -132,7 +132,8 @@ def crashed(code: int) -> bool:
 def uninterrupted() -> Iterator[None]:
     """SIGINT and SIGTERM that come meanwhile are handled at its end.
 
-    A process whose start is interrupted before its launcher has noted it would be nobody's to end.
+    A process whose start is interrupted before its launcher has noted it would be nobody's to end, and a thread whose
+    start is cannot be joined.
     """
     if threading.current_thread() is not threading.main_thread():  # signals are handled in that one
         yield
@@ -393,9 +394,9 @@ class Deployment:
         with uninterrupted():
             process = self._forked(config, entry, env) or self._executed(config, entry, env)
             running = self.running[config.name] = Running(config, process)
-        threading.Thread(target=self._attend, args=(running,), daemon=True).start()
-        running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
-        running.relay.start()
+            threading.Thread(target=self._attend, args=(running,), daemon=True).start()
+            running.relay = threading.Thread(target=_relay, args=(running, self._log), daemon=True)
+            running.relay.start()
 
     def _forked(self, config: ProcessConfig, entry: str, env: Mapping[str, str]) -> forkserver.Forked | None:
         """A worker that has its libraries from the start; None where that cannot be had."""

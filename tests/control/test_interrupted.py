@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def test_an_interrupted_start_leaves_nothing(tmp_path, start, number, stage):
     stage(up)
     up.process.send_signal(number)
     code, said = up.ended()
-    assert code == 130
+    assert code == 130, said
     assert "Traceback" not in said
     assert "was killed" not in said
     assert not [*tmp_path.glob("deployment.json*")]
@@ -133,7 +134,7 @@ def test_so_does_an_interrupted_start_behind(tmp_path, start, number):
     os.kill(up.await_process("decode-0"), signal.SIGSTOP)
     up.process.send_signal(number)
     code, said = up.ended()
-    assert code == 130
+    assert code == 130, said
     assert "Traceback" not in said
     assert not [*tmp_path.glob("deployment.json*")]
     assert not state.taken(tmp_path)
@@ -239,3 +240,29 @@ def test_a_start_interrupted_while_a_process_is_being_made_ends_that_one_too(mon
         for each in servers.values():
             each.end()
     assert [process.returncode for process in made] == [-signal.SIGTERM if first == "a child" else -signal.SIGKILL]
+
+
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_start_interrupted_while_a_thread_is_being_made_ends_in_order(monkeypatch, handlers, number, which):
+    """A thread whose start was interrupted cannot be joined."""
+
+    made: list[threading.Thread] = []
+
+    class Interrupted(threading.Thread):
+        def start(self):
+            made.append(self)
+            if len(made) == which:
+                signal.raise_signal(number)
+            super().start()
+
+    def interrupted(number, frame):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forkserver, "server", lambda modules, env: None)
+    monkeypatch.setattr(threading, "Thread", Interrupted)
+    signal.signal(number, interrupted)
+    deployment = Deployment(DeploymentConfig(model=str(DEMO)), DEMO, "demo")
+    with pytest.raises(KeyboardInterrupt), deployment:
+        pass
+    assert not deployment.running
