@@ -3,9 +3,9 @@
 How long outputs are is asked while most of them are not over. Those that have ended say too little: right after a
 change to longer ones they are the short ones, and those of the time before. So ends are counted as in a life table of a
 period: of those that were at so many tokens within the last `window_s`, the share that ended there (Kaplan and Meier's
-product of these shares, each request counted only for the tokens that it made in the window). Whatever has not ended
-gets an output drawn from that table beyond what there is of it, without dice. Longer than any that has ended: twice as
-long as it is.
+product of these shares, each request counted only for the tokens that it made in the window). Where few are left to
+count, the table is not read: right after a change they are of the time before. Whatever has not ended gets an output
+drawn from the table beyond what there is of it, without dice; beyond the table, twice as long as it is, or as that is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from sim.workload import Arrival
 
 UNKNOWN_TOKENS = 256
 """Of an output, as long as none has ended and none has begun."""
+FEW = 0.05
+"""Of the most that were at any number of tokens: fewer do not say how long outputs are."""
 GOLDEN = 0.6180339887498949
 """Multiples of it, without their whole part, are spread evenly: draws without dice."""
 
@@ -52,16 +54,18 @@ class Lengths:
                 ends[stop] += ended
         begins.sort()
         stops.sort()
-        self._most = stops[-1] if stops else UNKNOWN_TOKENS // 2
+        there = {tokens: bisect_left(begins, tokens) - bisect_left(stops, tokens) for tokens in stops}
+        least = FEW * max(there.values(), default=0)
+        self._most = max((tokens for tokens, count in there.items() if count >= least), default=UNKNOWN_TOKENS // 2)
+        """Tokens up to which it can be read."""
         self._tokens: list[int] = []
         """At which some ended, rising."""
         self._stay: list[float] = []
         """The share of those that were at each of these that did not end there."""
         for tokens, count in sorted(ends.items()):
-            if count:
-                there = bisect_left(begins, tokens) - bisect_left(stops, tokens)
+            if count and tokens <= self._most:
                 self._tokens.append(tokens)
-                self._stay.append(1 - count / there)
+                self._stay.append(1 - count / there[tokens])
 
     def drawn(self, made: int, share: float) -> int:
         """The output below which this share of those lies that are longer than `made`."""

@@ -255,6 +255,17 @@ def test_who_had_passed_a_length_before_the_window_says_nothing_of_it():
     assert table.drawn(92, 0.5) == 200
 
 
+def test_a_few_long_ones_of_the_time_before_do_not_say_how_long_the_new_ones_are():
+    """A hundred run that have come since traffic changed; the longest that ends is one of three from before."""
+    new = [(0, made, False) for made in range(401, 501)] + [(0, 300, True)] * 5
+    table = Lengths([*new, (2900, 3000, True), (2900, 3010, False), (2950, 3020, True)])
+    assert table.drawn(450, 0.5) == pytest.approx(2 * 500, rel=0.05)
+    assert table.mean < 1100
+    assert table.drawn(3010, 0.5) == 6020
+    few = Lengths([(0, 10, True), (0, 20, True), (0, 3000, True)])
+    assert few.drawn(20, 0.5) == 3000, "of three, one is not few"
+
+
 def test_without_any_there_is_a_guess():
     assert Lengths([]).drawn(0, 0.5) == Lengths([]).mean == 256
 
