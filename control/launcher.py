@@ -94,6 +94,8 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "GOMP_SPINCOUNT": "0",
         "KMP_BLOCKTIME": "0",
+        # Weights and KV in huge pages where the kernel gives some to who asks: memory is read up to half as fast again.
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
         "TOKENIZERS_PARALLELISM": "false",
         "GRPC_ENABLE_FORK_SUPPORT": "0",
         "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"),

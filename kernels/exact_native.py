@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import linear
 from kernels.batch import Batch
 from kernels.exact_cpu import TILE_ROWS, tiled_linear, tiled_logits
 from kernels.native_cpu import NativeOps, NativePlan
@@ -22,6 +23,9 @@ class ExactNativeOps(NativeOps):
     """See `kernels.ops`. All inputs have a multiple of `TILE_ROWS` rows."""
 
     row_tile = TILE_ROWS
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
+        return linear.pack(weight, bias)
 
     def linear(self, x: Tensor, weight: Packed) -> Tensor:
         return tiled_linear(x, weight)

@@ -7,7 +7,8 @@
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
 //   gelu_mul      y = gate / (1 + exp(-2 u)) * up,  u = sqrt(2 / pi) (gate + 0.044715 gate^3): gelu's tanh form
 //   soft_cap      y = cap * tanh(y / cap)
-//   wide_product  y = x W^T in fp32, x and W in bf16; W is read once (only where the CPU multiplies pairs of bf16)
+//   few_rows      y = x W^T + b for a few rows of x: W is read once, from its begin to its end, as memory likes it
+//   wide_product  y = x W^T in fp32, x and W in bf16; W is read once
 //   page_sums     sum over a page's rows of mix64(sum of the row's words + key of its lane + key of its token)
 //   page_weights  sum over a page's first slots of word * weight of its place
 
@@ -273,49 +274,103 @@ void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
     for (int64_t c = 0; c < cols; c++) put(logits + n * cols + c, cap * fast_tanh(wide(logits[n * cols + c]) / cap));
 }
 
-#ifdef __AVX512BF16__
-// Pairs of bf16, multiplied and added up in fp32 by the CPU.
-typedef __m512bh Pairs;
-constexpr int64_t kStep = 2 * kLanes;
+// As many of a row as are multiplied at a time, and the sums with these products added to them.
+template <class T>
+constexpr int64_t kStep = 64 / sizeof(T);
 
-inline Pairs pairs(const bf16* from) {
+inline Lanes some(const float* from) {
+  Lanes found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+inline Lanes added(Lanes sums, Lanes x, Lanes y) { return sums + x * y; }
+
+#ifdef __AVX512BF16__
+typedef __m512bh Pairs;
+
+inline Pairs some(const bf16* from) {
   Pairs found;
   std::memcpy(&found, from, sizeof found);
   return found;
 }
+inline Lanes added(Lanes sums, Pairs x, Pairs y) { return Lanes(_mm512_dpbf16_ps(__m512(sums), x, y)); }
+#endif
 
+// Rows with zeros behind their end, `stride` apart: a multiple of a step.
+template <class T>
+struct Held {
+  const int64_t stride;
+  std::vector<T> rows;
+
+  Held(const T* x, int64_t count, int64_t cols)
+      : stride((cols + kStep<T> - 1) / kStep<T> * kStep<T>), rows(count * stride) {
+    for (int64_t r = 0; r < count; r++) std::memcpy(&rows[r * stride], x + r * cols, cols * sizeof(T));
+  }
+};
+
+template <int64_t kRows, class T, class Out>
+void few_rows_of(const Held<T>& x, const T* w, const T* bias, Out* out, int64_t outs, int64_t cols, int threads) {
+  const int64_t whole = cols / kStep<T> * kStep<T>;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t o = 0; o < outs; o++) {
+    const T* row = w + o * cols;
+    Lanes sums[kRows] = {};
+    const auto add = [&](const T* from, int64_t c) {
+      const auto right = some(from);
+      for (int64_t r = 0; r < kRows; r++) sums[r] = added(sums[r], some(&x.rows[r * x.stride + c]), right);
+    };
+    for (int64_t c = 0; c < whole; c += kStep<T>) add(row + c, c);
+    if (whole < cols) {
+      T rest[kStep<T>] = {};
+      std::memcpy(rest, row + whole, (cols - whole) * sizeof(T));
+      add(rest, whole);
+    }
+    for (int64_t r = 0; r < kRows; r++) put(out + r * outs + o, sum_of(sums[r]) + (bias ? wide(bias[o]) : 0.0f));
+  }
+}
+
+constexpr int64_t kFew = 3;  // of more rows the sums are too many for this to be as quick as memory
+
+template <class T, class Out>
+void few_rows(const T* x, const T* w, const T* bias, Out* out, int64_t rows, int64_t outs, int64_t cols, int threads) {
+  const Held<T> held(x, rows, cols);
+  const auto product = rows == 1 ? few_rows_of<1, T, Out> : rows == 2 ? few_rows_of<2, T, Out> : few_rows_of<3, T, Out>;
+  product(held, w, bias, out, outs, cols, threads);
+}
+
+#ifdef __AVX512BF16__
 constexpr int64_t kBlock = 4;   // rows, and outputs, whose sums are in registers at a time
 constexpr int64_t kTile = 16;   // outputs that a thread takes at a time
 
 // Rows of x are `stride` apart, with zeros behind their end. A row's sums do not depend on the other rows.
 template <int64_t kRows, int64_t kOuts>
 void product_block(const bf16* x, int64_t stride, const bf16* w, int64_t cols, float* out, int64_t outs) {
-  __m512 sums[kRows][kOuts] = {};
+  Lanes sums[kRows][kOuts] = {};
   Pairs right[kOuts];
   const auto add = [&](int64_t c) {
     for (int64_t r = 0; r < kRows; r++) {
-      const Pairs left = pairs(x + r * stride + c);
-      for (int64_t o = 0; o < kOuts; o++) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], left, right[o]);
+      const Pairs left = some(x + r * stride + c);
+      for (int64_t o = 0; o < kOuts; o++) sums[r][o] = added(sums[r][o], left, right[o]);
     }
   };
-  const int64_t whole = cols / kStep * kStep;
-  for (int64_t c = 0; c < whole; c += kStep) {
+  const int64_t whole = cols / kStep<bf16> * kStep<bf16>;
+  for (int64_t c = 0; c < whole; c += kStep<bf16>) {
     for (int64_t o = 0; o < kOuts; o++) {
-      right[o] = pairs(w + o * cols + c);
+      right[o] = some(w + o * cols + c);
       __builtin_prefetch(w + (o + kOuts) * cols + c);
     }
     add(c);
   }
   if (whole < cols) {
     for (int64_t o = 0; o < kOuts; o++) {
-      bf16 rest[kStep] = {};
+      bf16 rest[kStep<bf16>] = {};
       std::memcpy(rest, w + o * cols + whole, (cols - whole) * sizeof(bf16));
-      right[o] = pairs(rest);
+      right[o] = some(rest);
     }
     add(whole);
   }
   for (int64_t r = 0; r < kRows; r++)
-    for (int64_t o = 0; o < kOuts; o++) out[r * outs + o] = sum_of(Lanes(sums[r][o]));
+    for (int64_t o = 0; o < kOuts; o++) out[r * outs + o] = sum_of(sums[r][o]);
 }
 
 template <int64_t kOuts>
@@ -374,19 +429,29 @@ void page_sums_of(const uint64_t* pages, int64_t count, int64_t lanes, int64_t p
 
 }  // namespace
 
+// x: [rows, cols], at most kFew rows; w: [outs, cols], bias: [outs] or null, out: [rows, outs].
+extern "C" void few_rows_float32(const float* x, const float* w, const float* bias, float* out, int64_t rows,
+                                 int64_t outs, int64_t cols, int threads) {
+  few_rows(x, w, bias, out, rows, outs, cols, threads);
+}
+
 #ifdef __AVX512BF16__
+extern "C" void few_rows_bfloat16(const bf16* x, const bf16* w, const bf16* bias, bf16* out, int64_t rows, int64_t outs,
+                                  int64_t cols, int threads) {
+  few_rows(x, w, bias, out, rows, outs, cols, threads);
+}
+
 // x: [rows, cols], w: [outs, cols], out: [rows, outs].
 extern "C" void wide_product(const bf16* x, const bf16* w, float* out, int64_t rows, int64_t outs, int64_t cols,
                              int threads) {
-  const int64_t stride = (cols + kStep - 1) / kStep * kStep;
-  std::vector<bf16> held(rows * stride);
-  for (int64_t r = 0; r < rows; r++) std::memcpy(&held[r * stride], x + r * cols, cols * sizeof(bf16));
+  if (rows <= kFew) return few_rows<bf16, float>(x, w, nullptr, out, rows, outs, cols, threads);
+  const Held<bf16> held(x, rows, cols);
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t tile = 0; tile < outs; tile += kTile) {
     const int64_t end = tile + kTile < outs ? tile + kTile : outs;
     for (int64_t o = tile; o < end; o += o + kBlock <= end ? kBlock : 1) {
       auto product = o + kBlock <= end ? product_rows<kBlock> : product_rows<1>;
-      product(held.data(), rows, stride, w + o * cols, cols, out + o, outs);
+      product(held.rows.data(), rows, held.stride, w + o * cols, cols, out + o, outs);
     }
   }
 }

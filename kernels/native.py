@@ -70,7 +70,10 @@ def library() -> ctypes.CDLL:
         for dtype in DTYPES:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
+    few_rows: tuple[Any, ...] = (*[POINTER] * 4, *[COUNT] * 3, INT)
+    loaded.few_rows_float32.argtypes, loaded.few_rows_float32.restype = few_rows, None
     if hasattr(loaded, "wide_product"):  # where the CPU multiplies pairs of bf16
+        loaded.few_rows_bfloat16.argtypes, loaded.few_rows_bfloat16.restype = few_rows, None
         loaded.wide_product.argtypes, loaded.wide_product.restype = (*[POINTER] * 3, *[COUNT] * 3, INT), None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
     loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)

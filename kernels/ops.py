@@ -62,6 +62,8 @@ class Packed:
     cols: int
     data: Any
     bias: Tensor | None = None
+    plain: Tensor | None = None
+    """The matrix as it was, for a backend that multiplies few rows with it."""
 
 
 class Ops(Protocol):

@@ -9,7 +9,7 @@ import torch
 
 from kernels import native
 from kernels.linear import pairs, tiles
-from kernels.native_cpu import NativeOps
+from kernels.native_cpu import FEW, NativeOps
 
 
 @pytest.fixture
@@ -73,6 +73,36 @@ def test_logits_are_fp32_sums_and_a_row_has_its_bits_alone():
                 assert torch.equal(ops.logits(x, packed), together)
             finally:
                 torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_are_multiplied_here_and_a_row_has_its_bits_alone(dtype, biased):
+    ops, before = NativeOps(), torch.get_num_threads()
+    torch.manual_seed(4)
+    for outs, cols in ((1, 1), (7, 48), (64, 96), (131, 33)):
+        x, weight = torch.randn(4, cols).to(dtype), torch.randn(outs, cols).to(dtype)
+        bias = torch.randn(outs).to(dtype) if biased else None
+        packed = ops.pack(weight, bias)
+        if dtype == torch.float32:
+            assert packed.plain is not None
+            assert torch.equal(ops.logits(x[:2], packed), ops.linear(x[:2], packed))
+        wanted = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+        together = ops.linear(x[:FEW], packed)
+        assert together.dtype == dtype
+        within = (1e-6 if dtype == torch.float32 else 2**-7) * (cols + 10)
+        for rows in range(1, 5):
+            assert (ops.linear(x[:rows], packed) - wanted[:rows]).abs().max() < within
+        assert len(ops.linear(x[:0], packed)) == 0
+        if packed.plain is None:
+            continue
+        for row in range(FEW):
+            assert torch.equal(ops.linear(x[row : row + 1], packed)[0], together[row])
+        torch.set_num_threads(2)
+        try:
+            assert torch.equal(ops.linear(x[:FEW], packed), together)
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_a_cpu_without_pairs_of_bf16_has_no_product_of_its_own(fresh, monkeypatch):
