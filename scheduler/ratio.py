@@ -81,7 +81,10 @@ from scheduler.ratio_events import (
 )
 
 CHANCE = 3.0
-"""Standard deviations of a mean over requests, whose tokens vary as much as they are on average."""
+"""Standard deviations of a mean over requests by which it differs from another by chance."""
+SPREADS = (1.0, 1.0, 2.5)
+"""Standard deviation of one request's share of the rates of requests, prompt tokens and output tokens, in means: long
+outputs are rare, and most are not over when they are told of."""
 MORE = 3
 """Requests that a change must make good at least: of few, one is a large share."""
 WORSE = 0.1
@@ -310,8 +313,8 @@ class RatioController:
     def _other(self, one: _Traffic, two: _Traffic) -> bool:
         """Whether traffic has moved, more than chance moves it."""
         least = CHANCE * math.sqrt(1 / max(1, one.requests) + 1 / max(1, two.requests))
-        bound = 1 + max(self._config.moved, least)
-        return any(max(a, b) > bound * min(a, b) and max(a, b) > 0 for a, b in zip(one.rates, two.rates, strict=True))
+        pairs = zip(one.rates, two.rates, SPREADS, strict=True)
+        return any(max(a, b) > (1 + max(self._config.moved, spread * least)) * min(a, b) for a, b, spread in pairs)
 
     # Deciding.
     def _period(self, now: float, *, on_way: bool = False) -> list[RatioCommand]:

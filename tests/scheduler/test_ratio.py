@@ -71,7 +71,7 @@ class Fleet:
         self.feasible = 1.0
         self.roles: dict[Identity, Role] = {}
         self.now = 0.0
-        self.rate, self.tokens = 10.0, 1000
+        self.rate, self.tokens, self.outputs = 10.0, 1000, 100
         self.refused = 0.3
         self.loads = (0.8, 0.8)
         self.acts: list[tuple[float, str]] = []
@@ -132,7 +132,7 @@ class Fleet:
                 load = self.loads[role is Role.DECODE]
                 self.tell(Pressed(worker, load, 0, 0.0))
             refused = round(self.refused * requests)
-            self.tell(Offered(10.0, requests, requests * self.tokens, 0, requests * 100, refused))
+            self.tell(Offered(10.0, requests, requests * self.tokens, 0, requests * self.outputs, refused))
             self.now += 1.0
             due = self.machine.deadline()
             assert due is not None
@@ -305,6 +305,17 @@ def test_asking_in_vain_becomes_seldom_until_traffic_moves():
     fleet.tokens *= 2
     fleet.pass_(1)
     assert fleet.last.scores
+
+
+@pytest.mark.parametrize(("tokens", "outputs", "moved"), [(1400, 100, True), (1000, 140, False), (1000, 200, True)])
+def test_outputs_must_differ_by_more_for_traffic_to_have_moved(tokens, outputs, moved):
+    """They are estimated, and a few are long: what the mean of 450 requests says of prompts it does not of them."""
+    fleet = Fleet(4, 4, lambda ratio, _: 0.95)
+    fleet.rate = 45.0
+    fleet.pass_(38)
+    fleet.tokens, fleet.outputs = tokens, outputs
+    fleet.pass_(1)
+    assert bool(fleet.last.scores) == moved
 
 
 def test_distress_is_asked_about_though_traffic_is_what_it_was():
