@@ -18,7 +18,7 @@ from kernels.ops import Heads, Packed
 from kernels.rope import Rope
 
 FEW = 3
-"""Most rows of x that are multiplied as fast as weights are read; of four on, oneDNN is as quick."""
+"""Most rows of x that are multiplied as fast as weights are read (`kFew`); from four on oneDNN is as quick."""
 MAX_GROUP, MAX_DIM = 16, 256
 """Most query heads to a KV head, and numbers to a head, that the native attention has room for."""
 
@@ -63,16 +63,8 @@ class NativeOps(FastOps):
         if plain is None or not 0 < len(x) <= FEW:
             return super().linear(x, weight)
         x, out = x.contiguous(), x.new_empty(len(x), weight.rows)
-        self._few_rows[plain.dtype](
-            x.data_ptr(),
-            plain.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            out.data_ptr(),
-            len(x),
-            weight.rows,
-            weight.cols,
-            torch.get_num_threads(),
-        )
+        added = 0 if bias is None else bias.data_ptr()
+        self._few_rows[plain.dtype](x.data_ptr(), plain.data_ptr(), added, out.data_ptr(), *_sizes(x, weight))
         return out
 
     def pack_head(self, weight: Tensor) -> Packed:
@@ -94,15 +86,7 @@ class NativeOps(FastOps):
     def _wide(self, x: Tensor, weight: Packed) -> Tensor:
         assert self._wide_product is not None
         x, out = x.contiguous(), torch.empty(len(x), weight.rows)
-        self._wide_product(
-            x.data_ptr(),
-            weight.data.data_ptr(),
-            out.data_ptr(),
-            len(x),
-            weight.rows,
-            weight.cols,
-            torch.get_num_threads(),
-        )
+        self._wide_product(x.data_ptr(), weight.data.data_ptr(), out.data_ptr(), *_sizes(x, weight))
         return out
 
     def plan(self, batch: Batch, pages: Tensor, heads: Heads) -> None:
@@ -225,3 +209,8 @@ class NativeOps(FastOps):
             gate_up.data_ptr(), out.data_ptr(), rows, both // 2, torch.get_num_threads()
         )
         return out
+
+
+def _sizes(x: Tensor, weight: Packed) -> tuple[int, int, int, int]:
+    """What native products want to know of both: rows, outputs, columns, and threads to use."""
+    return len(x), weight.rows, weight.cols, torch.get_num_threads()

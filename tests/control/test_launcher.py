@@ -77,3 +77,10 @@ def test_who_ends_by_itself_has_crashed_and_who_is_ended_has_not(code, fault):
 )
 def test_settings_reach_a_child_unchanged(config):
     assert from_json(to_json(config)) == config
+
+
+def test_children_ask_for_huge_pages_unless_an_operator_has_tuned_their_allocator(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert launcher.environment(1)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert launcher.environment(1)["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=0"
