@@ -1,12 +1,8 @@
 """Prefill attention: a chunk of one sequence against its own pages, in blocks of keys, merged by log-sum-exp.
 
-torch's fused kernel multiplies a little of one head at a time, which is what a CPU does slowest. As long as all keys
-are few, `WHOLE_TOKENS`, it is quicker to take some queries of all heads at once with all that they see: scores are in
-fp32 and weights rounded as there, and a group's heads are rows of one product.
-
-Else keys before the chunk are read in blocks that all queries see whole; the chunk's own keys are one causal block.
-With a window, queries are taken a tile at a time, and the keys that any of a tile sees are one masked block. Only keys
-that exist are read, so stale slots never enter, and memory is bounded by one block.
+Keys before the chunk are read in blocks that all queries see whole; the chunk's own keys are one causal block. Only
+keys that exist are read, so stale slots never enter, and memory is bounded by one block. With a window, queries are
+taken a tile at a time, and the keys that any of a tile sees are one masked block.
 """
 
 from __future__ import annotations
@@ -17,15 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.batch import Segment
-from kernels.linear import pairs, tiles
 from kernels.ops import Heads
 
 BLOCK_TOKENS = 4096
 """Most keys copied out of their pages at once (with a window: beside a window): bounds the memory of a long prompt."""
-WHOLE_TOKENS = {torch.bfloat16: 2048, torch.float32: 512}
-"""Most keys whose scores are in memory for a few queries at once: from there on it is not quicker."""
-FEW_TOKENS = 64
-"""Such queries."""
 TILE_TOKENS = 256
 """Most queries at once where their scores or a mask lie in memory."""
 
@@ -45,9 +36,6 @@ def chunk_attention(q: Tensor, segment: Segment, layer: Tensor, heads: Heads) ->
         keys, values = _held(segment, first, segment.stop, layer, heads)
         out, _ = _partial(queries, keys, values, heads, _window_mask(segment, first, heads.window, q.dtype))
         return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-    if heads.cap is None and FEW_TOKENS < segment.stop <= _whole_tokens(q.dtype):
-        keys, values = _held(segment, 0, segment.stop, layer, heads)
-        return _few_by_few(queries, keys[:, 0], values[:, 0], heads).permute(2, 0, 1, 3).flatten(1, 2)
     page_tokens = layer.shape[3]
     block = max(BLOCK_TOKENS // page_tokens, 1) * page_tokens
     edges = [*range(0, segment.start, block), segment.start, segment.stop]
@@ -65,29 +53,6 @@ def chunk_attention(q: Tensor, segment: Segment, layer: Tensor, heads: Heads) ->
         merged = out * (lse - both).exp_()[..., None] + part * (part_lse - both).exp_()[..., None], both
     assert merged is not None
     return merged[0].permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
-
-
-def _whole_tokens(dtype: torch.dtype) -> int:
-    """In tile registers the fused kernel is quick, too, and without pairs of bf16 no product of them is."""
-    return 0 if dtype == torch.bfloat16 and (tiles() or not pairs()) else WHOLE_TOKENS.get(dtype, 0)
-
-
-def _few_by_few(q: Tensor, keys: Tensor, values: Tensor, heads: Heads) -> Tensor:
-    """The last of these keys are the queries' own: ``[kv, group, count, dim]`` of q and ``[kv, token, dim]``."""
-    kv, group, count, dim = q.shape
-    start = keys.shape[1] - count
-    out = q.new_empty(q.shape)
-    scaled, turned = q.float() * heads.scale, keys.float().transpose(1, 2)
-    later = torch.full((FEW_TOKENS, FEW_TOKENS), -torch.inf).triu_(1)
-    for first in range(0, count, FEW_TOKENS):
-        few = min(FEW_TOKENS, count - first)
-        own, stop = start + first, start + first + few
-        tile = scaled[:, :, first : first + few].reshape(kv, group * few, dim)
-        scores = torch.bmm(tile, turned[:, :, :stop]).view(kv, group, few, stop)
-        scores[..., own:] += later[:few, :few]
-        weights = torch.softmax(scores, -1).to(q.dtype).view(kv, group * few, stop)
-        out[:, :, first : first + few] = torch.bmm(weights, values[:, :stop]).view(kv, group, few, dim)
-    return out
 
 
 def capped_attention(

@@ -1,7 +1,8 @@
-// The small operations, decode attention and logits of kernels/ops.py, fused: one pass over memory each. Plain C interface,
+// The small operations, attention and logits of kernels/ops.py, fused: one pass over memory each. Plain C interface,
 // no torch headers, built in a second or two by kernels/native.py; fp32 inside, rounded once at the end.
 //
 //   attend        one partial softmax a page, merged while walking a row's pages in place (only keys that exist)
+//   attend_chunk  the same for neighbouring rows of one sequence: keys are brought into lanes once for all of a tile's rows
 //   add_rms_norm  r += x;  y = r / sqrt(mean(r^2) + eps) * w      (x null: no addition)
 //   rope_store    (a, b) -> (a cos - b sin, b cos + a sin) for q and k, normed before if asked for;  k, v -> their slots
 //   silu_mul      y = gate / (1 + exp(-gate)) * up
@@ -71,18 +72,28 @@ inline float fast_tanh(float x) {
   return z < 0.390625f ? near * z * x + x : far;
 }
 
+// A vector register: wider vectors than the CPU has go through memory.
+#ifdef __AVX512F__
 constexpr int64_t kLanes = 16;
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-
-// Sums are kept in lanes and added up in one fixed tree: the order of additions is in the source, the compiler may
-// not change it, and so a row's bits do not depend on where the row lies or on who computes it.
 #define TURNED(x, by)                                                                                          \
   __builtin_shufflevector(x, x, (0 + by) % 16, (1 + by) % 16, (2 + by) % 16, (3 + by) % 16, (4 + by) % 16,    \
                           (5 + by) % 16, (6 + by) % 16, (7 + by) % 16, (8 + by) % 16, (9 + by) % 16,          \
                           (10 + by) % 16, (11 + by) % 16, (12 + by) % 16, (13 + by) % 16, (14 + by) % 16,     \
                           (15 + by) % 16)
+#else
+constexpr int64_t kLanes = 8;
+#define TURNED(x, by)                                                                                          \
+  __builtin_shufflevector(x, x, (0 + by) % 8, (1 + by) % 8, (2 + by) % 8, (3 + by) % 8, (4 + by) % 8,         \
+                          (5 + by) % 8, (6 + by) % 8, (7 + by) % 8)
+#endif
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
+
+// Sums are kept in lanes and added up in one fixed tree: the order of additions is in the source, the compiler may
+// not change it, and so a row's bits do not depend on where the row lies or on who computes it.
 inline float sum_of(Lanes x) {
+#ifdef __AVX512F__
   x += TURNED(x, 8);
+#endif
   x += TURNED(x, 4);
   x += TURNED(x, 2);
   x += TURNED(x, 1);
@@ -90,7 +101,9 @@ inline float sum_of(Lanes x) {
 }
 inline Lanes larger(Lanes x, Lanes y) { return x > y ? x : y; }
 inline float most_of(Lanes x) {
+#ifdef __AVX512F__
   x = larger(x, TURNED(x, 8));
+#endif
   x = larger(x, TURNED(x, 4));
   x = larger(x, TURNED(x, 2));
   return larger(x, TURNED(x, 1))[0];
@@ -276,7 +289,7 @@ void soft_cap(T* logits, int64_t rows, int64_t cols, float cap, int threads) {
 
 // As many of a row as are multiplied at a time, and the sums with these products added to them.
 template <class T>
-constexpr int64_t kStep = 64 / sizeof(T);
+constexpr int64_t kStep = kLanes * 4 / sizeof(T);
 
 inline Lanes some(const float* from) {
   Lanes found;
@@ -295,6 +308,198 @@ inline Pairs some(const bf16* from) {
 }
 inline Lanes added(Lanes sums, Pairs x, Pairs y) { return Lanes(_mm512_dpbf16_ps(__m512(sums), x, y)); }
 #endif
+
+// As many numbers of a row as one of its words has: what a product adds up in each lane at a time.
+template <class T>
+constexpr int64_t kWord = 4 / sizeof(T);
+
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+inline Lanes fast_exp(Lanes x) {
+  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Lanes turned = x * 1.44269504f + 12582912.0f, n = turned - 12582912.0f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * Lanes((Ints(turned) + 127) << 23);
+}
+
+// One word in all lanes; 16 sums as numbers of a row.
+inline Lanes all_lanes(const float* word) { return Lanes{} + *word; }
+inline void put_lanes(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
+#ifdef __AVX512BF16__
+inline Pairs all_lanes(const bf16* word) {
+  int32_t bits;
+  std::memcpy(&bits, word, 4);
+  return Pairs(_mm512_set1_epi32(bits));
+}
+inline void put_lanes(bf16* to, Lanes x) {
+  const __m256bh rounded = _mm512_cvtneps_pbh(__m512(x));
+  std::memcpy(to, &rounded, sizeof rounded);
+}
+#endif
+
+#ifdef __AVX512F__
+constexpr int64_t kSumRows = 4, kSumLanes = 4;  // sums in registers at a time: rows, and vectors of each
+#else
+constexpr int64_t kSumRows = 2, kSumLanes = 4;
+#endif
+
+// out[r][lane] += sum over words of left[r][word] * right[word][lane]; a row of `right` has `stride` lanes.
+template <int64_t kRows, int64_t kVectors, class T>
+void add_lanes(const T* const* left, int64_t words, const T* right, int64_t stride, float* const* out, int64_t lane) {
+  Lanes sums[kRows][kVectors];
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t v = 0; v < kVectors; v++) sums[r][v] = some(out[r] + lane + v * kLanes);
+  for (int64_t w = 0; w < words; w++) {
+    const T* from = right + (w * stride + lane) * kWord<T>;
+    for (int64_t r = 0; r < kRows; r++) {
+      const auto word = all_lanes(left[r] + w * kWord<T>);
+      for (int64_t v = 0; v < kVectors; v++) sums[r][v] = added(sums[r][v], word, some(from + v * kLanes * kWord<T>));
+    }
+  }
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t v = 0; v < kVectors; v++) put_lanes(out[r] + lane + v * kLanes, sums[r][v]);
+}
+
+template <int64_t kRows, class T>
+void add_products(const T* const* left, int64_t words, const T* right, int64_t stride, float* const* out) {
+  int64_t lane = 0;
+  for (; lane + kSumLanes * kLanes <= stride; lane += kSumLanes * kLanes)
+    add_lanes<kRows, kSumLanes>(left, words, right, stride, out, lane);
+  for (; lane < stride; lane += kLanes) add_lanes<kRows, 1>(left, words, right, stride, out, lane);
+}
+
+constexpr int64_t kTileRows = 128;  // queries of all heads of a group that share the work of bringing keys into lanes
+
+// Up to kKeys keys and values of one head, as products want them, and what a tile's rows have made of those before.
+template <class T>
+struct Tile {
+  alignas(64) T keys[kMaxDim * kKeys];    // [word of a head][key][number of a word]
+  alignas(64) T values[kMaxDim * kKeys];  // [word of keys][number of a head][key of a word]
+  alignas(64) float mixed[kTileRows][kMaxDim];
+  float top[kTileRows], total[kTileRows];
+};
+
+// Keys or values [start + unseen, start + count) of one head, row by row.
+template <class T, class Each>
+void each_held(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start,
+               int64_t unseen, int64_t count, int64_t dim, Each each) {
+  for (int64_t t = unseen; t < count; t++) {
+    const int64_t at = start + t;
+    each(t, half + pages[at / page_tokens] * page_stride + at % page_tokens * dim);
+  }
+}
+
+// `kRows` rows of a tile against its keys; row r sees those from from[r] on, below to[r].
+template <int64_t kRows, class T>
+void attend_rows(Tile<T>& tile, int64_t row, const T* const* q, int64_t dim, int64_t lanes, const int64_t* from,
+                 const int64_t* to, float scale, float cap) {
+  alignas(64) float score[kRows][kKeys] = {};
+  alignas(64) T share[kRows][kKeys];
+  float *scores[kRows], *mixed[kRows];
+  const T* shares[kRows];
+  for (int64_t r = 0; r < kRows; r++) {
+    scores[r] = score[r];
+    mixed[r] = tile.mixed[row + r];
+    shares[r] = share[r];
+  }
+  add_products<kRows>(q, dim / kWord<T>, tile.keys, kKeys, scores);
+  int64_t most_keys = 0;
+  for (int64_t r = 0; r < kRows; r++) {
+    float* x = score[r];
+    Lanes most = Lanes{} - 1e30f, sum = {};
+    if (cap > 0)
+      for (int64_t t = 0; t < kKeys; t++) x[t] = cap * fast_tanh(x[t] * scale / cap) / scale;
+    for (int64_t t = 0; t < from[r]; t++) x[t] = -1e30f;
+    for (int64_t t = to[r]; t < kKeys; t++) x[t] = -1e30f;
+    for (int64_t t = 0; t < kKeys; t += kLanes) most = larger(some(x + t), most);
+    const float highest = most_of(most), before = tile.top[row + r], best = highest > before ? highest : before;
+    for (int64_t t = 0; t < kKeys; t += kLanes) {
+      const Lanes one = fast_exp((some(x + t) - best) * scale);
+      sum += one;
+      put_lanes(share[r] + t, one);
+    }
+    if (best > before) {
+      const float shrink = fast_exp((before - best) * scale);
+      for (int64_t d = 0; d < lanes; d++) mixed[r][d] *= shrink;
+      tile.total[row + r] *= shrink;
+      tile.top[row + r] = best;
+    }
+    tile.total[row + r] += sum_of(sum);
+    most_keys = to[r] > most_keys ? to[r] : most_keys;
+  }
+  add_products<kRows>(shares, (most_keys + kWord<T> - 1) / kWord<T>, tile.values, lanes, mixed);
+}
+
+// One KV head of the queries [first, first + count) of a sequence, whose positions begin at `start`.
+template <class T>
+void attend_tile(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,
+                 int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t head, int64_t group, int64_t dim,
+                 float scale, int64_t window, float cap, T* out, int64_t out_stride) {
+  Tile<T> tile;
+  const int64_t lanes = (dim + kLanes - 1) / kLanes * kLanes, rows = count * group, stop = start + count;
+  for (int64_t r = 0; r < rows; r++) {
+    std::memset(tile.mixed[r], 0, lanes * sizeof(float));
+    tile.top[r] = -1e30f;
+    tile.total[r] = 0;
+  }
+  const auto place = [&](int64_t row) { return row / group * q_stride + (head * group + row % group) * dim; };
+  const int64_t lowest = window && start >= window ? start - window + 1 : 0;
+  for (int64_t base = lowest / kKeys * kKeys; base < stop; base += kKeys) {
+    const int64_t unseen = lowest > base ? lowest - base : 0, held = stop - base < kKeys ? stop - base : kKeys;
+    // What nobody sees counts nothing, and must be a number for that.
+    std::memset(tile.keys, 0, dim * kKeys * sizeof(T));
+    std::memset(tile.values, 0, lanes * kKeys * sizeof(T));
+    each_held(layer + head * page_tokens * dim, pages, page_stride, page_tokens, base, unseen, held, dim,
+              [&](int64_t t, const T* key) {
+                for (int64_t w = 0; w < dim / kWord<T>; w++)
+                  std::memcpy(tile.keys + (w * kKeys + t) * kWord<T>, key + w * kWord<T>, 4);
+              });
+    each_held(layer + (kv_heads + head) * page_tokens * dim, pages, page_stride, page_tokens, base, unseen, held, dim,
+              [&](int64_t t, const T* value) {
+                T* to = tile.values + t / kWord<T> * lanes * kWord<T> + t % kWord<T>;
+                for (int64_t d = 0; d < dim; d++) to[d * kWord<T>] = value[d];
+              });
+    for (int64_t row = 0; row < rows;) {
+      const int64_t some_rows = row + kSumRows <= rows ? kSumRows : 1;
+      const T* queries[kSumRows];
+      int64_t from[kSumRows], to[kSumRows], seen_keys = 0;
+      for (int64_t r = 0; r < some_rows; r++) {
+        const int64_t last = start + (row + r) / group + 1 - base, first = window ? last - window : 0;
+        queries[r] = q + place(row + r);
+        to[r] = last < 0 ? 0 : last < held ? last : held;
+        from[r] = first < 0 ? 0 : first < to[r] ? first : to[r];
+        seen_keys += to[r] - from[r];
+      }
+      const auto rows_of = some_rows == 1 ? attend_rows<1, T> : attend_rows<kSumRows, T>;
+      if (seen_keys) rows_of(tile, row, queries, dim, lanes, from, to, scale, cap);
+      row += some_rows;
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    T* to = out + r / group * out_stride + (head * group + r % group) * dim;
+    for (int64_t d = 0; d < dim; d++) put(to + d, tile.mixed[r][d] / tile.total[r]);
+  }
+}
+
+template <class T>
+void attend_chunk(const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,
+                  int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale,
+                  int64_t window, float cap, T* out, int threads) {
+  const int64_t each = kTileRows / group, tiles = (count + each - 1) / each, out_stride = kv_heads * group * dim;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t task = 0; task < tiles * kv_heads; task++) {
+    const int64_t first = task / kv_heads * each, head = task % kv_heads;
+    attend_tile(q + first * q_stride, q_stride, layer, pages, start + first, each < count - first ? each : count - first,
+                page_stride, page_tokens, kv_heads, head, group, dim, scale, window, cap, out + first * out_stride,
+                out_stride);
+  }
+}
 
 // Rows with zeros behind their end, `stride` apart: a multiple of a step.
 template <class T>
@@ -428,6 +633,19 @@ void page_sums_of(const uint64_t* pages, int64_t count, int64_t lanes, int64_t p
 }
 
 }  // namespace
+
+// q: [count, heads, dim], rows `q_stride` apart, the positions from `start` on of the sequence with these pages.
+#define ATTEND_CHUNK(T)                                                                                              \
+  (const T* q, int64_t q_stride, const T* layer, const int64_t* pages, int64_t start, int64_t count,                \
+   int64_t page_stride, int64_t page_tokens, int64_t kv_heads, int64_t group, int64_t dim, float scale, int64_t window, \
+   float cap, T* out, int threads) {                                                                                \
+    attend_chunk(q, q_stride, layer, pages, start, count, page_stride, page_tokens, kv_heads, group, dim, scale,     \
+                 window, cap, out, threads);                                                                        \
+  }
+extern "C" void attend_chunk_float32 ATTEND_CHUNK(float)
+#ifdef __AVX512BF16__
+extern "C" void attend_chunk_bfloat16 ATTEND_CHUNK(bf16)
+#endif
 
 // x: [rows, cols], at most kFew rows; w: [outs, cols], bias: [outs] or null, out: [rows, outs].
 extern "C" void few_rows_float32(const float* x, const float* w, const float* bias, float* out, int64_t rows,

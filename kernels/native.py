@@ -43,6 +43,11 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "gelu_mul": (POINTER, POINTER, COUNT, COUNT, INT),
     "soft_cap": (POINTER, COUNT, COUNT, FLOAT, INT),
 }
+PRODUCTS: dict[str, tuple[type, ...]] = {
+    "few_rows": (*[POINTER] * 4, *[COUNT] * 3, INT),
+    "attend_chunk": (POINTER, COUNT, POINTER, POINTER, *[COUNT] * 7, FLOAT, COUNT, FLOAT, POINTER, INT),
+}
+"""In bf16 only where the CPU multiplies pairs of it."""
 DTYPES = ("float32", "bfloat16")
 
 
@@ -70,15 +75,21 @@ def library() -> ctypes.CDLL:
         for dtype in DTYPES:
             function = getattr(loaded, f"{operation}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    few_rows: tuple[Any, ...] = (*[POINTER] * 4, *[COUNT] * 3, INT)
-    loaded.few_rows_float32.argtypes, loaded.few_rows_float32.restype = few_rows, None
-    if hasattr(loaded, "wide_product"):  # where the CPU multiplies pairs of bf16
-        loaded.few_rows_bfloat16.argtypes, loaded.few_rows_bfloat16.restype = few_rows, None
+    for operation, arguments in PRODUCTS.items():
+        for dtype in DTYPES if pairs_multiplied(loaded) else DTYPES[:1]:
+            function = getattr(loaded, f"{operation}_{dtype}")
+            function.argtypes, function.restype = arguments, None
+    if pairs_multiplied(loaded):
         loaded.wide_product.argtypes, loaded.wide_product.restype = (*[POINTER] * 3, *[COUNT] * 3, INT), None
     loaded.page_sums.argtypes, loaded.page_sums.restype = (POINTER, *[COUNT] * 5, *[POINTER] * 3), None
     loaded.page_weights.argtypes = (POINTER, *[COUNT] * 3, *[POINTER] * 3, COUNT, POINTER)
     loaded.page_weights.restype = None
     return loaded
+
+
+def pairs_multiplied(loaded: ctypes.CDLL) -> bool:
+    """Whether the library has bf16 products, which it has where the CPU multiplies pairs of bf16 (AVX512-BF16)."""
+    return hasattr(loaded, "wide_product")
 
 
 def page_sums() -> Sums:

@@ -1,4 +1,4 @@
-"""The fast CPU backend with native code for decode attention, logits and the small operations: one pass over memory."""
+"""The fast CPU backend with native code for attention, logits and the small operations: one pass over memory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from kernels.batch import Batch, Segment
 from kernels.chunk_attention import chunk_attention
 from kernels.fast_cpu import FastOps
 from kernels.linear import tiles
-from kernels.native import DTYPES, SIGNATURES, library
+from kernels.native import DTYPES, SIGNATURES, library, pairs_multiplied
 from kernels.ops import Heads, Packed
 from kernels.rope import Rope
 
 FEW = 3
 """Most rows of x that are multiplied as fast as weights are read (`kFew`); from four on oneDNN is as quick."""
+CHUNK_KEYS = {torch.bfloat16: 1 << 62, torch.float32: 2048}
+"""Most keys of a chunk for which native attention is quicker than torch's."""
 MAX_GROUP, MAX_DIM = 16, 256
 """Most query heads to a KV head, and numbers to a head, that the native attention has room for."""
 
@@ -41,12 +43,16 @@ class NativeOps(FastOps):
 
     def __init__(self) -> None:
         loaded = library()
-        self._wide_product = None if tiles() else getattr(loaded, "wide_product", None)
-        """Where the CPU multiplies pairs of bf16. In tiles oneDNN is quicker, though it reads the weights twice."""
+        # In tiles oneDNN is quicker, though it reads the weights of logits twice.
+        paired = pairs_multiplied(loaded) and not tiles()
+        self._wide_product = loaded.wide_product if paired else None
         self._few_rows = {torch.float32: loaded.few_rows_float32}
         """By dtype: a product of few rows, as quick as memory is read; oneDNN reads it at half the speed."""
-        if self._wide_product is not None:
+        self._attend_chunk = {torch.float32: loaded.attend_chunk_float32}
+        """By dtype: attention of several rows of one sequence, up to `CHUNK_KEYS`."""
+        if paired:
             self._few_rows[torch.bfloat16] = loaded.few_rows_bfloat16
+            self._attend_chunk[torch.bfloat16] = loaded.attend_chunk_bfloat16
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {
             (operation, getattr(torch, dtype)): getattr(loaded, f"{operation}_{dtype}")
             for operation in SIGNATURES
@@ -172,7 +178,10 @@ class NativeOps(FastOps):
         out[batch.rows :] = 0
         for segment in plan.chunks:
             rows = slice(segment.row, segment.row + segment.count)
-            out[rows] = chunk_attention(q[rows], segment, layer, heads)
+            if q.dtype in self._attend_chunk and segment.stop <= CHUNK_KEYS[q.dtype]:
+                self._chunk(q[rows], segment, layer, heads, out[rows])
+            else:
+                out[rows] = chunk_attention(q[rows], segment, layer, heads)
         if len(plan.rows):
             self._calls["attend", q.dtype](
                 q.data_ptr(),
@@ -195,6 +204,27 @@ class NativeOps(FastOps):
                 torch.get_num_threads(),
             )
         return out.flatten(1)
+
+    def _chunk(self, q: Tensor, segment: Segment, layer: Tensor, heads: Heads, out: Tensor) -> None:
+        pages = np.ascontiguousarray(segment.pages)
+        self._attend_chunk[q.dtype](
+            q.data_ptr(),
+            q.stride(0),
+            layer.data_ptr(),
+            pages.ctypes.data,
+            segment.start,
+            segment.count,
+            layer.stride(0),
+            layer.shape[3],
+            heads.kv_heads,
+            heads.group,
+            heads.dim,
+            heads.scale,
+            heads.window or 0,
+            heads.cap or 0.0,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return self._gated("silu_mul", gate_up)
