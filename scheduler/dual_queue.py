@@ -55,7 +55,8 @@ class DualQueueSettings:
 def knee(cost: CostModel, cached: int = 0) -> int:
     """New tokens from which a step's time grows with them: where another line than that of one token is on top.
 
-    LAPS's L_m. Where one line is all there is: as many as cost what the step costs without any.
+    LAPS's L_m. It is no more than what takes twice as long as a step without any: a line that lies on top of the others
+    at all lengths that occur, as one that a busy machine taught may, still grows.
     """
 
     def line_s(line: tuple[float, float, float, float], new: int) -> float:
@@ -66,11 +67,9 @@ def knee(cost: CostModel, cached: int = 0) -> int:
 
     def beyond(new: int) -> bool:
         top = cost.prefill_s([(new, cached)])
-        return top > line_s(floor, new) * (1 + 1e-9) if steeper else top >= 2 * fixed_s
+        return top > line_s(floor, new) * (1 + 1e-9) or top >= 2 * fixed_s
 
-    far = 1 << 20
-    steeper = cost.prefill_s([(far, cached)]) > line_s(floor, far) * (1 + 1e-9)
-    low, high = 1, far
+    low, high = 1, 1 << 20
     while low < high:
         middle = (low + high) // 2
         if beyond(middle):

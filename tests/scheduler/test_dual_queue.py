@@ -34,6 +34,7 @@ def played(order: DualQueue, arrivals: list[Arrival], **how) -> Play:
         (((0.010, 0.0, 0.0, 0.0), (0.0, 0.0001, 1e-6, 0.0)), 1000, 10),
         (((0.020, 0.0001, 0.0, 0.0),), 0, 200),
         (((0.004, 0.00001, 0.0, 0.0), (0.0, 0.00002, 0.0, 0.001)), 0, 301),
+        (((0.012, 0.00004, 5e-8, 0.0), (0.003, 0.000045, 9e-8, 0.0)), 0, 259),
     ],
 )
 def test_the_boundary_is_where_a_step_begins_to_grow(lines, cached, want):
