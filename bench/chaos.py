@@ -47,6 +47,8 @@ VOCAB, CONTEXT = 320, 8192
 LLAMA: dict[str, dict[str, Any]] = {"paced": {}, "torch": {"layers": 6, "hidden": 256}}
 """Where the engine computes, such that an answer takes about as long as on the paced one. In smaller ones most of a
 token's time is not the engine's, and ten answers' time is not much more than it takes to know who stands still."""
+ROWS = 24
+"""Of a step."""
 KV_MEMORY = {"paced": "2M", "torch": "24M"}
 """8,192 tokens each."""
 SHARE = 0.6
@@ -374,7 +376,7 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
     )  # fmt: skip
     how = {"engine": "paced", "pace": 2.0, "stop_rate": 0.002} if engine == "paced" else {"exact": True}
     config = DeploymentConfig(
-        model=str(model), port=0, prefill=2, decode=2, gateways=2, page_tokens=16, chunk_tokens=64, max_rows=24,
+        model=str(model), port=0, prefill=2, decode=2, gateways=2, page_tokens=16, chunk_tokens=64, max_rows=ROWS,
         threads=1, kv_memory=KV_MEMORY[engine], hash_logits=True, **how,
     )  # fmt: skip
     live = Live(config, model, scratch / "log", faults=scratch / "rules")
@@ -401,11 +403,13 @@ def run(engine: str, seconds: float, seed: int, scratch: Path, peace_s: float = 
         errors = [line["message"] for line in live.lines() if line["level"] == "critical" or "exception" in line]
     finally:
         live.deployment.stop()
+    everybody = [*calm, *chaos, *doomed, *after]
     if engine == "paced":
         reference: Chain | Reference = Chain.of(model, VOCAB, CONTEXT, (0, *ENDS), 0.002)
     else:
-        reference = Reference(model, exact=True)
-    lies = wrong([*calm, *chaos, *doomed, *after], reference)
+        reference = Reference(model, exact=True, kv_memory=128 * 2**20)
+        reference.learn(((each.case.prompt, each.case.sampling) for each in everybody), ROWS)
+    lies = wrong(everybody, reference)
     return Report(rate, timeout_s, calm, after, chaos, doomed, did, lies, held, errors)
 
 

@@ -109,22 +109,45 @@ inline float most_of(Lanes x) {
   return larger(x, TURNED(x, 1))[0];
 }
 
+typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+// `fast_exp` of numbers not above 0.
+inline Lanes fast_exp(Lanes x) {
+  x = x < -87.0f ? Lanes{} - 87.0f : x;
+  const Lanes turned = x * 1.44269504f + 12582912.0f, n = turned - 12582912.0f;
+  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * Lanes((Ints(turned) + 127) << 23);
+}
+
 constexpr int64_t kKeys = 64;      // keys scored at a time, counted from absolute position 0
 constexpr int64_t kMaxGroup = 16;  // checked by the caller
 constexpr int64_t kMaxDim = 256;
 
-// Keys or values [start + unseen, start + count) of one head, out of their pages, in fp32.
+// Keys or values [start + unseen, start + count) of one head, out of their pages: `each` gets t and where it lies.
+template <class T, class Each>
+inline void each_held(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start,
+                      int64_t unseen, int64_t count, int64_t dim, Each each) {
+  for (int64_t t = unseen; t < count;) {
+    const int64_t slot = (start + t) % page_tokens;
+    const int64_t end = page_tokens - slot < count - t ? t + page_tokens - slot : count;
+    const T* from = half + pages[(start + t) / page_tokens] * page_stride + slot * dim;
+    for (; t < end; t++, from += dim) each(t, from);
+  }
+}
+
+// The same in fp32.
 template <class T, int64_t kRoom>
 void hold(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start, int64_t unseen,
           int64_t count, int64_t dim, float (*held)[kRoom]) {
-  for (int64_t t = unseen; t < count;) {
-    const int64_t slot = (start + t) % page_tokens;
-    const int64_t there = page_tokens - slot < count - t ? page_tokens - slot : count - t;
-    const T* from = half + pages[(start + t) / page_tokens] * page_stride + slot * dim;
-    for (int64_t i = 0; i < there; i++)
-      for (int64_t d = 0; d < dim; d++) held[t + i][d] = wide(from[i * dim + d]);
-    t += there;
-  }
+  each_held(half, pages, page_stride, page_tokens, start, unseen, count, dim, [&](int64_t t, const T* from) {
+    for (int64_t d = 0; d < dim; d++) held[t][d] = wide(from[d]);
+  });
 }
 
 // One KV head of one row: `group` queries against `keys` keys. A head size known to the compiler (kDim, else 0)
@@ -313,22 +336,7 @@ inline Lanes added(Lanes sums, Pairs x, Pairs y) { return Lanes(_mm512_dpbf16_ps
 template <class T>
 constexpr int64_t kWord = 4 / sizeof(T);
 
-typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
-inline Lanes fast_exp(Lanes x) {
-  x = x < -87.0f ? Lanes{} - 87.0f : x;
-  const Lanes turned = x * 1.44269504f + 12582912.0f, n = turned - 12582912.0f;
-  const Lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * Lanes((Ints(turned) + 127) << 23);
-}
-
-// One word in all lanes; 16 sums as numbers of a row.
+// One word in all lanes; lanes as numbers of a row.
 inline Lanes all_lanes(const float* word) { return Lanes{} + *word; }
 inline void put_lanes(float* to, Lanes x) { std::memcpy(to, &x, sizeof x); }
 #ifdef __AVX512BF16__
@@ -384,16 +392,6 @@ struct Tile {
   alignas(64) float mixed[kTileRows][kMaxDim];
   float top[kTileRows], total[kTileRows];
 };
-
-// Keys or values [start + unseen, start + count) of one head, row by row.
-template <class T, class Each>
-void each_held(const T* half, const int64_t* pages, int64_t page_stride, int64_t page_tokens, int64_t start,
-               int64_t unseen, int64_t count, int64_t dim, Each each) {
-  for (int64_t t = unseen; t < count; t++) {
-    const int64_t at = start + t;
-    each(t, half + pages[at / page_tokens] * page_stride + at % page_tokens * dim);
-  }
-}
 
 // `kRows` rows of a tile against its keys; row r sees those from from[r] on, below to[r].
 template <int64_t kRows, class T>

@@ -62,6 +62,25 @@ def alone(
     return out
 
 
+def side_by_side(engine: Engine, asked: Sequence[tuple[Sequence[int], Sampling]]) -> list[list[Sampled]]:
+    """Everything that each gives when they decode side by side, after one prompt each."""
+    out: list[list[Sampled]] = []
+    first = 0
+    for number, (prompt, sampling) in enumerate(asked):
+        pages = engine.kv.pages_for(len(prompt) + sampling.max_tokens)
+        engine.open(str(number), prompt, range(first, first + pages), sampling, len(prompt))
+        first += pages
+        out.append(engine.step([Row(str(number), 0, len(prompt))]))
+    while going := [number for number, samples in enumerate(out) if samples[-1].finish is None]:
+        places = [(number, out[number][-1].position) for number in going]
+        found = engine.step([Row(str(number), place, place + 1) for number, place in places])
+        for number, sample in zip(going, found, strict=True):
+            out[number].append(sample)
+    for number in range(len(out)):
+        engine.close(str(number))
+    return out
+
+
 def with_stops(engine: Engine, rows: Sequence[Row], rng: random.Random, often: float | None = None) -> list[Sampled]:
     """A step of some of `rows` that stops now and then, and steps of the others while it does."""
     count = rng.randint(1, len(rows)) if rows else 0

@@ -13,7 +13,7 @@ from core.errors import SetupError
 from core.sampling import Sampling
 from engine.api import Row
 from tests.checkpoints import MODELS
-from tests.engine.play import Dealer, alone, chunks, move, poison, with_stops
+from tests.engine.play import Dealer, alone, chunks, move, poison, side_by_side, with_stops
 
 PROMPTS = [random.Random(length).choices(range(2, 128), k=length) for length in (1, 7, 8, 33, 90, 300, 515)]
 SAMPLINGS = [
@@ -171,6 +171,12 @@ def test_a_move_changes_no_bit(exact, number, after, seed):
 def test_recomputing_prompt_and_output_changes_no_bit(exact, number, sizes):
     (_, _, other), truth = exact
     recomputed(other, PAIRS[number], truth[number], sizes)
+
+
+def test_side_by_side_every_text_has_the_bits_that_it_has_alone(exact):
+    (_, _, other), truth = exact
+    few = PAIRS[:15]
+    assert [strip(got) for got in side_by_side(other, few)] == [strip(want) for want in truth[:15]]
 
 
 def test_a_cpu_that_is_not_exact_is_refused(engine, monkeypatch):

@@ -10,7 +10,7 @@ import re
 import signal
 import time
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from core.sampling import Sampling
 from engine.api import Row, Sampled
 from engine.engine import TorchEngine
 from protos.baton.v1 import inference_pb2, inference_pb2_grpc
-from tests.engine.play import alone
+from tests.engine.play import alone, side_by_side
 from tests.transfer.faults import FAULTS, Rule, acted, write
 
 MODEL = "tiny"
@@ -373,6 +373,15 @@ class Reference:
             with one_thread():
                 self._known[key] = alone(self.engine, prompt, sampling)
         return self._known[key]
+
+    def learn(self, asked: Iterable[tuple[Sequence[int], Sampling]], rows: int) -> None:
+        """Know all of these, so many side by side: in exact mode that changes no bit, and takes a tenth of the time."""
+        every = dict.fromkeys((tuple(prompt), sampling) for prompt, sampling in asked)
+        new = [key for key in every if key not in self._known]
+        with one_thread():
+            for first in range(0, len(new), rows):
+                some = new[first : first + rows]
+                self._known.update(zip(some, side_by_side(self.engine, some), strict=True))
 
     def tokens(self, prompt: Sequence[int], sampling: Sampling) -> list[int]:
         """The tokens that a client receives."""
