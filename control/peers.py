@@ -49,6 +49,11 @@ class Gateways:
         if stream is not None:
             stream.send(wire.frames(message))
 
+    def tell_all(self, message: Message) -> None:
+        """Send a message to every gateway."""
+        for gateway in self._streams:
+            self.tell(gateway, message)
+
     async def accept(
         self,
         requests: AsyncIterator[worker_pb2.SessionRequest],

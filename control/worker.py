@@ -16,7 +16,7 @@ from control.peers import Gateways, Peers
 from core.config import WorkerConfig, weights
 from core.errors import LocalError, RemoteError, SetupError
 from core.kv import PageRun
-from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Reserve, ToPeer
+from core.messages import Cancel, Message, Offer, OfferMigration, Prompt, Readiness, Reserve, ToPeer
 from core.pages import Owner, Pages
 from core.worker import Costs, Greeting, Identity, Lane, Member, Numerics, Role, Use, fell_back
 from decode.mixed_shell import MixedShell
@@ -432,6 +432,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._registry.renew()
         if self._ready() != self._healthy:
             self._healthy = self._ready()
+            self._gateways.tell_all(Readiness(self._me, self._healthy))
             log.info("ready" if self._healthy else f"not ready: {'leaving' if self._leaving else 'no measured lane'}")
             self._health_task = asyncio.create_task(self._server.healthy(self._healthy))
 
@@ -458,6 +459,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                     self._driver.post("decode", message)
 
     def _gateway_came(self, gateway: Identity) -> None:
+        self._gateways.tell(gateway, Readiness(self._me, self._healthy))
         if self._decode is not None:
             self._driver.post("decode", decode_events.GatewayCame(gateway))
 

@@ -337,10 +337,19 @@ class Freeness:
     steps: float
 
 
+@quick_init
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether a worker takes new requests from now on. The coordinator hears of it, too, and may be away just then."""
+
+    worker: Identity
+    ready: bool
+
+
 ToWorker = Offer | Prompt | Cancel
 Answer = Accept | Reject | Tokens | Handed | Finished | Failed
 ToGateway = Answer | SlotFree | Moved
 HandOff = Reserve | Grant | Refuse | Ready | Taken | Release | OfferMigration | CaughtUp | Fetch
 """Of one ticket, between its source and its sink."""
 ToPeer = HandOff | Freeness
-Message = ToWorker | ToGateway | ToPeer
+Message = ToWorker | ToGateway | ToPeer | Readiness

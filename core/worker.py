@@ -9,7 +9,7 @@ from typing import NamedTuple
 from core.errors import LocalError
 from core.kv import KvShape
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 """Raised when a message between our own processes changes its meaning; unequal versions are refused at join."""
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from core.errors import RemoteError
-from core.messages import Accept, Failed, Finished, Handed, Moved, Reject, SlotFree, Tokens, ToWorker
+from core.messages import Accept, Failed, Finished, Handed, Moved, Readiness, Reject, SlotFree, Tokens, ToWorker
 from core.worker import Greeting, Identity, Member, Role
 from protos.baton.v1 import worker_pb2, worker_pb2_grpc
 from protos.baton.v1.worker_pb2 import Frame
@@ -31,6 +32,8 @@ class Sessions:
         self._members: dict[Identity, Member] = {}
         self._streams: dict[Identity, Stream] = {}
         self._up: dict[Identity, Member] = {}
+        self._ready: dict[Identity, bool] = {}
+        """As they say themselves, which is newer than what the coordinator has heard."""
         self._dials = Dials(self._dial)
         driver.seat("workers", Liveness(silence_s=SILENCE_S, grace_s=0.0, quiet_s=QUIET_S), self._perform)
 
@@ -77,10 +80,14 @@ class Sessions:
         if frame.WhichOneof("body") == "heartbeat":
             return
         message = stream.reader.message(frame)
+        if isinstance(message, SlotFree | Readiness) and message.worker != worker:
+            raise RemoteError(f"{worker} speaks of {message.worker}")
+        if isinstance(message, Readiness):
+            self._ready[worker] = message.ready
+            self._settle(worker)
+            return
         if not isinstance(message, Accept | Reject | Tokens | Handed | Finished | Failed | SlotFree | Moved):
             raise RemoteError(f"{worker} sent {type(message).__name__}")
-        if isinstance(message, SlotFree) and message.worker != worker:
-            raise RemoteError(f"{worker} says that {message.worker} has room")
         self._driver.post("router", message)
 
     def ended(self, stream: Stream, goodbye: bool) -> None:
@@ -102,10 +109,14 @@ class Sessions:
         """Tell the router what changed: a worker is up while its stream stands, ready or not."""
         member = self._members.get(identity) or self._up.get(identity)
         if identity not in self._streams:
+            self._ready.pop(identity, None)
             if self._up.pop(identity, None) is not None:
                 self._driver.post("router", WorkerDown(identity, crashed))
                 self._changed()
-        elif member is not None and self._up.get(identity) != member:
+            return
+        if member is not None:
+            member = replace(member, ready=self._ready.get(identity, member.ready))
+        if member is not None and self._up.get(identity) != member:
             self._up[identity] = member
             self._driver.post("router", WorkerUp(member))
             self._changed()

@@ -222,6 +222,8 @@ def frames(message: m.Message) -> list[Frame]:
     """A message as frames: one, but for a prompt, which travels in pieces of `PIECE_TOKENS`."""
     if isinstance(message, m.SlotFree):
         return [Frame(slot_free=worker_pb2.SlotFree(worker=str(message.worker), tokens=message.tokens))]
+    if isinstance(message, m.Readiness):
+        return [Frame(readiness=worker_pb2.Readiness(worker=str(message.worker), ready=message.ready))]
     if isinstance(message, m.Freeness):
         return [Frame(freeness=worker_pb2.Freeness(worker=str(message.worker), steps=message.steps))]
     ticket = _ticket(message.ticket)
@@ -367,6 +369,8 @@ class Reader:
                 return m.Reject(_ticket_from(no.ticket), no.reason, no.wait_s, no.again_s)
             case "slot_free":
                 return m.SlotFree(identity(frame.slot_free.worker), frame.slot_free.tokens)
+            case "readiness":
+                return m.Readiness(identity(frame.readiness.worker), frame.readiness.ready)
             case "prompt":
                 return self._prompt(frame.prompt)
             case "cancel":

@@ -12,15 +12,17 @@ import pytest
 from tests.engine.chain import Chain
 from tests.live.asks import ENDS, case
 from tests.live.cluster import Client, together, until
+from tests.transfer.faults import Rule
 
 STREAMS = [case(30 + 50 * n, 700, n, forever=True) for n in range(4)]
 NEW = [case(20 + 40 * n, 30, n, forever=True) for n in range(6)]
 
 
 @pytest.fixture(scope="module")
-def apart(launch, model):
+def apart(launch, model, tmp_path_factory):
     """Two gateways, one prefill and one decode worker: who loses one of these has nobody else."""
-    live = launch("coordinator", model, gateways=2, kv_memory="8M", engine="paced", pace=0.5)
+    faults = tmp_path_factory.mktemp("faults") / "rules"
+    live = launch("coordinator", model, faults=faults, gateways=2, kv_memory="8M", engine="paced", pace=0.5)
     yield live
     live.stop()
 
@@ -92,6 +94,37 @@ def test_streams_and_new_requests_go_on_while_the_coordinator_stands_still(apart
             await ask_all(clients, reference)
 
     asyncio.run(run())
+
+
+def test_workers_that_get_ready_again_meanwhile_are_used_again(apart, reference):
+    """Their only lane breaks while the coordinator stands still: they tell the gateways themselves, both times."""
+    before, gateways = len(apart.lines()), {"gateway-0", "gateway-1"}
+
+    def said(what: str) -> set[str]:
+        return {line["worker"] for line in apart.lines()[before:] if line["message"].startswith(what)} & gateways
+
+    async def run():
+        async with Client(apart.gateway) as client:
+            await ask_all((client, client), reference)
+
+    apart.kill("coordinator", signal.SIGSTOP)
+    try:
+        apart.fault({"decode-0": (Rule("read", "break", nth=1),)})
+        each = case(30, 40, 90, forever=True)
+        asyncio.run(one(apart, each))
+        until(lambda: said("not ready: ") == gateways, "both hear that nobody is ready")
+        until(lambda: said("ready") == gateways, "and that they are again")
+        asyncio.run(run())
+    finally:
+        apart.kill("coordinator", signal.SIGCONT)
+        apart.fault({})
+    apart.wait_ready()
+
+
+async def one(live, each):
+    """Ask, whatever comes of it."""
+    async with Client(live.gateway) as client:
+        return await client.generate(each.request, 30.0)
 
 
 def test_a_worker_that_starts_after_that_is_found(apart, reference):

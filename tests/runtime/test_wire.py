@@ -169,6 +169,7 @@ MESSAGES: dict[type, st.SearchStrategy] = {
     m.Fetch: st.builds(m.Fetch, tickets, st.lists(words, max_size=6).map(tuple), counts, seconds, counts),
     m.Moved: st.builds(m.Moved, tickets, counts),
     m.Freeness: st.builds(m.Freeness, identities, st.floats(allow_nan=False)),
+    m.Readiness: st.builds(m.Readiness, identities, st.booleans()),
 }
 any_message = st.one_of(*MESSAGES.values())
 
@@ -320,6 +321,7 @@ def constrained_by(**fields: str) -> worker_pb2.RequestMeta:
         Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1], request=constrained_by(language="prolog"))),
         Frame(reserve=worker_pb2.Reserve(ticket=GOOD, prompt=[1], request=constrained_by())),
         Frame(freeness=worker_pb2.Freeness(worker="nobody", steps=1.0)),
+        Frame(readiness=worker_pb2.Readiness(worker="nobody", ready=True)),
         Frame(moved=worker_pb2.Moved(moves=1)),
         Frame(offer_migration=worker_pb2.OfferMigration(ticket=GOOD, placed=GOOD, prompt=[1])),
     ],

@@ -32,7 +32,7 @@ class PeerResponse(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release", "offer_migration", "caught_up", "moved", "freeness", "fetch")
+    __slots__ = ("hello", "heartbeat", "goodbye", "lane", "offer", "accept", "reject", "prompt", "cancel", "tokens", "finished", "failed", "handed", "slot_free", "reserve", "grant", "refuse", "ready", "taken", "release", "readiness", "offer_migration", "caught_up", "moved", "freeness", "fetch")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class Frame(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    READINESS_FIELD_NUMBER: _ClassVar[int]
     OFFER_MIGRATION_FIELD_NUMBER: _ClassVar[int]
     CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
@@ -78,12 +79,13 @@ class Frame(_message.Message):
     ready: Ready
     taken: Taken
     release: Release
+    readiness: Readiness
     offer_migration: OfferMigration
     caught_up: CaughtUp
     moved: Moved
     freeness: Freeness
     fetch: Fetch
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., offer_migration: _Optional[_Union[OfferMigration, _Mapping]] = ..., caught_up: _Optional[_Union[CaughtUp, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., freeness: _Optional[_Union[Freeness, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., lane: _Optional[_Union[LaneMeasured, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., accept: _Optional[_Union[Accept, _Mapping]] = ..., reject: _Optional[_Union[Reject, _Mapping]] = ..., prompt: _Optional[_Union[PromptPiece, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., tokens: _Optional[_Union[Tokens, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., handed: _Optional[_Union[Handed, _Mapping]] = ..., slot_free: _Optional[_Union[SlotFree, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., taken: _Optional[_Union[Taken, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., readiness: _Optional[_Union[Readiness, _Mapping]] = ..., offer_migration: _Optional[_Union[OfferMigration, _Mapping]] = ..., caught_up: _Optional[_Union[CaughtUp, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., freeness: _Optional[_Union[Freeness, _Mapping]] = ..., fetch: _Optional[_Union[Fetch, _Mapping]] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("minter", "counter", "attempt", "source", "sink")
@@ -210,6 +212,14 @@ class SlotFree(_message.Message):
     worker: str
     tokens: int
     def __init__(self, worker: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Readiness(_message.Message):
+    __slots__ = ("worker", "ready")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    ready: bool
+    def __init__(self, worker: _Optional[str] = ..., ready: _Optional[bool] = ...) -> None: ...
 
 class PromptPiece(_message.Message):
     __slots__ = ("ticket", "tokens", "request", "second", "holdings")
