@@ -132,8 +132,8 @@ class ForkServer:
 
     def end(self) -> None:
         """End it at once; those that it has forked go on."""
-        self._control.close()
         self.process.kill()  # it may be loading for seconds yet
+        self._control.close()
         self.process.wait()
 
     def fork(self, entry: str, argument: str, env: Mapping[str, str]) -> Forked:
