@@ -192,14 +192,7 @@ class NativeOps(FastOps):
                 plan.keys.data_ptr(),
                 plan.rows.data_ptr(),
                 len(plan.rows),
-                layer.stride(0),
-                layer.shape[3],
-                heads.kv_heads,
-                heads.group,
-                heads.dim,
-                heads.scale,
-                heads.window or 0,
-                heads.cap or 0.0,
+                *_attention(layer, heads),
                 out.data_ptr(),
                 torch.get_num_threads(),
             )
@@ -214,14 +207,7 @@ class NativeOps(FastOps):
             pages.ctypes.data,
             segment.start,
             segment.count,
-            layer.stride(0),
-            layer.shape[3],
-            heads.kv_heads,
-            heads.group,
-            heads.dim,
-            heads.scale,
-            heads.window or 0,
-            heads.cap or 0.0,
+            *_attention(layer, heads),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -244,3 +230,9 @@ class NativeOps(FastOps):
 def _sizes(x: Tensor, weight: Packed) -> tuple[int, int, int, int]:
     """What native products want to know of both: rows, outputs, columns, and threads to use."""
     return len(x), weight.rows, weight.cols, torch.get_num_threads()
+
+
+def _attention(layer: Tensor, heads: Heads) -> tuple[int, int, int, int, int, float, int, float]:
+    """What native attention wants to know of a layer's pages and of its heads; no window and no cap are 0."""
+    shape = layer.stride(0), layer.shape[3], heads.kv_heads, heads.group, heads.dim
+    return *shape, heads.scale, heads.window or 0, heads.cap or 0.0
