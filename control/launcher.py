@@ -43,6 +43,8 @@ CRASHES = frozenset(
     {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSYS, signal.SIGTRAP}
 )
 """Signals by which a process ends itself; others come from an operator, its launcher, or the kernel for memory."""
+NOD_S = 0.5
+"""The longest sleep without looking for signals."""
 TELL_S = 10.0
 """So long a coordinator that is away is waited for, to be told of an end."""
 PRELOADED = {"torch": ("control.worker", "engine.engine"), "paced": ("control.worker", "engine.paced")}
@@ -457,13 +459,27 @@ class Deployment:
         for name in names:
             each = self.running[name]
             try:
-                word = each.words.get(timeout=max(0.1, until - time.monotonic()))
+                word = hear(each.words, until)
             except queue.Empty:
                 raise SetupError(f"{name} did not start within {START_S:g} s", exit_code=8) from None
             if "error" in word:
                 raise SetupError(f"{name}: {word['error']}", exit_code=int(word["exit_code"]))
             each.address, each.metrics = word["address"], word["metrics"]
             self._say(f"{name} on {each.address}")
+
+
+def hear(words: queue.SimpleQueue[dict[str, Any]], until: float) -> dict[str, Any]:
+    """The next word, or queue.Empty at `until` on the monotonic clock. A signal that comes meanwhile is handled soon.
+
+    One that comes just before this thread falls asleep, or to another thread, does not wake it.
+    """
+    while True:
+        left = until - time.monotonic()
+        try:
+            return words.get(timeout=max(0.0, min(NOD_S, left)))
+        except queue.Empty:
+            if left <= NOD_S:
+                raise
 
 
 def _seats(groups: Sequence[Group]) -> Iterator[tuple[str, str, Role]]:

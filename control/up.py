@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from control import state
 from control.client import members
 from control.http import require
 from control.hub import model_name, resolve_model
-from control.launcher import Deployment, uninterrupted
+from control.launcher import NOD_S, Deployment, uninterrupted
 from core.config import DeploymentConfig
 from core.errors import RpcFailure, SetupError
 from runtime import debug
@@ -155,6 +156,8 @@ def _detached(where: Path, argv: list[str], *, as_json: bool) -> int:
                 start_new_session=True,
             )
         with child.stdout as answers:  # type: ignore[union-attr]
+            while not select.select([answers], [], [], NOD_S)[0]:
+                pass
             word = answers.readline()
     except KeyboardInterrupt:
         if child is not None:

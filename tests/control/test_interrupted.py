@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import pytest
 
 from control import forkserver, state
 from control import up as upping
-from control.launcher import Deployment
+from control.launcher import Deployment, hear
 from core.config import DeploymentConfig
 from core.errors import RpcFailure
 from tests.live.cluster import until
@@ -207,6 +209,29 @@ def test_an_interrupt_that_is_swallowed_is_one_all_the_same(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt if came else RpcFailure):
         upping.up(DeploymentConfig(model=str(DEMO)), tmp_path, as_json=False, detach=False, argv=[])
     assert not state.taken(tmp_path)
+
+
+def test_a_signal_that_wakes_nobody_is_handled_all_the_same(handlers):
+    """It comes to another thread, as if it came just before this one fell asleep."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    words: queue.SimpleQueue[dict[str, object]] = queue.SimpleQueue()
+    other = threading.Timer(0.5, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    late = threading.Timer(20.0, words.put, [{}])
+    late.start()
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        hear(words, time.monotonic() + 60.0)
+    assert late.is_alive(), "it was handled when something else came"
+    late.cancel()
+    other.join()
+
+
+def test_who_says_nothing_in_time_is_not_waited_for_longer():
+    words: queue.SimpleQueue[dict[str, object]] = queue.SimpleQueue()
+    with pytest.raises(queue.Empty):
+        hear(words, time.monotonic() + 0.01)
+    words.put({"name": "x"})
+    assert hear(words, time.monotonic()) == {"name": "x"}
 
 
 @pytest.mark.parametrize("first", ["a fork server", "a child"])
