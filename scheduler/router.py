@@ -99,7 +99,8 @@ class RouterConfig:
     """Where it matters whether a worker crashed or was stopped, a request waits so long at most for that to be said."""
     verdict_s: float = 2.7
     """A worker that nothing comes from is given up so long after that was noticed. Who would have lost half of the time
-    that is left by then is placed again at once, if others can take it."""
+    that is left by then is placed again at once, if others can take it; so is whose prompt has been at a prefill worker
+    for less than that, as it loses less by going than it may by staying."""
     mixed_alone: bool = False
     """A mixed worker keeps what it prefills and is handed nothing: it computes both phases in one step."""
     weights: tuple[tuple[str, float], ...] = ()
@@ -395,6 +396,7 @@ class Router:
         if final and again:  # to be told early is for those who come: it has come, and asks as long as there is time
             flight.refusals.clear()
             flight.tried.clear()
+            flight.tries = 0
             return self._strand(flight, now + self._config.again_s)
         return self._shed(flight) if final or not need.wait_s else self._park(flight)
 
@@ -944,9 +946,9 @@ class Router:
         return self._leave_quiet(now)
 
     def _leave_quiet(self, now: float) -> list[RouterCommand]:
-        """Those who cannot wait leave workers that are quiet, where others can take them."""
+        """Those who cannot wait, or lose little by it, leave workers that are quiet, where others can take them."""
         commands: list[RouterCommand] = []
-        spares = self._workers.spares
+        spares, verdict_s = self._workers.spares, self._config.verdict_s
         for worker in self._workers.hushed():
             source, sink = spares(worker, decodes=False), spares(worker, decodes=True)
             for flight in self._flights.at(worker):
@@ -960,7 +962,7 @@ class Router:
                     continue
                 if phase is Phase.OFFERED:
                     commands += self._unanswered(flight, now)
-                elif flight.call.deadline - now < 2 * self._config.verdict_s:
+                elif flight.call.deadline - now < 2 * verdict_s or (at_source and now - flight.offered_at < verdict_s):
                     commands += self._lost_attempt(flight, f"{worker.name} is quiet", now)
         return commands
 

@@ -619,7 +619,7 @@ def test_a_retry_that_is_refused_for_now_asks_again_until_it_may(wait_s, again_s
     key = decoding(machine)
     machine.on(WorkerDown(D1), 0.0)
     again = replace(key, attempt=2, sink=D2)
-    for turn in range(3):
+    for turn in range(12):  # more often than those who come are refused before they wait for room
         now = 0.1 * turn
         assert machine.on(Reject(again, "not now", wait_s, again_s), now) == []
         assert machine.on(Accept(again), now) == []
@@ -627,9 +627,9 @@ def test_a_retry_that_is_refused_for_now_asks_again_until_it_may(wait_s, again_s
         (offer,) = machine.on(None, now + 0.1)
         assert offer.message.ticket.source == P1
         again = offer.message.ticket
-    machine.on(Accept(again), 0.4)
-    assert machine.on(Tokens(again, 0, (102,)), 0.5) == [Deliver(1, (102,), ())]
-    end = only_end(machine.on(Finished(again, "length", 1), 0.6))
+    machine.on(Accept(again), 1.4)
+    assert machine.on(Tokens(again, 0, (102,)), 1.5) == [Deliver(1, (102,), ())]
+    end = only_end(machine.on(Finished(again, "length", 1), 1.6))
     assert (end.phase, end.code) == (Phase.DONE, "OK")
 
 

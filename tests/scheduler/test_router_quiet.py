@@ -82,6 +82,16 @@ def test_who_was_placed_without_a_second_choice_is_placed_again(phase):
     assert offer.ticket.sink == D2
 
 
+@pytest.mark.parametrize("phase", [Phase.PREFILLING, Phase.HANDING_OFF])
+@pytest.mark.parametrize(("after", "leaves"), [(2.6, True), (2.8, False)])
+def test_a_prompt_leaves_a_quiet_worker_if_it_has_been_there_for_less_than_it_may_have_to_wait(phase, after, leaves):
+    machine = router()
+    at(phase, machine, ask())
+    found = [offer.ticket.source for offer in offers(machine.on(WorkerQuiet(P1), after))]
+    assert found == ([P2] if leaves else [])
+    machine.check()
+
+
 def test_who_has_time_waits_for_what_the_silence_comes_to():
     machine = router()
     key = decoding(machine)
