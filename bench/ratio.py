@@ -75,6 +75,8 @@ PRECISION = 0.045
 SEGMENT_S = 1200.0
 SETTLED_S = 300.0
 TEN_MINUTES_S = 600.0
+SOON = 3
+"""Periods within which attainment is to be back."""
 SEEDS = 20
 TRIED = 3
 BEHIND = 0.1
@@ -311,11 +313,13 @@ def drift_rows(runs: Runs, seeds: list[int], segment_s: float, share: float, sta
     found = beside(runs, lambda seed, prefill: Job("drift", seed, share, prefill, segment_s), seeds, static)
     late = [count for job, each in found.runs for count in recoveries(each, job)]
     case = f"drift at {share:g} of each trace's own goodput, {len(seeds)} seeds"
+    soon = sum(each <= SOON for each in late)
     return [
         Row(f"{case}: attained", found.ours, found.theirs, found.peer, "share"),
         found.turns(case),
         Row(f"{case}: mean recovery after a step", sum(late) / len(late), None, "", "periods", False),
         Row(f"{case}: slowest recovery after a step", max(late), None, "", "periods", False),
+        Row(f"{case}: recovered within {SOON} periods", soon, len(late), "steps", "steps"),
     ]
 
 

@@ -20,7 +20,9 @@ check of consolidation), `patience` times in a row.
 
 A flip that takes back the one before is a turn. Where traffic has not moved since, only one is made in `turn_s`, and it
 must gain twice as much: so noise does not send workers to and fro. Traffic has moved if the rate of requests, of
-prompt tokens or of output tokens is another by `moved`, and by more than chance makes it with so few requests.
+prompt tokens or of output tokens is another by `moved`, and by more than chance makes it with so few requests. What
+traffic a flip was made for is known a window later: at a step of load the rates are still half those of before it, and
+outputs of what came since are not over.
 
 Bounds are the planner's. An operator's ratio (`Pinned`) is taken up flip by flip, without being simulated.
 
@@ -139,6 +141,10 @@ class _Post:
         self.role, self.load, self.waiting, self.oldest_s, self.told = role, 0.0, 0, 0.0, False
 
 
+Against = tuple[tuple[Candidate, Why], ...]
+"""Candidates, and what spoke against each."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Traffic:
     """Rates that say whether traffic is what it was."""
@@ -148,13 +154,24 @@ class _Traffic:
 
 
 @dataclass(slots=True, eq=False)
+class _Flipped:
+    """The last flip that was made."""
+
+    act: Act
+    traffic: _Traffic
+    """That it was made for."""
+    settles_at: float | None
+    """When that is known for good; none if it is."""
+
+
+@dataclass(slots=True, eq=False)
 class _Question:
     """What was asked, and from what."""
 
     number: int
     inputs: Inputs
     candidates: tuple[Candidate, ...]
-    against: tuple[tuple[Candidate, Why], ...]
+    against: Against
     traffic: _Traffic
     worse: bool
     """It is asked before its time, because it is worse than when no change helped."""
@@ -182,8 +199,7 @@ class RatioController:
         """Under way, with its number."""
         self._ended_at = -math.inf
         """When the last change ended."""
-        self._flip: tuple[Act, _Traffic] | None = None
-        """The last that was done, and the traffic then."""
+        self._flip: _Flipped | None = None
         self._way: tuple[Act, Ratio] | None = None
         """Flips that follow each other without a wait: which, and to which ratio."""
         self._turned_at = -math.inf
@@ -321,23 +337,29 @@ class RatioController:
         """What is to be done now; `on_way`: a flip has just ended after which the way goes on."""
         inputs = self._inputs(now)
         keep = Candidate(Act.KEEP, inputs.ratio)
-        if self._change is not None:
-            return self._decide(now, inputs, keep, Why.UNDER_WAY)
-        if self._question is not None:
-            return self._decide(now, inputs, keep, Why.UNANSWERED)
-        if now < self._ended_at + self._config.cooldown_s and not on_way:
-            return self._decide(now, inputs, keep, Why.RECENT)
-        if min(inputs.ratio) < 1:
-            return self._decide(now, inputs, keep, Why.BLIND)
-        if self._pinned is not None:
-            return self._to_pin(now, inputs, keep, self._pinned)
+        if self._flip is not None and self._flip.settles_at is not None and now >= self._flip.settles_at:
+            self._flip.traffic, self._flip.settles_at = _traffic(inputs), None
         candidates, against = self._candidates(inputs)
-        shrinks = any(each.act.removes for each in candidates)
-        if inputs.requests < self._config.least_requests and not (shrinks and self._idle(inputs)):
-            return self._decide(now, inputs, keep, Why.FEW, against=self._unasked(candidates, against, Why.FEW))
-        calm = self._idle(inputs)
+
+        def nothing(why: Why) -> list[RatioCommand]:
+            because = Why.NOT_NEEDED if why is Why.CALM else why
+            return self._decide(now, inputs, keep, why, against=_unasked(candidates, against, because))
+
+        if self._change is not None:
+            return nothing(Why.UNDER_WAY)
+        if self._question is not None:
+            return nothing(Why.UNANSWERED)
+        if now < self._ended_at + self._config.cooldown_s and not on_way:
+            return nothing(Why.RECENT)
+        if min(inputs.ratio) < 1:
+            return nothing(Why.BLIND)
+        if self._pinned is not None:
+            return self._to_pin(now, inputs, _unasked(candidates, against, Why.PINNED), self._pinned)
+        shrinks, calm = any(each.act.removes for each in candidates), self._idle(inputs)
+        if inputs.requests < self._config.least_requests and not (shrinks and calm):
+            return nothing(Why.FEW)
         if calm and not shrinks:
-            return self._decide(now, inputs, keep, Why.CALM, against=self._unasked(candidates, against, Why.NOT_NEEDED))
+            return nothing(Why.CALM)
         traffic = _traffic(inputs)
         worse = False
         if self._asked is not None and self._other(traffic, self._asked[0]):
@@ -346,11 +368,9 @@ class RatioController:
             _, refused, oldest_s = self._asked
             worse = inputs.refused > refused + WORSE or _oldest(inputs) > WORSE_S + 2 * oldest_s
             if not worse:
-                return self._decide(
-                    now, inputs, keep, Why.RESTING, against=self._unasked(candidates, against, Why.RESTING)
-                )
+                return nothing(Why.RESTING)
         if len(candidates) == 1:
-            return self._decide(now, inputs, keep, Why.NO_GAIN, against=against)
+            return nothing(Why.NO_GAIN)
         if not on_way:
             self._way = None
         self._number += 1
@@ -362,7 +382,7 @@ class RatioController:
         loads = max(inputs.prefill_load, inputs.decode_load)
         return not inputs.refused and _oldest(inputs) <= config.calm_age_s and loads < config.calm
 
-    def _candidates(self, inputs: Inputs) -> tuple[tuple[Candidate, ...], tuple[tuple[Candidate, Why], ...]]:
+    def _candidates(self, inputs: Inputs) -> tuple[tuple[Candidate, ...], Against]:
         """What can be done, the present first, and what cannot and why."""
         found, against = [Candidate(Act.KEEP, inputs.ratio)], list[tuple[Candidate, Why]]()
         for act in STEP:
@@ -427,17 +447,20 @@ class RatioController:
         found = min(posts, key=lambda post: (post.load, post.waiting, post.identity), default=None)
         return found.identity if found is not None else None
 
-    def _to_pin(self, now: float, inputs: Inputs, keep: Candidate, pinned: Ratio) -> list[RatioCommand]:
-        wanted = max(1, min(pinned.prefill, sum(inputs.ratio) - 1))
-        if wanted == inputs.ratio.prefill:
-            return self._decide(now, inputs, keep, Why.PINNED)
-        act = Act.TO_PREFILL if wanted > inputs.ratio.prefill else Act.TO_DECODE
+    def _to_pin(self, now: float, inputs: Inputs, against: Against, pinned: Ratio) -> list[RatioCommand]:
+        """`against`: what else might be done."""
+        ratio, keep = inputs.ratio, Candidate(Act.KEEP, inputs.ratio)
+        wanted = max(1, min(pinned.prefill, sum(ratio) - 1))
+        if wanted == ratio.prefill:
+            return self._decide(now, inputs, keep, Why.PINNED, against=against)
+        act = Act.TO_PREFILL if wanted > ratio.prefill else Act.TO_DECODE
         worker = self._lightest(Role.DECODE if act is Act.TO_PREFILL else Role.PREFILL, flips=True)
         if worker is None:
-            return self._decide(now, inputs, keep, Why.NOBODY)
-        (prefill, decode), ratio = STEP[act], inputs.ratio
+            return self._decide(now, inputs, keep, Why.NOBODY, against=against)
+        prefill, decode = STEP[act]
         chosen = Candidate(act, Ratio(ratio.prefill + prefill, ratio.decode + decode), worker)
-        return self._decide(now, inputs, chosen, Why.PINNED, against=((keep, Why.PINNED),))
+        others = tuple([each for each in against if each[0] != chosen])
+        return self._decide(now, inputs, chosen, Why.PINNED, against=((keep, Why.PINNED), *others))
 
     def _simulated(self, event: Simulated, now: float) -> list[RatioCommand]:
         question = self._question
@@ -449,7 +472,7 @@ class RatioController:
         self._question = None
         inputs, keep = question.inputs, question.candidates[0]
         if not event.scores:
-            against = self._unasked(question.candidates, question.against, Why.UNKNOWN)
+            against = _unasked(question.candidates, question.against, Why.UNKNOWN)
             return self._decide(now, inputs, keep, Why.UNKNOWN, question, event, against, event.reason)
         chosen, why, reasons = self._choose(question, event, now)
         against = (*reasons.items(), *question.against)
@@ -548,11 +571,11 @@ class RatioController:
         return keep, Why.NO_GAIN, against
 
     def _turns(self, act: Act) -> bool:
-        return self._flip is not None and BACK[self._flip[0]] is act
+        return self._flip is not None and BACK[self._flip.act] is act
 
     def _moved(self, traffic: _Traffic) -> bool:
         """Traffic is not what it was at the last flip."""
-        return self._flip is None or self._other(traffic, self._flip[1])
+        return self._flip is None or self._other(traffic, self._flip.traffic)
 
     def _decide(
         self,
@@ -562,7 +585,7 @@ class RatioController:
         why: Why,
         question: _Question | None = None,
         answer: Simulated | None = None,
-        against: tuple[tuple[Candidate, Why], ...] = (),
+        against: Against = (),
         note: str = "",
     ) -> list[RatioCommand]:
         """Put it on record, and do it."""
@@ -588,7 +611,7 @@ class RatioController:
                 traffic = question.traffic if question is not None else _traffic(inputs)
                 if self._turns(chosen.act) and not self._moved(traffic):
                     self._turned_at = now
-                self._flip = (chosen.act, traffic)
+                self._flip = _Flipped(chosen.act, traffic, now + self._config.window_s)
                 role = Role.PREFILL if chosen.act is Act.TO_PREFILL else Role.DECODE
                 said.append(Flip(number, worker, role))
             case Act.ADD_PREFILL:
@@ -620,12 +643,10 @@ class RatioController:
             self._way = None
         return self._way is not None
 
-    @staticmethod
-    def _unasked(
-        candidates: tuple[Candidate, ...], against: tuple[tuple[Candidate, Why], ...], why: Why
-    ) -> tuple[tuple[Candidate, Why], ...]:
-        """Nothing was asked of any of them."""
-        return (*[(each, why) for each in candidates if each.act is not Act.KEEP], *against)
+
+def _unasked(candidates: tuple[Candidate, ...], against: Against, why: Why) -> Against:
+    """Nothing was asked of any of them."""
+    return (*[(each, why) for each in candidates if each.act is not Act.KEEP], *against)
 
 
 def _far(way: tuple[Act, Ratio], ratio: Ratio) -> bool:

@@ -386,6 +386,22 @@ def test_after_a_step_of_load_it_turns_at_once():
     assert fleet.ratio == Ratio(3, 5)
 
 
+def test_what_traffic_a_flip_was_made_for_is_known_when_the_window_is_full_of_it():
+    """At the step outputs of who has just come are not over; that they are later is no other load."""
+    fleet = Fleet(4, 4, peak(3))
+    fleet.rate, fleet.outputs = 45.0, 100
+    fleet.pass_(1)
+    assert fleet.ratio == Ratio(3, 5)
+    fleet.outputs = 300
+    fleet.pass_(2)
+    fleet.good = lambda ratio, _: 0.9 + (0.04 if ratio.prefill == 4 else 0.0)
+    fleet.pass_(60)
+    assert fleet.ratio == Ratio(3, 5), "a turn at constant load gains twice as much"
+    fleet.outputs = 900
+    fleet.pass_(1)
+    assert fleet.ratio == Ratio(4, 4)
+
+
 def test_bounds_are_kept_and_said():
     fleet = Fleet(4, 4, peak(1), bounds=Bounds(least_prefill=3, most_decode=6))
     fleet.pass_(6)
@@ -647,6 +663,8 @@ class Machine(RuleBasedStateMachine):
                 case Decided(decision):
                     assert explain(decision)
                     assert decision.chosen.act is Act.KEEP or len(commands) == 2
+                    named = {decision.chosen.act, *(each.act for each, _ in decision.against)}
+                    assert named >= {act for act in Act if act.flips}, "nothing is said of what might have been done"
                     every = [each for each in decision.candidates if each != decision.chosen]
                     assert not decision.scores or {each for each, _ in decision.against} >= {
                         each for each in every if each.act is not Act.KEEP
