@@ -225,6 +225,9 @@ class DualQueue:
                 rest_s += self._chunk_s(job)
         return max(rest_s, self._gather.longest) + own_s
 
+    def work_s(self, now: float) -> float:
+        return self._rest_s(now) + self._pace.seconds(Backlog(job for _, job in self._counted.values()))
+
     def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
         if new <= self.short_tokens or wanted_s == math.inf:
             return 0.0
@@ -562,14 +565,17 @@ class DualQueue:
         return self._load * math.exp(-(now - self._load_at) / self._set.load_s)
 
     # What is yet to compute.
+    def _rest_s(self, now: float) -> float:
+        """Of the running step, and of the suspended one."""
+        rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
+        return rest_s if self._suspended is None else rest_s + self._suspended.rest_s
+
     def _by_deadline(self, now: float, own: Job | None = None) -> tuple[float, float]:
         """Seconds until `own` is computed if the long jobs go by deadline, and the least slack of any of them with it.
 
         They have the time that short ones leave. O(long jobs), of which there are no more than can be in time.
         """
-        rest_s = max(0.0, self._running.ends_at - now) if self._running else 0.0
-        if self._suspended is not None:
-            rest_s += self._suspended.rest_s
+        rest_s = self._rest_s(now)
         free = 1.0 - min(0.9, self._load_at_time(now))
         total, own_s, least_s = Backlog() + self._short_backlog, 0.0, math.inf
         wanted = self._wanted

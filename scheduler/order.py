@@ -97,6 +97,10 @@ class Order(Protocol):
         """
         ...
 
+    def work_s(self, now: float) -> float:
+        """Predicted time for all that is here, the rest of the running step included. O(jobs)."""
+        ...
+
     def next(self, now: float, start: Start) -> Sequence[Take]:
         """What to compute now, as no step is running; nothing if there is nothing, or if it is better to wait.
 
@@ -305,6 +309,9 @@ class Line(ABC):
 
     def lacks_s(self, new: int, cached: int, now: float, wanted_s: float) -> float:
         return 0.0
+
+    def work_s(self, now: float) -> float:
+        return self.less_begun(self._pace.seconds(self._backlog), now)
 
     def less_begun(self, seconds: float, now: float) -> float:
         """Less what the running step, which is in the backlog, has behind it."""

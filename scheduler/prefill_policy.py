@@ -253,6 +253,10 @@ class PrefillPolicy:
             wait_s += max(0.0, running.began_at + self._batch_s - now)
         return wait_s
 
+    def work_s(self, now: float) -> float:
+        """Predicted time for all prompts that were accepted and are not computed. O(prompts)."""
+        return self._order.work_s(now)
+
     def on(self, event: PrefillEvent | None, now: float) -> list[PrefillCommand]:
         commands: list[PrefillCommand] = []
         self._now = now

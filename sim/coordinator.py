@@ -165,9 +165,10 @@ class Coordinator(Process):
                 pressed = self._pressed(name, worker)
                 self.tell(pressed)
                 if self._split is not None and worker.prefill is not None:
-                    backlog_s = worker.prefill.policy.predicted_wait_s(self.loop.now, 1)
-                    late_s = max(0.0, pressed.oldest_s + backlog_s - (self._simulation.settings.slo.ttft_s or math.inf))
-                    self.post(self._split, Queued(worker.me, backlog_s, late_s, max(0.0, 1 - pressed.load)))
+                    policy, now = worker.prefill.policy, self.loop.now
+                    waits_s = pressed.oldest_s + policy.predicted_wait_s(now, 1)
+                    late_s = max(0.0, waits_s - (self._simulation.settings.slo.ttft_s or math.inf))
+                    self.post(self._split, Queued(worker.me, policy.work_s(now), late_s, max(0.0, 1 - pressed.load)))
         self.tell(offered)
         if self.loop.pending:
             self.loop.at(self.loop.now + every_s, Kind.FAULT, ORDER, self._report)

@@ -544,3 +544,16 @@ def test_another_model_while_it_runs_is_another_boundary_for_those_who_come():
 def test_another_model_is_another_boundary():
     fast = CostModel("fast", prefill=((0.001, 0.0, 0.0, 0.0), (0.0, 0.0001, 0.0, 0.0)), decode=((0.01, 0.0, 0.0),))
     assert DualQueue(256, 8, fast).short_tokens == 11
+
+
+def test_what_is_suspended_is_still_to_do():
+    order = DualQueue(256, 8, COST)
+    job = Job("long", 1000)
+    order.expect(job, 0.0)
+    order.ready("long", 0.0)
+    step = order.next(0.0, lambda key: job)
+    before_s = order.work_s(0.005)
+    assert before_s == pytest.approx(0.1 - 0.005, rel=0.02)
+    order.suspended(step, 0.005)
+    assert order.work_s(0.005) == pytest.approx(before_s)
+    assert order.work_s(5.0) == pytest.approx(before_s), "it does not run meanwhile"

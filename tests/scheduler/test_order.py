@@ -202,6 +202,14 @@ def test_a_new_request_waits_for_those_before_it():
     assert expecting(Hrrn(200, 32, COST), *jobs).wait_s(100, 0, 0.0) == pytest.approx(0.121)
 
 
+@pytest.mark.parametrize("name", [name for name in ORDERS if name != "measured"])
+def test_work_is_all_that_is_here_whoever_would_pass_it(name):
+    order = expecting(ORDERS[name](200, 32, COST), Job("a", 1000), Job("b", 100), Job("c", 10))
+    assert order.work_s(0.0) == pytest.approx(0.111, rel=0.02)
+    play = Play(ORDERS[name](200, 32, COST), [Arrival(0.0, "a", 400)]).run(until=0.0)
+    assert [play.order.work_s(at) for at in (0.0, 0.005)] == pytest.approx([0.04, 0.035], rel=0.02)
+
+
 def test_what_the_running_step_has_behind_it_is_not_waited_for():
     play = Play(Fcfs(200, 32, COST), [Arrival(0.0, "a", 400)]).run(until=0.0)
     assert [play.order.wait_s(100, 0, at) for at in (0.0, 0.005, 9.0)] == pytest.approx([0.05, 0.045, 0.03])

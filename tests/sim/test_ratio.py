@@ -16,7 +16,7 @@ from core.worker import Role
 from scheduler.policies import Policy, policy
 from scheduler.ratio import RatioConfig
 from scheduler.ratio_events import Act, Bounds, Candidate, Pinned, Ratio, Why, explain
-from scheduler.split import SplitConfig
+from scheduler.split import Because, SplitConfig
 from sim.coordinator import Control, Coordinator, changed
 from sim.fleet import workers
 from sim.generators import AZURE_CONV, generate
@@ -176,6 +176,24 @@ def test_divided_prefill_workers_serve_everything():
     if len({(each.short, each.long) for each in simulation.coordinator.divisions}) == 1:
         assert all((each.source in short) == (each.prompt <= 512) for each in outcomes)
     empty(simulation)
+
+
+@pytest.mark.parametrize("adapts", [None, QUICK])
+def test_workers_move_to_the_pool_that_has_more_to_do_and_back_and_more_are_good(adapts):
+    """First many short prompts, then long ones; beside it the ratio may adapt, too."""
+    short = steady(90.0, 20.0, 400, 2) + steady(20.0, 20.0, 200, 2, since_s=20.0)
+    long = steady(1.0, 20.0, 4000, 2) + steady(5.0, 20.0, 8000, 2, since_s=20.0)
+    arrivals = sorted(short + long, key=lambda each: each.at_s)
+    good = {}
+    for name, split in (("moves", SplitConfig(cooldown_s=5.0)), ("stays", SplitConfig(floor=1e9))):
+        control = Control(adapts, split, report_s=2.5, think_s=0.5)
+        outcomes, simulation = run(arrivals, "4 prefill, 2 decode", control, policy("baton-split"))
+        assert isinstance(simulation.coordinator, Coordinator)
+        reasons = [each.because for each in simulation.coordinator.divisions]
+        assert {Because.SHORT, Because.LONG} <= {*reasons} if name == "moves" else reasons == [Because.BEGUN]
+        good[name] = sum(each.good for each in outcomes)
+        empty(simulation)
+    assert good["moves"] > good["stays"] + 50
 
 
 # What if.
