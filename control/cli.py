@@ -239,6 +239,7 @@ def _simulation(simulate: Verb) -> None:
         default="static",
         help="adaptive: workers change between prefill and decode as traffic does (default %(default)s)",
     )
+    add("--plan", metavar="FILE", help="as `baton plan -o json` writes it: workers may be added and removed within it")
     add("--rates", metavar="R,...", help="attainment at each of these rates")
     add("--goodput", action="store_true", help="search the highest rate that is sustained, from --rate on")
     add("--share", type=_more_than_0, default=0.9, metavar="X", help="that must be good for it (default %(default)s)")

@@ -19,7 +19,7 @@ from typing import TextIO
 from core.errors import LocalError, SetupError
 from core.request import Slo
 from scheduler.policies import POLICIES, Policy, policy
-from scheduler.ratio_events import Decision
+from scheduler.ratio_events import ANY, Bounds, Decision
 from sim.coordinator import Control, Coordinator
 from sim.fleet import Build, workers
 from sim.goodput import Goal, Goodput, Trial, curve, goodput
@@ -41,7 +41,7 @@ BAR = 24
 FLAGS = (
     "trace", "workers", "cost", "policy", "compare", "slo", "rate", "cv", "requests", "window", "jitter", "think",
     "agent", "scenario", "seed", "seeds", "max_tokens", "page_tokens", "kv_tokens", "lane", "gateways", "ratio",
-    "rates", "goodput", "share", "warm", "cool",
+    "plan", "rates", "goodput", "share", "warm", "cool",
 )  # fmt: skip
 """Those that say what is simulated, in the order in which a command names them."""
 HEAD = (
@@ -98,7 +98,9 @@ class Plan:
             agent=args.agent or "",
         )
         self._scenario = scenario(args.scenario)
-        self._control = Control() if args.ratio == "adaptive" else None
+        if args.plan and args.ratio != "adaptive":
+            raise SetupError("plan: got one for a static ratio, want --ratio adaptive")
+        self._control = Control(bounds=planned(args.plan)) if args.ratio == "adaptive" else None
         if self._control and (args.rates is not None or args.goodput):
             raise SetupError("ratio: got adaptive with rates or goodput, want a run at one rate")
         self._rates = [] if args.rates is None else rates(args.rates)
@@ -264,6 +266,20 @@ class Progress:
     def _clear(self) -> None:
         if self._terminal:
             print(f"\r{'':<110}\r", end="", file=self._stream, flush=True)
+
+
+def planned(path: str | None) -> Bounds:
+    """What a plan's document, as `baton plan -o json` writes it, says of the ratio; any ratio without one."""
+    if not path:
+        return ANY
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))["bounds"]
+        bounds = None if found is None else Bounds(**found)
+    except (OSError, ValueError, KeyError, TypeError, LocalError) as error:
+        raise SetupError(f"plan: {path} is no plan as `baton plan -o json` writes it: {error!r}") from None
+    if bounds is None:
+        raise SetupError(f"plan: {path} has no workers that can change their role")
+    return bounds
 
 
 def _kept(control: Control, coordinators: list[Coordinator], simulation: Simulation) -> Coordinator:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from core.request import Slo
 from scheduler.layout import Cell, Layout
+from scheduler.ratio_events import Bounds
 
 Why = Literal["chosen", "dominated", "memory", "slo", "cluster", "none"]
 
@@ -151,6 +152,8 @@ class Plan:
     cases: tuple[Case, ...]
     costs: tuple[Cost, ...]
     evaluations: int
+    bounds: Bounds | None
+    """Within which the ratio of the best with workers that can change their role may be adapted."""
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -159,9 +162,17 @@ class Plan:
             found[name] = described(found[name])
         for name in ("ask", "equal"):
             found[name] = asdict(found[name])
+        found["bounds"] = None if self.bounds is None else asdict(self.bounds)
         for name in ("choices", "cases", "costs"):
             found[name] = [asdict(each) for each in found[name]]
         return found
+
+
+def bounds(layout: Layout | None, devices: int) -> Bounds | None:
+    """Of a ratio, from one worker of each phase to as many as fill the devices; None where none can change its role."""
+    if layout is None or layout.prefill is None or layout.decode is None or layout.prefill.cell != layout.decode.cell:
+        return None
+    return Bounds(least_workers=2, most_workers=devices // layout.prefill.cell.devices)
 
 
 def described(layout: Layout | None) -> dict[str, Any] | None:

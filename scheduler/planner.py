@@ -49,6 +49,7 @@ from scheduler.plan import (
     Plan,
     Planned,
     Why,
+    bounds,
 )
 
 T = TypeVar("T")
@@ -554,7 +555,7 @@ class Planner:
         none = Option("none", "none", 0, True, "nothing can serve these requests")
         return Plan(
             self._ask, 0.0, None, f"nothing serves these requests here, at any rate: {why}", None, None, None, "", none,
-            None, choices, (), (), len(self._known),
+            None, choices, (), (), len(self._known), None,
         )  # fmt: skip
 
     def _written(
@@ -585,7 +586,7 @@ class Planner:
         return Plan(
             self._ask, rate, layout, verdict, split, best.attained, top * (1 + self._ask.precision),
             self._next(layout), equal_option, equal.layout, tuple(choices), tuple(cases),
-            tuple(self._costs(layout, rate, top)), len(self._known),
+            tuple(self._costs(layout, rate, top)), len(self._known), bounds(equal.layout, self._cluster.devices),
         )  # fmt: skip
 
     def _family(self, name: str, found: Found, best: Found) -> Option:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from control.simulate import Plan, Progress, command, rates, slo
 from core.errors import SetupError
 from core.request import Slo
 from scheduler.policies import POLICIES
+from scheduler.ratio_events import Bounds
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("--requests", "40", "--trace", "lmsys", "--rate", "10", "--policy", "fcfs")
@@ -297,3 +299,51 @@ def test_an_adaptive_ratio_is_explained_decision_by_decision(
     code, _, err = baton(capsys, *SMALL, "--ratio", "adaptive", "--goodput")
     assert code != 0
     assert "want a run at one rate" in err
+
+
+def test_an_adaptive_ratio_stays_within_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """It asks for the workers that it may have, and for no more."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"bounds": asdict(Bounds(least_workers=2, most_workers=3))}))
+    words: tuple[str, ...] = (
+        "--trace",
+        "lmsys",
+        "--requests",
+        "3000",
+        "--rate",
+        "60",
+        "--workers",
+        "1 prefill, 1 decode",
+    )
+    words += ("--slo", "ttft=1,gap=0.05", "--cost", "h200-qwen2.5-32b", "--ratio", "adaptive", "--plan", str(plan))
+    [run] = as_json(capsys, *words)["runs"]
+    acts = [each["words"] for each in run["decisions"]]
+    assert sum("add" in each.partition(":")[2].partition(",")[0] for each in acts), acts
+    assert max(sum(map(int, each["ratio"].split("+"))) for each in run["decisions"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"bounds": null}', "no workers that can change their role"),
+        ('{"bounds": {"least_workers": 9, "most_workers": 3}}', "is no plan"),
+        ('{"bounds": {"workers": 3}}', "is no plan"),
+        ("[]", "is no plan"),
+        (None, "is no plan"),
+    ],
+)
+def test_what_is_no_plan_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, said: str
+) -> None:
+    plan = tmp_path / "plan.json"
+    if text is not None:
+        plan.write_text(text)
+    code, _, err = baton(capsys, *SMALL, "--ratio", "adaptive", "--plan", str(plan))
+    assert code != 0
+    assert said in err
+
+
+def test_a_plan_bounds_no_ratio_that_stays_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, _, err = baton(capsys, *SMALL, "--plan", str(tmp_path))
+    assert code != 0
+    assert "want --ratio adaptive" in err

@@ -23,6 +23,7 @@ from scheduler.fluid import Load
 from scheduler.layout import Cell, Cluster, Layout, Pool
 from scheduler.plan import Ask, Evaluate, Evaluated, Fit, Plan, Planned
 from scheduler.planner import Planner, plan
+from scheduler.ratio_events import Bounds
 from tests.cast import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -291,6 +292,8 @@ def test_equal_cells_stand_beside_the_free_optimum() -> None:
     assert found.layout == Layout(Pool(Cell(1, 1), 1), Pool(Cell(1, 2), 1))
     assert found.equal_layout == Layout(Pool(Cell(1, 2), 1), Pool(Cell(1, 2), 1))
     assert (found.equal.why, found.equal.devices, found.equal.reason) == ("dominated", 4, "needs 1 more")
+    assert found.bounds == Bounds(least_workers=2, most_workers=8), "two devices each"
+    assert found.document()["bounds"]["most_workers"] == 8
 
 
 def test_money_is_devices_times_hours_over_tokens() -> None:
