@@ -12,6 +12,7 @@ import pytest
 from core.config import GatewayConfig
 from core.constraint import Language
 from core.errors import RequestError
+from core.group import Group
 from core.prefix import page_hashes
 from core.request import Slo
 from core.sampling import Sampling
@@ -250,6 +251,17 @@ def test_a_request_without_goals_gets_the_deployments(tokenizer):
     made.slo.gap_s = 0.5
     request, _ = intake(tokenizer, ttft_s=2.0, gap_s=0.1).request(made, None, nobody)
     assert (request.slo.ttft_s, request.slo.gap_s) == (2.0, 0.5)
+
+
+def test_a_group_has_goals_of_its_own(tokenizer):
+    groups = (Group("chat", 1, 1, ttft_s=0.4), Group("", 1, 1))
+    here = intake(tokenizer, ttft_s=2.0, gap_s=0.1, group=groups)
+    made = asked()
+    assert here.request(made, None, nobody)[0].slo == Slo(2.0, 0.1)
+    made.hints.group = "chat"
+    assert here.request(made, None, nobody)[0].slo == Slo(0.4, 0.1), "what it does not say is the deployment's"
+    made.slo.ttft_s = 0.2
+    assert here.request(made, None, nobody)[0].slo == Slo(0.2, 0.1), "a request that brings goals has its own"
 
 
 def test_a_class_is_chosen_by_its_field(tokenizer):

@@ -351,3 +351,18 @@ def test_gaps_of_a_deadline_are_planned_when_its_kv_comes():
     assert guest.ends_by == 4.0
     (running,) = guest.rows.values()
     assert running.gap_s == pytest.approx(0.1), "4 s for 40 tokens"
+
+
+def test_gaps_of_a_deadline_are_planned_anew_when_an_answer_outlives_its_forecast():
+    """The time that is left is for what is still to come."""
+    machine = decode(cost=COST, max_rows=4, admission="past_future")
+    for _ in range(60):
+        machine.forecast.learn(11)
+    for _ in range(10):
+        machine.forecast.learn(41)
+    *_, run = row(machine, 1, slo=Slo(2.0, 0.2, 6.0), most=41)
+    (guest,) = machine._guests.values()
+    (running,) = guest.rows.values()
+    assert running.gap_s == pytest.approx(0.4), "4 s for 10 tokens"
+    ran(machine, run, 11, 1.0)
+    assert running.gap_s == pytest.approx(3.0 / 29), "3 s for 29"
