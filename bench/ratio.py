@@ -14,9 +14,9 @@ counted in periods of the controller from a step of the drift on, until the firs
 of those who came were good. In both, at `s` = 0.9, a static ratio that attains `BEHIND` less than the best one over the
 first `TRIED` seeds is not run with the other seeds.
 
-Runs are kept in FILE.details.json as they end: who calls again with the same FILE goes on where it stopped, and must
-not have changed anything meanwhile that decides. `--seeds`
-and `--only` choose parts. A seed takes most of an hour of a core, compiled (docs/simulator.md).
+Runs are kept in FILE.runs.json as they end: who calls again with the same FILE goes on where it stopped, and must not
+have changed anything meanwhile that decides. `--seeds` and `--only` choose parts. A seed takes 20 minutes of a core,
+compiled (docs/simulator.md).
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def arrivals(job: Job) -> list[Arrival]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """What came of one simulation: shares, and by period of the controller; for the adaptive one its flips, too.
+    """What came of one simulation; of the adaptive ratio by period of its controller, too, unless a rate is searched.
 
     Of a search that ended early the share that would be good if all others were.
     """
@@ -150,10 +150,10 @@ def run(job: Job) -> dict[str, Any]:
     simulate(coming, builds, policy(POLICY), SETTINGS, over=over, watch=seen.append, control=control)
     coordinator = seen[0].coordinator
     decisions: list[Decision] = [] if coordinator is None else coordinator.decisions  # type: ignore[attr-defined]
-    return {
-        "requests": judged,
-        "good": good,
-        "attained": 1 - (judged - good) / total,
+    found: dict[str, Any] = {"requests": judged, "good": good, "attained": 1 - (judged - good) / total}
+    if job.prefill or job.search:
+        return found
+    return found | {
         "periods": [periods.get(index, [0, 0]) for index in range(max(periods) + 1)],
         "flips": [[each.at_s, str(each.chosen.act)] for each in decisions if each.chosen.act is not Act.KEEP],
         "asked": sum(bool(each.scores) for each in decisions),
@@ -354,7 +354,7 @@ def main() -> None:
     flags.add_argument("--alone", action="store_true", help="measure what rates are shares of, and end")
     args = flags.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")] if args.seeds else list(range(1, SEEDS + 1))
-    runs = Runs(Path(args.json).with_suffix(".details.json") if args.json else None)
+    runs = Runs(Path(args.json).with_suffix(".runs.json") if args.json else None)
     rows: list[Row] = []
     try:
         if args.alone:
