@@ -173,6 +173,8 @@ class Intake:
         hints = asked.hints
         for field in ("session", "tenant", "group", "tool"):
             self._short(f"hints.{field}", getattr(hints, field))
+        if hints.program_step < 0:
+            raise RequestError("INVALID_ARGUMENT", f"hints.program_step: got {hints.program_step}, want at least 0")
         self._short("request_id", name)
         # A prompt whose logprobs are wanted is computed in full.
         named = page_tokens > 0 and sampling.prompt_logprobs is None

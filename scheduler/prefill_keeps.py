@@ -84,9 +84,12 @@ class Keeps:
         self._cost = cost
 
     # A turn's way.
-    def came(self, session: str, prefix: tuple[int, ...], now: float) -> None:
-        """A turn was accepted; `prefix` is what it may use of what is kept, which stays until it begins."""
-        self.programs.came(session, now)
+    def came(self, session: str, prefix: tuple[int, ...], now: float, step: int = 0) -> None:
+        """A turn was accepted; `prefix` is what it may use of what is kept, which stays until it begins.
+
+        `step`: turns that its program had before this one, as its caller says.
+        """
+        self.programs.came(session, now, step)
         self._here[session] = self._here.get(session, 0) + 1
         if session in self.kept:
             self._ends.drop(session)

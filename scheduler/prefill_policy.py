@@ -447,7 +447,7 @@ class PrefillPolicy:
         self._shares.add(name, new, now)
         if self.keeps is not None and offer.hints.session:
             held.session = offer.hints.session
-            self.keeps.came(held.session, self._shareable(held), now)
+            self.keeps.came(held.session, self._shareable(held), now, offer.hints.program_step)
         self._order.expect(Job(key, new, cached, now, wanted_by, 0, priority), now)
         return Answer(Accept(ticket, cached, wait_s))
 

@@ -2,6 +2,7 @@
 
 A program is what a caller names as a session: turns of a model and, between them, tools. Each turn ends in a pause
 after which the next one probably comes, with all of the history in front; the pauses of a tool resemble each other.
+Who is not known here, but names a later step, ran elsewhere before: it is as old as so many turns of others.
 
 **How long KV is kept** (Continuum's formula): for the time t that maximises
 
@@ -26,6 +27,7 @@ on the upper concave envelope of their distribution, which is made anew after ev
 | over_s | seconds | 300 | a program that has not come back by then never will |
 | price | s/s | 1 | of a second of the whole arena |
 | queue | share | 1 | of the wait for memory that kept KV is taken to save |
+| forget | share | 0.1 | of the mean time from turn to turn, at each one |
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class ProgramsConfig:
     over_s: float = 300.0
     price: float = 1.0
     queue: float = 1.0
+    forget: float = 0.1
 
 
 @dataclass(slots=True)
@@ -58,7 +61,9 @@ class Program:
     """One of them, as far as this worker has seen it."""
 
     came_at: float
-    """Its first turn."""
+    """Its first turn, here or, guessed from its step, elsewhere."""
+    turn_at: float
+    """Its last one."""
     paused_at: float = -1.0
     """Since when it is away; below 0: it is here."""
     tool: str = ""
@@ -129,6 +134,8 @@ class Programs:
         """In order of the last change."""
         self._away: dict[str, None] = {}
         """Those that pause, the longest first."""
+        self._turn_s = 0.0
+        """From one turn of a program to the next, lately; 0: not known."""
 
     def __len__(self) -> int:
         return len(self._programs)
@@ -137,17 +144,22 @@ class Programs:
         """What is known of one; None: nothing."""
         return self._programs.get(session)
 
-    def came(self, session: str, now: float) -> Program:
-        """A turn is here; the pause before it, if there was one, is over."""
+    def came(self, session: str, now: float, step: int = 0) -> Program:
+        """A turn is here; the pause before it, if there was one, is over. `step`: turns that it had before."""
         program = self._programs.pop(session, None)
         if program is None:
-            program = Program(now)
+            program = Program(now - step * self._turn_s, now)
             self._bound()
         self._programs[session] = program
         if program.paused_at >= 0:
             pause_s, program.paused_at = now - program.paused_at, -1.0
             del self._away[session]
-            self._learn(program.tool, pause_s if pause_s <= self.config.over_s else math.inf)
+            if pause_s <= self.config.over_s:
+                self._turned(now - program.turn_at)
+            else:
+                pause_s = math.inf
+            self._learn(program.tool, pause_s)
+        program.turn_at = now
         self._over(now)
         return program
 
@@ -197,6 +209,9 @@ class Programs:
     def _forget(self, session: str) -> Program:
         self._away.pop(session, None)
         return self._programs.pop(session)
+
+    def _turned(self, turn_s: float) -> None:
+        self._turn_s += (self.config.forget if self._turn_s else 1.0) * (turn_s - self._turn_s)
 
     def _learn(self, tool: str, pause_s: float) -> None:
         config = self.config

@@ -66,6 +66,12 @@ def test_a_name_of_any_length_is_not_carried_about(tokenizer, field: str):
         intake(tokenizer).request(made, None, nobody)
 
 
+def test_a_step_before_the_first_is_refused(tokenizer):
+    with pytest.raises(RequestError, match=r"^hints.program_step: got -1, want at least 0") as error:
+        intake(tokenizer).request(asked(max_tokens=5, hints={"program_step": -1}), None, nobody)
+    assert error.value.code == "INVALID_ARGUMENT"
+
+
 def test_max_tokens_that_was_asked_for_is_never_changed(tokenizer):
     request, _ = intake(tokenizer).request(asked(max_tokens=70), None, lambda prompt, n: 30)
     assert request.sampling.max_tokens == 70

@@ -95,8 +95,11 @@ class Story:
                 return self
 
     def turn(self, name: str, prompt: int) -> None:
-        """A prompt of the program of its first letter, which repeats the one before; of none from letter u on."""
-        hints = Hints(session=name[0] if name[0] < "u" else "")
+        """A prompt of the program of its first letter, which repeats the one before; of none from letter u on.
+
+        The number is the turn's, from 1 on.
+        """
+        hints = Hints(session=name[0], program_step=int(name[1:]) - 1) if name[0] < "u" else Hints()
         prefix = tuple(ord(name[0]) * 1000 + page for page in range(prompt // 4))
         new = ticket(len(self.names) + 1)
         self.names[new.key], self.tokens[new.key] = name, prompt
@@ -202,6 +205,30 @@ STORIES = {
         22.4 computes b1:48
         """,
     ),
+    "who was elsewhere before is as old as so many turns of others": (
+        """
+        0 c1 8
+        4 c2 8
+        12 a1 32
+        16 x1 24
+        16.5 b1 48
+        17 d3 48
+        """,
+        """
+        0 c1 begins in 2 pages
+        0 computes c1:8
+        4 c2 begins in 2 pages
+        4 computes c2:4
+        12 a1 begins in 8 pages
+        12 computes a1:32
+        16 x1 begins in 6 pages
+        16 computes x1:24
+        18.4 d3 begins in 12 pages
+        18.4 computes d3:48
+        23.2 b1 begins in 12 pages
+        23.2 computes b1:48
+        """,
+    ),
     "a program that is kept waits for no room": (
         """
         0 a1 32
@@ -274,7 +301,8 @@ class Programmed(PrefillWorker):
         return PrefillPolicy(P1, SHAPE, self.ledger, config, ORDERS[self.order](6, 3, SLOW), keeps=keeps)
 
     def hints(self, data) -> Hints:
-        return Hints(session=data.draw(st.sampled_from(["", "a", "b", "c"])), tool=data.draw(st.sampled_from("xyz")))
+        session, tool = data.draw(st.sampled_from(["", "a", "b", "c"])), data.draw(st.sampled_from("xyz"))
+        return Hints(session=session, tool=tool, program_step=data.draw(st.sampled_from([0, 0, 3])))
 
     def rest(self) -> bool:
         due = self.machine.deadline()

@@ -93,6 +93,18 @@ def test_a_program_is_as_old_as_its_first_turn():
     assert (found.came_at, found.paused_at, found.tool) == (1.0, -1.0, "make")
 
 
+def test_a_program_that_was_elsewhere_before_is_as_old_as_so_many_turns_of_others():
+    programs = Programs(ProgramsConfig(forget=0.5))
+    assert programs.came("before anything is known", 1.0, 3).came_at == 1.0
+    for at_s in (2.0, 6.0, 8.0):  # 4 s from turn to turn, then 2: 3 on average
+        programs.came("a", at_s)
+        programs.left("a", "make", at_s + 1.0)
+    programs.came("a", 400.0)  # whose tool took too long to say anything
+    assert programs.came("b", 402.0, 2).came_at == 396.0
+    assert programs.came("b", 403.0, 5).came_at == 396.0
+    assert programs.came("c", 402.0).came_at == 402.0
+
+
 pauses_ = st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 20.0, math.inf]), min_size=1, max_size=20)
 
 
@@ -121,12 +133,20 @@ class Town(RuleBasedStateMachine):
         self.programs = Programs(ProgramsConfig(window=6, tools=3, programs=5, least=2, fresh=2, over_s=20.0))
         self.now = 0.0
 
-    @rule(session=st.sampled_from("abcdefgh"), wait_s=st.sampled_from([0.0, 1.0, 5.0, 30.0]))
-    def came(self, session, wait_s):
+    @rule(
+        session=st.sampled_from("abcdefgh"),
+        wait_s=st.sampled_from([0.0, 1.0, 5.0, 30.0]),
+        step=st.sampled_from([0, 0, 1, 7]),
+    )
+    def came(self, session, wait_s, step):
         self.now += wait_s
         known = self.programs.get(session)
-        came_at = self.now if known is None else known.came_at
-        assert self.programs.came(session, self.now).came_at == came_at
+        came_at = self.programs.came(session, self.now, step).came_at
+        if known is not None:
+            assert came_at == known.came_at
+        else:
+            assert came_at <= self.now
+            assert step or came_at == self.now
 
     @rule(session=st.sampled_from("abcdefgh"), tool=st.sampled_from(["", "x", "y", "z", "w"]))
     def left(self, session, tool):
@@ -169,7 +189,7 @@ def told() -> str:
     kept = []
     for number in range(200):
         session, tool, now = f"s{rng.randrange(80)}", f"t{rng.randrange(6)}", float(number)
-        programs.came(session, now)
+        programs.came(session, now, number % 3)
         if rng.random() < 0.9:
             programs.left(session, tool, now + rng.random())
         kept.append(programs.keeps_s(tool, rng.random(), rng.random(), rng.random()))
