@@ -150,6 +150,62 @@ def test_with_one_tenant_it_is_the_order_of_urgency(entries, room):
     assert parked.first(room) is None
 
 
+STORIES = {
+    "two tenants take turns, whatever each has sent": (
+        "a: 100 100 100 100 b: 100 100 | 6",
+        "a100 b100 a100 b100 a100 a100",
+    ),
+    "who sends small prompts has more of them, as many tokens": (
+        "a: 300 300 b: 100 100 100 100 | 6",
+        "a300 b100 b100 b100 a300 b100",
+    ),
+    "a weight of 2 is worth twice the tokens": (
+        "a: 100 100 100 twice: 100 100 100 100 | 7",
+        "a100 twice100 twice100 a100 twice100 twice100 a100",
+    ),
+    "who comes late has saved up nothing": (
+        "a: 100 100 100 100 b: 100 | 4 c: 100 100 100 | 4",
+        "a100 b100 a100 a100 | a100 c100 c100 c100",
+    ),
+    "who does not fit waits, and loses no turn by it": (
+        "a: 500 b: 100 100 100 | 3 of 200 | 1",
+        "b100 b100 b100 | a500",
+    ),
+}
+"""Prompts that tenants send; after a bar how many are served, if they have at most so many tokens; and who is."""
+
+
+def served(script: str) -> str:
+    parked, log, tenant, age, words = Parked({"twice": 2.0}), list[str](), "", 0, script.split()
+    while words:
+        match words.pop(0):
+            case "|":
+                count, most = int(words.pop(0)), 10_000
+                if words[:1] == ["of"]:
+                    most = int(words[1])
+                    del words[:2]
+                for _ in range(count):
+                    key = parked.first(most)
+                    assert key is not None
+                    who, tokens, _ = key.split("/")
+                    parked.fair.charge(who, int(tokens))
+                    parked.remove(key)
+                    log.append(f"{who}{tokens}")
+                log.append("|")
+            case word if word.endswith(":"):
+                tenant = word[:-1]
+            case tokens:
+                age += 1
+                parked.add(f"{tenant}/{tokens}/{age}", int(tokens), 0.0, age, tenant)
+    return " ".join(log[:-1])
+
+
+@pytest.mark.parametrize("title", STORIES)
+def test_story(title):
+    script, want = STORIES[title]
+    assert served(script) == want
+
+
 # Shares of a worker.
 def test_one_tenant_alone_is_never_above_its_share_and_nothing_is_counted():
     shares = Shares()

@@ -10,6 +10,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from core import words
 from core.errors import LocalError
@@ -21,7 +24,7 @@ from scheduler.dualmap import DualMap
 from scheduler.groups import Groups
 from scheduler.router import Router, RouterConfig
 from scheduler.router_events import Arrived, ClientGone, Deliver, End, ToOne, WorkerDown, WorkerUp
-from tests.cast import D1, GATEWAY, P1, ask, worker
+from tests.cast import D1, GATEWAY, P1, ask, efforts, worker
 
 NAMES = ("", "chat", "code")
 
@@ -34,8 +37,8 @@ def member(group, role, number=0):
     return replace(worker(who(group, role, number), role, pages=100), group=group)
 
 
-def gateway(declared=NAMES, **settings):
-    return Groups(Router(GATEWAY, RouterConfig(**settings), DualMap()), declared)
+def gateway(declared=NAMES):
+    return Groups(Router(GATEWAY, RouterConfig(), DualMap()), declared)
 
 
 def full(declared=NAMES, count=1):
@@ -246,33 +249,47 @@ class Tally:
                     self.ends[counter] = command
         self.said.append([words.written(each) for each in commands])
 
-    def step(self):
-        match self.dice.randrange(7):
-            case 0 | 1:
-                counter = len(self.group) + 1
-                self.group[counter] = self.dice.choice(NAMES)
-                self.do(Arrived(counter, of(self.group[counter], self.dice.randrange(1, 40), 3)))
-            case 2 | 3 if self.asked:
-                self.answer(self.asked.pop(self.dice.randrange(len(self.asked))))
-            case 4 if self.group:
-                self.do(ClientGone(self.dice.randrange(1, len(self.group) + 1), "gone"))
-            case 5:
-                group, role, number = self.dice.choice(NAMES), self.dice.choice([*Role][1:3]), self.dice.randrange(2)
-                worker_ = member(group, role, number)
-                there = worker_.identity not in self.away
-                (self.away.add if there else self.away.discard)(worker_.identity)
-                self.do(WorkerDown(worker_.identity) if there else WorkerUp(worker_))
-            case _:
-                self.now += self.dice.choice([0.01, 0.3, 1.0])
-                while (due := self.groups.deadline()) is not None and due <= self.now:
-                    self.do(None)
+    def arrives(self, group, prompt):
+        counter = len(self.group) + 1
+        self.group[counter] = group
+        self.do(Arrived(counter, of(group, prompt, 3)))
 
-    def answer(self, message):
+    def comes_or_goes(self, group, role, number):
+        worker_ = member(group, role, number)
+        there = worker_.identity not in self.away
+        (self.away.add if there else self.away.discard)(worker_.identity)
+        self.do(WorkerDown(worker_.identity) if there else WorkerUp(worker_))
+
+    def waits(self, seconds):
+        self.now += seconds
+        while (due := self.groups.deadline()) is not None and due <= self.now:
+            self.do(None)
+
+    def step(self):
+        dice = self.dice
+        match dice.randrange(7):
+            case 0 | 1:
+                self.arrives(dice.choice(NAMES), dice.randrange(1, 40))
+            case 2 | 3 if self.asked:
+                message = self.asked.pop(dice.randrange(len(self.asked)))
+                self.answer(message, refuses=isinstance(message, Offer) and dice.random() < 0.3)
+            case 4 if self.group:
+                self.do(ClientGone(dice.randrange(1, len(self.group) + 1), "gone"))
+            case 5:
+                self.comes_or_goes(dice.choice(NAMES), dice.choice([*Role][1:3]), dice.randrange(2))
+            case _:
+                self.waits(dice.choice([0.01, 0.3, 1.0]))
+
+    def over(self):
+        for counter in self.group:
+            if counter not in self.ends:
+                self.do(ClientGone(counter, "the end"))
+
+    def answer(self, message, refuses):
         ticket = message.ticket
         if ticket.source in self.away:
             return
         if isinstance(message, Offer):
-            refuses = self.dice.random() < 0.3
             self.do(Reject(ticket, "full", 0.2) if refuses else Accept(ticket))
             return
         self.do(Tokens(ticket, 0, (1,)))
@@ -287,9 +304,7 @@ def crowd(seed, steps=150, through_json=False):
         tally.step()
         if through_json and number % 10 == 9:
             tally.groups = load(json.loads(json.dumps(dump(tally.groups))), Groups)
-    for counter in tally.group:
-        if counter not in tally.ends:
-            tally.do(ClientGone(counter, "the end"))
+    tally.over()
     return tally
 
 
@@ -300,6 +315,154 @@ def test_in_a_crowd_nobody_leaves_its_group_and_everybody_ends_once(seed):
     assert len(tally.groups) == 0
     assert any(end.phase is Phase.DONE for end in tally.ends.values())
     assert crowd(seed, through_json=True).said == tally.said, "a copy goes on as the original does"
+
+
+class Crowd(RuleBasedStateMachine):
+    """The same, by whatever rules in whatever order; a copy from its document goes on in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.tally = Tally(0, full(count=2))
+
+    @rule(group=st.sampled_from(NAMES), prompt=st.integers(1, 40))
+    def arrives(self, group, prompt):
+        self.tally.arrives(group, prompt)
+
+    @precondition(lambda self: self.tally.asked)
+    @rule(data=st.data(), refuses=st.booleans())
+    def is_answered(self, data, refuses):
+        asked = self.tally.asked
+        self.tally.answer(asked.pop(data.draw(st.integers(0, len(asked) - 1))), refuses)
+
+    @precondition(lambda self: self.tally.group)
+    @rule(data=st.data())
+    def leaves(self, data):
+        self.tally.do(ClientGone(data.draw(st.integers(1, len(self.tally.group))), "gone"))
+
+    @rule(group=st.sampled_from(NAMES), role=st.sampled_from([Role.PREFILL, Role.DECODE]), number=st.integers(0, 1))
+    def worker_comes_or_goes(self, group, role, number):
+        self.tally.comes_or_goes(group, role, number)
+
+    @rule(seconds=st.sampled_from([0.01, 0.3, 1.0, 20.0]))
+    def time_passes(self, seconds):
+        self.tally.waits(seconds)
+
+    @rule()
+    def is_restored(self):
+        self.tally.groups = load(json.loads(json.dumps(dump(self.tally.groups))), Groups)
+
+    def teardown(self):
+        self.tally.over()
+        assert self.tally.ends.keys() == self.tally.group.keys()
+        assert len(self.tally.groups) == 0
+
+
+@efforts
+def test_whatever_happens_nobody_leaves_its_group_and_everybody_ends_once(effort):
+    run_state_machine_as_test(Crowd, settings=settings(effort, max_examples=max(20, effort.max_examples // 4)))
+
+
+STORIES = {
+    "each goes to its own, and waits for its own": (
+        """
+        0 chat prefill up
+        0 chat decode up
+        0 code prefill up
+        0 code decode up
+        1 chat a
+        1 code b
+        1 cats c
+        2 a refused
+        2 b refused
+        3 code prefill has room
+        4 chat prefill has room
+        """,
+        """
+        1 a offered to chat-prefill-0 for chat-decode-0
+        1 b offered to code-prefill-0 for code-decode-0
+        1 c rejected: hints.group: got 'cats', want one of '', 'chat', 'code'
+        3 b offered to code-prefill-0 for code-decode-0
+        4 a offered to chat-prefill-0 for chat-decode-0
+        """,
+    ),
+    "a group whose worker dies has nobody else's, and waits for the next of its own": (
+        """
+        0 chat prefill up
+        0 chat decode up
+        0 code prefill up
+        0 code decode up
+        1 chat a
+        2 chat prefill down
+        2 chat b
+        2 code c
+        3 chat prefill up
+        """,
+        """
+        1 a offered to chat-prefill-0 for chat-decode-0
+        2 c offered to code-prefill-0 for code-decode-0
+        3 a offered to chat-prefill-0 for chat-decode-0
+        3 b offered to chat-prefill-0 for chat-decode-0
+        """,
+    ),
+    "a worker is another group's from the moment it says so": (
+        """
+        0 chat prefill up
+        0 chat decode up
+        0 code decode up
+        1 code a
+        2 chat prefill up as code
+        2 code b
+        2 chat c
+        """,
+        """
+        1 a rejected: no prefill worker is ready
+        2 b offered to chat-prefill-0 for code-decode-0
+        """,
+    ),
+}
+"""Time and what happens: workers of a group, requests that name one, answers; then who was offered to whom."""
+
+
+def told(script):
+    groups, names, offers, log = gateway(), [], {}, []
+
+    def do(now, event):
+        for command in groups.on(event, now):
+            match command:
+                case ToOne(to, Offer(ticket)):
+                    name = names[ticket.counter - 1]
+                    offers[name] = ticket
+                    log.append(f"{now:g} {name} offered to {to.name} for {ticket.sink.name}")
+                case End(counter, phase, reason):
+                    log.append(f"{now:g} {names[counter - 1]} {phase}: {reason}")
+        groups.check()
+
+    for line in filter(None, map(str.strip, script.split("\n"))):
+        when, *said = line.split()
+        now = float(when)
+        while (due := groups.deadline()) is not None and due < now:
+            do(due, None)
+        match said:
+            case [group, role, "up"]:
+                do(now, WorkerUp(member(group, Role(role))))
+            case [group, role, "up", "as", other]:
+                do(now, WorkerUp(replace(member(group, Role(role)), group=other)))
+            case [group, role, "down"]:
+                do(now, WorkerDown(who(group, Role(role))))
+            case [group, role, "has", "room"]:
+                do(now, SlotFree(who(group, Role(role)), 1000))
+            case [name, "refused"]:
+                do(now, Reject(offers[name], "full", 5.0))
+            case [group, name]:
+                names.append(name)
+                do(now, Arrived(len(names), of(group)))
+    return log
+
+
+@pytest.mark.parametrize("title", STORIES)
+def test_story(title):
+    script, want = STORIES[title]
+    assert told(script) == [line.strip() for line in want.split("\n") if line.strip()]
 
 
 def test_the_same_crowd_is_told_the_same_whatever_hashes_are():

@@ -131,6 +131,88 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing():
     assert split.ignored == 3
 
 
+STORIES = {
+    "the pool with more to do is helped, once in 15 s, and helps back": (
+        """
+        0 p1 p2 p3 p4 come
+        3 p1 has 4 s to do
+        22 p1 has 0 s to do
+        22 p4 has 3 s to do
+        23 p3 has 1 s to do
+        30 p4 has 0 s to do
+        """,
+        """
+        0 there are enough prefill workers to split: p1 p2 short, p3 p4 long
+        5 short prompts wait longer: p3 moves: p1 p2 p3 short, p4 long
+        25 long prompts wait longer: p1 moves: p2 p3 short, p1 p4 long
+        """,
+    ),
+    "a pool keeps its last worker, and one that dies there is replaced at once": (
+        """
+        0 p1 p2 p3 p4 p5 come
+        1 p1 has 9 s to do
+        1 p2 has 9 s to do
+        40 p5 go
+        """,
+        """
+        0 there are enough prefill workers to split: p1 p2 short, p3 p4 long
+        0 a worker came or went: p1 p2 short, p3 p4 p5 long
+        5 short prompts wait longer: p3 moves: p1 p2 p3 short, p4 p5 long
+        20 short prompts wait longer: p4 moves: p1 p2 p3 p4 short, p5 long
+        40 a worker came or went: p3 moves: p1 p2 p4 short, p3 long
+        """,
+    ),
+    "too few are not split, and are again when one is back": (
+        """
+        0 p1 p2 p3 come
+        2 p4 come
+        4 p2 go
+        6 p2 come
+        """,
+        """
+        2 there are enough prefill workers to split: p1 p2 short, p3 p4 long
+        4 too few prefill workers to split
+        6 there are enough prefill workers to split: p1 p2 short, p3 p4 long
+        """,
+    ),
+}
+"""Time, workers and what they say; then each decision, with who moves and who is in which pool."""
+
+
+def decided(script: str) -> list[str]:
+    split, log = SplitController(), list[str]()
+
+    def do(event: SplitEvent | None, now: float) -> None:
+        for command in split.on(event, now):
+            division = command.division
+            moves = f": {division.moved} moves" if division.moved else ""
+            pools = f": {' '.join(division.short)} short, {' '.join(division.long)} long" if division.short else ""
+            log.append(f"{now:g} {division.because}{moves}{pools}")
+        split.check()
+
+    for line in filter(None, map(str.strip, script.split("\n"))):
+        when, *said = line.split()
+        now = float(when)
+        while (due := split.deadline()) is not None and due <= now:
+            do(None, due)
+        match said:
+            case [*names, "come"]:
+                for name in names:
+                    do(Came(Identity(name, int(name[1:]))), now)
+            case [*names, "go"]:
+                for name in names:
+                    do(Went(Identity(name, int(name[1:]))), now)
+            case [name, "has", seconds, "s", "to", "do"]:
+                do(Queued(Identity(name, int(name[1:])), float(seconds), 0.0, 0.0), now)
+    return log
+
+
+@pytest.mark.parametrize("title", STORIES)
+def test_story(title):
+    script, want = STORIES[title]
+    assert decided(script) == [line.strip() for line in want.split("\n") if line.strip()]
+
+
 # Placement.
 def divided(*names: str) -> tuple[SplitMap, Any, dict]:
     placement = SplitMap()
