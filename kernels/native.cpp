@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -319,7 +319,16 @@ inline Lanes some(const float* from) {
   std::memcpy(&found, from, sizeof found);
   return found;
 }
-inline Lanes added(Lanes sums, Lanes x, Lanes y) { return sums + x * y; }
+// Said by name: left to itself the compiler rounds a product before it is added where few sums are built side by side.
+inline Lanes added(Lanes sums, Lanes x, Lanes y) {
+#if defined(__AVX512F__)
+  return Lanes(_mm512_fmadd_ps(__m512(x), __m512(y), __m512(sums)));
+#elif defined(__FMA__)
+  return Lanes(_mm256_fmadd_ps(__m256(x), __m256(y), __m256(sums)));
+#else
+  return sums + x * y;
+#endif
+}
 
 #ifdef __AVX512BF16__
 typedef __m512bh Pairs;
