@@ -109,13 +109,19 @@ def _last(arrivals: Sequence[Arrival], span_s: float, most: int) -> tuple[Sequen
 
 
 def feasible(arrivals: Sequence[Arrival], builds: Sequence[Build], settings: Settings) -> float:
-    """Share of the requests that would be good if each were alone at an idle pair of workers."""
+    """Share of the requests that would be good if each were alone at an idle pair of workers.
+
+    What its session has sent, and what begins like an earlier one's prompt, is taken to be cached.
+    """
     prefill = next(build.cost for build in builds if build.role.prefills)
     decode = next(build.cost for build in builds if build.role.decodes)
-    good = 0
+    good, known = 0, set[int]()
     for each in arrivals:
         slo = settings.slo if each.slo is None else each.slo
-        first_s = prefill.prefill_s([(each.prompt, 0)]) + 4 * settings.hop_s
+        begins = sum(1 for _ in itertools.takewhile(known.__contains__, each.blocks))
+        known.update(each.blocks)
+        cached = min(each.prompt - 1, max(each.history, begins * each.block_tokens))
+        first_s = prefill.prefill_s([(each.prompt - cached, cached)]) + 4 * settings.hop_s
         gap_s = decode.decode_s(1, each.prompt + each.output)
         good += (not slo.ttft_s or first_s <= slo.ttft_s) and (not slo.gap_s or gap_s <= slo.gap_s)
     return good / max(1, len(arrivals))

@@ -238,6 +238,9 @@ def test_what_cannot_be_met_alone_is_counted():
     assert feasible([Arrival(0.0, 1000, 10), Arrival(0.0, 100_000, 10)], fleet, SETTINGS) == 0.5
     tight = replace(SETTINGS, slo=Slo(2.0, 0.001))
     assert feasible([Arrival(0.0, 1000, 10)], fleet, tight) == 0.0
+    shared = [Arrival(float(number), 100_000, 10, blocks=tuple(range(50)), block_tokens=2000) for number in range(4)]
+    assert feasible(shared, fleet, SETTINGS) == 0.75, "all but the first find it cached"
+    assert feasible([Arrival(0.0, 100_000, 10, session="s", turn=3, history=99_000)], fleet, SETTINGS) == 1.0
 
 
 def test_more_than_the_most_are_not_judged():
