@@ -229,7 +229,7 @@ class MigratingPolicy(DecodePolicy):
         guest.moving, guest.moves = offer, offer.moves
         self._guests[key] = guest
         self._aliases[placed.key] = key
-        self._waiting.append(guest)
+        self._waiting.append(guest, request.hints.tenant)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
         self._retest = True
         commands = self._admit(now)

@@ -9,13 +9,17 @@ earliest predicted end, or the end of the memory that is set aside. An order tha
 else happens; what is answered while an order is out goes by the state of the last decision point. So the length of
 orders, `max_steps`, changes no decision.
 
-Memory is promised in order of asking, by one of the two rules of `scheduler/past_future.py`. Where lengths are
-forecast, memory runs out in ordinary life. Then, in this order: pins of sessions end (for a new promise, too); requests
-whose KV is not on its way yet lose their promise, newest first; requests that run or wait to join are *retired*, newest
-first, into host memory or to be computed again, whichever the cost model says is shorter (FastSwitch swaps, others
-recompute). Nothing is promised to anybody while a retired row waits. The oldest request that has memory is never
-retired, and the oldest that runs only for an older one that is to join: so there always is one that takes part in every
-order until its end, and no livelock.
+Memory is promised in order of asking, between tenants in turn (`scheduler/fair.py`), by one of the two rules of
+`scheduler/past_future.py`, and to no more rows than a step may have: who has a promise waits for nobody once its KV is
+here. Where lengths are forecast, memory runs out in ordinary life. Then, in this order: pins of sessions end (for a new
+promise, too); requests whose KV is not on its way yet lose their promise, newest first; requests that run or wait to
+join are *retired*, newest first, into host memory or to be computed again, whichever the cost model says is shorter
+(FastSwitch swaps, others recompute). Nothing is promised to anybody while a retired row waits. The oldest request that
+has memory is never retired, and the oldest that runs only for an older one that is to join: so there always is one that
+takes part in every order until its end, and no livelock.
+
+While several tenants come, one that had more than its share lately is promised nothing of the last `spare` of rows and
+memory, so that others, who come seldom, find some at once: any wait for a row to end is longer than a gap.
 
 Those of the batch class (`Slo.batch`) have what others leave. They are promised memory when nobody else waits for any,
 while all claims stay below `batch_share` of it and all rows within the most that a step may have and the gaps that were
@@ -78,6 +82,7 @@ from scheduler.decode_events import (
 from scheduler.decode_memory import Memory
 from scheduler.decode_retired import Retired
 from scheduler.decode_rows import RETIRED, Batch, Guest, Place, Row, State
+from scheduler.fair import OUTPUT, Queue, Shares
 from scheduler.forecast import Forecast
 from scheduler.pace import Pace
 from scheduler.past_future import Admission, Claim, PastFuture, WorstCase
@@ -105,6 +110,10 @@ class DecodeConfig:
     """Which of a request's hints names the history that its length is forecast from; empty: one history for all."""
     gap_share: float = 1.0
     """Share of the smallest promised gap that a step may take, as the cost model predicts it; without one no cap."""
+    weights: tuple[tuple[str, float], ...] = ()
+    """Of tenants, by name, in turns for memory; 1 for each other."""
+    spare: float = 0.03
+    """Share of rows and memory that a tenant above its share leaves to others."""
     gap_quantile: float = 0.5
     """The step's time is taken to be as long as this share of the cost model's own errors allow."""
     host_pages: int = 0
@@ -155,12 +164,14 @@ class DecodePolicy:
         self._lost_gateways: dict[str, Identity] = {}
         """The last life of each gateway that was lost: who still asks for its requests has not heard of it yet."""
         self._asked = 0
-        self._waiting: deque[Guest] = deque()
-        """In order of asking; those that do not wait any more are dropped when they come first."""
+        self._waiting: Queue[Guest] = Queue(dict(config.weights))
+        """Those that do not wait any more are dropped when they come first."""
         self._joiners: deque[Row] = deque()
         """In order of arrival, those that were retired before all others; likewise."""
+        self._shares = Shares(dict(config.weights))
+        """Of what was promised."""
         self._lane: deque[Guest] = deque()
-        """Of the batch class, as `_waiting`."""
+        """Of the batch class, in order of asking; likewise."""
         self._idlers: deque[Row] = deque()
         """Of the batch class, as `_joiners`; first those that stopped last."""
         self._lent: dict[str, Row] = {}
@@ -383,10 +394,14 @@ class DecodePolicy:
             guest.pages = self._shape.pages_for(prompt + request.sampling.max_tokens)
         self._guests[key] = guest
         guest.batch = request.slo.batch and ticket.source != self._me
-        line = self._lane if guest.batch else self._waiting
-        line.append(guest)
+        if guest.batch:
+            self._lane.append(guest)
+            is_next = len(self._lane) == 1
+        else:
+            guest.payer, _ = self._shares.offer(request.hints.tenant, now)
+            is_next = self._waiting.append(guest, request.hints.tenant)
         heapq.heappush(self._deadlines, (guest.deadline, guest.order, guest))
-        self._retest = self._retest or len(line) == 1
+        self._retest = self._retest or is_next
         return []
 
     def _unwilling(self, placed: Ticket, need: int) -> str | None:
@@ -400,7 +415,7 @@ class DecodePolicy:
         return None
 
     def _admit(self, now: float) -> list[DecodeCommand]:
-        """Promise memory in order of asking; nobody is overtaken, so nobody starves."""
+        """Promise memory in order of asking within each tenant, in turn between them: nobody starves."""
         memory, waiting = self._memory, self._waiting
         memory.set_aside()
         if not self._retest:
@@ -409,7 +424,11 @@ class DecodePolicy:
         self._short = (memory.total, now) if self._retired or self._stalled() else None
         commands: list[DecodeCommand] = []
         while waiting and self._short is None:
-            guest = waiting[0]
+            tenant, guest = self._turn()
+            cost = 0
+            if guest is None:
+                self._short = memory.total, now
+                break
             if not guest.cancelled:
                 claim = self._claim_of(guest)
                 gap_s, rows = guest.request.slo.gap_s, guest.request.sampling.n
@@ -426,7 +445,8 @@ class DecodePolicy:
                     self._wanted = self._running
                     if not (self._wanted or self._coming):
                         commands += self._revoke(max(1, guest.pages - memory.free), lent=True)
-                if not fits or not self._crowd.allows(gap_s, tokens, rows):
+                crowded = self._crowd.rows and self._crowd.rows + rows > self._config.max_rows
+                if not fits or crowded or not self._crowd.allows(gap_s, tokens, rows):
                     self._short = memory.total, now
                     break
                 self._admission.add(claim)
@@ -434,10 +454,29 @@ class DecodePolicy:
                 guest.state, guest.tokens = State.PROMISED, tokens
                 self._crowd.add(gap_s, tokens, rows)
                 commands.append(Answer(guest.key, True))
-            waiting.popleft()
+                cost = len(guest.request.prompt) + OUTPUT * rows * claim.left
+                self._shares.add(guest.payer, cost, now)
+            waiting.pop(tenant, cost)
         if self._lane and self._short is None:
             commands += self._lend(now)
         return commands
+
+    def _turn(self) -> tuple[str, Guest | None]:
+        """Who is promised memory next, of which tenant; none if all that wait are to leave what is spare to others."""
+        for tenant, guest in self._waiting.firsts():
+            if guest.cancelled or not self._shares.above(guest.payer) or self._leaves_spare(guest):
+                return tenant, guest
+        return "", None
+
+    def _leaves_spare(self, guest: Guest) -> bool:
+        """Whether there is room for it and still some for others; or it would be alone."""
+        memory, crowd, config = self._memory, self._crowd, self._config
+        if not crowd.rows:
+            return True
+        rows, spare = math.ceil(config.spare * config.max_rows), math.ceil(config.spare * memory.total)
+        if crowd.rows + guest.request.sampling.n + rows > config.max_rows or guest.pages + spare > memory.free:
+            return False
+        return self._admission.fits(self._claim_of(guest), memory.total - spare, self._decided)
 
     # The batch class.
     def _lend(self, now: float) -> list[DecodeCommand]:

@@ -199,6 +199,8 @@ class Guest:
     """Of this attempt so far."""
     batch: bool = False
     """Of the batch class: it has what others leave, and gives it back."""
+    payer: str = ""
+    """The name under which its tenant's share is counted."""
     ends_by: float = 0.0
     """When its last token is wanted, if it has a deadline; from the arrival of its KV on."""
     alone: bool = False

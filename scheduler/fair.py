@@ -21,10 +21,14 @@ output tokens are at the end of an answer, counts as one charge.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Generic, TypeVar
 
 from core.ranked import Ranked
 from scheduler.waiting import Waiting
+
+T = TypeVar("T")
 
 OUTPUT = 2
 """An output token costs as much as so many prompt tokens, as in VTC."""
@@ -169,6 +173,57 @@ class Parked:
         assert sum(map(len, self._of.values())) == len(self._tenants)
 
 
+class Queue(Generic[T]):
+    """First come, first served among those of one tenant; of tenants it is the turn of whoever is next by `Fair`.
+
+    While only one tenant waits nothing is counted.
+    """
+
+    def __init__(self, weights: Mapping[str, float] = NO_WEIGHTS) -> None:
+        self.fair = Fair(weights)
+        """Of those that wait, from when two tenants do until nobody does."""
+        self._of: dict[str, deque[T]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    def __iter__(self) -> Iterator[T]:
+        """Of each tenant all in order, the next tenant first."""
+        for tenant, _ in self.firsts():
+            yield from self._of[tenant]
+
+    def append(self, item: T, tenant: str = "") -> bool:
+        """It waits behind all of its tenant's; whether nobody does."""
+        queue = self._of.get(tenant)
+        if queue is not None:
+            queue.append(item)
+            return False
+        if self._of:
+            if len(self._of) == 1:
+                self.fair.join(next(iter(self._of)))
+            self.fair.join(tenant)
+        self._of[tenant] = deque((item,))
+        return True
+
+    def firsts(self) -> Iterator[tuple[str, T]]:
+        """The first one of each tenant, the next tenant first."""
+        for tenant in self.fair.in_order() if self.fair else self._of:
+            yield tenant, self._of[tenant][0]
+
+    def pop(self, tenant: str, tokens: int) -> None:
+        """A tenant's first one leaves, for which it is charged so many tokens."""
+        queue = self._of[tenant]
+        queue.popleft()
+        if tokens and len(self._of) > 1:
+            self.fair.charge(tenant, tokens)
+        if not queue:
+            del self._of[tenant]
+            self.fair.leave(tenant)
+
+
 class Shares:
     """Whether a tenant has had more than its share of a worker lately, as of its offers.
 
@@ -230,7 +285,11 @@ class Shares:
             self._had.clear()
             self._only, self._only_at = tenant, now
             return tenant, False
-        return tenant, self._had.get(tenant, 0.0) * self._weight > self._total * self._weights.get(tenant, 1.0) * EQUAL
+        return tenant, self.above(tenant)
+
+    def above(self, name: str) -> bool:
+        """Whether it was above its share when one came last."""
+        return self._had.get(name, 0.0) * self._weight > self._total * self._weights.get(name, 1.0) * EQUAL
 
     def add(self, name: str, tokens: int, now: float) -> None:
         """So many tokens of the one that has just offered them were accepted."""

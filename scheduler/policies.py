@@ -96,8 +96,12 @@ class Policy:
 
     def weighing(self, weights: tuple[tuple[str, float], ...]) -> Policy:
         """The same with tenants of these weights."""
-        router, prefill = replace(self.router_config, weights=weights), replace(self.prefill_config, weights=weights)
-        return replace(self, router_config=router, prefill_config=prefill)
+        return replace(
+            self,
+            router_config=replace(self.router_config, weights=weights),
+            prefill_config=replace(self.prefill_config, weights=weights),
+            decode_config=replace(self.decode_config, weights=weights),
+        )
 
     def router(self, me: Identity, cost: CostModel | None, *, mixed_alone: bool = False) -> Router:
         """A gateway's. `cost`: of a worker that does not tell its own; `mixed_alone` as in `RouterConfig`."""

@@ -202,7 +202,7 @@ class PrefillPolicy:
         """Bound pages that no sink has promised to take."""
         self._vast: dict[str, int] = {}
         """Pages of those whose sink was asked, that have not begun, and for which ungranted ones may leave no room."""
-        self._sinks = Sinks()
+        self._sinks = Sinks(dict(config.weights))
         self._own = ""
         """The last that our own sink was asked for."""
         self._running: _Step | None = None
@@ -469,7 +469,7 @@ class PrefillPolicy:
                 why += f", but there is no time to spare for {again_s:.2f} s"
             return Reject(ticket, why, wait_s, again_s)
         sinks = [sink for sink in (ticket.sink, offer.second) if sink is not None]
-        behind_s = self._sinks.quickest_s(sinks, now)
+        behind_s = self._sinks.quickest_s(sinks, offer.hints.tenant, now)
         if behind_s > wanted_s and offer.max_tokens > 1:
             self._refusals.add(ticket.minter, new, wanted_s, now)
             who = " and ".join([sink.name for sink in sinks])
@@ -765,8 +765,13 @@ class PrefillPolicy:
             return []
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
-        sink, second, left_s = held.ticket.sink, held.second, held.wanted_by - self._now
-        if second is not None and self._sinks.is_better(second, sink, left_s, self._now):
+        sink, second, tenant, left_s = (
+            held.ticket.sink,
+            held.second,
+            held.request.hints.tenant,
+            held.wanted_by - self._now,
+        )
+        if second is not None and self._sinks.is_better(second, sink, tenant, left_s, self._now):
             sink = second
         if sink == self._me:
             if self._own_is_asked(held):
@@ -816,7 +821,7 @@ class PrefillPolicy:
             self._ungranted += ((grant is Grant.ASKED) - (held.grant is Grant.ASKED)) * held.pages
         held.grant = grant
         if grant is Grant.ASKED and not (held.batch or held.request is None or held.request.alone):
-            self._sinks.asked(held.ticket.sink, held.key, self._now)
+            self._sinks.asked(held.ticket.sink, held.key, held.request.hints.tenant, self._now)
         elif self._sinks.answered(held.ticket.sink, held.key):
             self._eased = True
 

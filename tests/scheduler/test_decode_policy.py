@@ -9,7 +9,7 @@ import pytest
 from core.errors import LocalError
 from core.messages import Cancel, Failed, Finished, First
 from core.pages import Owner, Pages
-from core.request import Stage
+from core.request import Hints, Stage
 from core.sampling import Sampling
 from core.worker import Identity
 from scheduler.decode_events import (
@@ -120,13 +120,45 @@ def test_who_arrives_joins_at_the_next_step_end():
     assert [join.ticket.counter for join in run.joining] == [2, 3]
 
 
-def test_a_full_batch_is_not_cut():
+def test_nothing_is_promised_beside_a_full_batch_and_it_is_not_cut():
     machine = policy(max_rows=1)
     running(machine, 1)
-    machine.on(Asked(ticket(2), ask()), 0.0)
-    assert arrive(machine, 2) == []
+    assert machine.on(Asked(ticket(2), ask()), 0.0) == []
     commands = machine.on(Ran(1, 7, (Ended(KEY, "length", 8),)), 1.0)
-    assert commands[1:] == [Leave(KEY), Run(2, (ticket(2).key,), commands[2].joining, (), 7)]
+    assert commands[1:] == [Leave(KEY), Answer(ticket(2).key, True)]
+
+
+def test_more_continuations_than_a_step_may_have_are_promised_memory_alone():
+    machine = policy(max_rows=2)
+    running(machine, 1)
+    three = replace(ask(), sampling=replace(ask().sampling, n=3))
+    assert machine.on(Asked(ticket(2), three), 0.0) == []
+    commands = machine.on(Ran(1, 7, (Ended(KEY, "length", 8),)), 1.0)
+    assert commands[2:] == [Answer(ticket(2).key, True)]
+
+
+def shares(*tenants: str, spare: float = 0.25) -> tuple[DecodePolicy, list[str]]:
+    """A worker of four rows that these ask in turn; whom it promises memory at once."""
+    machine, promised = policy(pages=40, spare=spare), []
+    for number, tenant in enumerate(tenants, 1):
+        request = replace(ask(), hints=Hints(tenant=tenant))
+        if machine.on(Asked(ticket(number), request), 0.1 * number):
+            promised.append(tenant)
+        machine.check()
+    return machine, promised
+
+
+@pytest.mark.parametrize(
+    ("tenants", "promised"),
+    [
+        ("aaaaaa", "aaaa"),  # alone it may have all
+        ("abaaaa", "aba"),
+        ("abaaab", "abab"),
+        ("aabbbb", "aab"),  # what a had while it was alone is not counted
+    ],
+)
+def test_a_tenant_above_its_share_leaves_some_rows_to_others(tenants, promised):
+    assert "".join(shares(*tenants)[1]) == promised
 
 
 def test_memory_is_promised_in_order_of_asking():
@@ -194,10 +226,10 @@ def test_kv_that_arrives_after_its_cancel_is_freed():
 
 
 def test_a_cancel_before_the_join_frees_at_once():
-    machine = policy(max_rows=1)
+    machine = policy()
     running(machine, 1)
     machine.on(Asked(ticket(2), ask()), 0.0)
-    arrive(machine, 2)
+    assert arrive(machine, 2) == [Cut(1)]
     assert machine.on(Cancel(ticket(2), "left"), 0.0) == []
     assert ledger(machine).holders() == (KEY,)
 
@@ -229,10 +261,10 @@ def test_a_running_row_reports_its_stages_when_its_step_is_over():
 
 
 def test_a_row_that_waits_to_join_reports_at_once():
-    machine = policy(max_rows=1)
+    machine = policy()
     running(machine, 1)
     machine.on(Asked(ticket(2), ask()), 0.0)
-    arrive(machine, 2)
+    assert arrive(machine, 2) == [Cut(1)]
     (told,) = machine.on(Cancel(ticket(2), "stop string", report=True), 0.0)
     assert told.message.reason == "cancelled"
     assert ledger(machine).holders() == (KEY,)

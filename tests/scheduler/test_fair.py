@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from scheduler.fair import MOST_RESTS, Fair, Parked, Shares
+from scheduler.fair import MOST_RESTS, Fair, Parked, Queue, Shares
 from scheduler.lane import Lane
 from scheduler.waiting import Waiting
 from tests.cast import efforts
@@ -204,6 +204,46 @@ def served(script: str) -> str:
 def test_story(title):
     script, want = STORIES[title]
     assert served(script) == want
+
+
+class Queues(RuleBasedStateMachine):
+    """A queue of tenants, beside a list: nobody overtakes its own, and tenants are served by `Fair`."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue = Queue[int]({"b": 2.0})
+        self.there: list[tuple[str, int]] = []
+        self.count = 0
+
+    @rule(tenant=st.sampled_from(["", "a", "b"]))
+    def append(self, tenant):
+        self.count += 1
+        self.queue.append(self.count, tenant)
+        self.there.append((tenant, self.count))
+
+    @precondition(lambda self: self.there)
+    @rule(data=st.data(), tokens=st.integers(0, 40))
+    def pop(self, data, tokens):
+        tenant, first = data.draw(st.sampled_from(list(self.queue.firsts())))
+        assert first == min(number for name, number in self.there if name == tenant)
+        self.queue.pop(tenant, tokens)
+        self.there.remove((tenant, first))
+
+    @invariant()
+    def sound(self):
+        self.queue.fair.check()
+        assert sorted(self.queue) == [number for _, number in self.there]
+        assert len(self.queue) == len(self.there)
+        assert bool(self.queue) == bool(self.there)
+        firsts = [tenant for tenant, _ in self.queue.firsts()]
+        assert not self.queue.fair or firsts == list(self.queue.fair.in_order())
+        assert self.queue.fair or len(firsts) <= 1
+        assert sorted(firsts) == sorted({tenant for tenant, _ in self.there})
+
+
+@efforts
+def test_in_a_queue_of_tenants_nobody_overtakes_its_own(effort):
+    run_state_machine_as_test(Queues, settings=effort)
 
 
 # Shares of a worker.
