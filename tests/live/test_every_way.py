@@ -41,7 +41,8 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 
 @dataclass(frozen=True)
 class Way:
-    """How requests are served. `pages` is the arena's size, `shows` what must have happened, added up over models."""
+    """How requests are served. `pages` is the arena's size, `shows` what must have happened: with each model, but for
+    `kills`, which hit somebody's requests with some."""
 
     pages: int
     settings: dict[str, Any]
@@ -135,7 +136,8 @@ def test_every_way_says_the_same_to_the_bit(launch, models, name):
                 each.check(reply, reference)
                 assert reply.hashes == reference.hashes(each.prompt, each.sampling), model
             for what, count in way.shows(live, replies).items():
-                shown[what] = shown.get(what, 0) + count
+                of = what if way.kills else f"{what}, {model}"
+                shown[of] = shown.get(of, 0) + count
         finally:
             live.stop()
     assert all(shown.values()), shown
