@@ -6,6 +6,7 @@ import atexit
 import fnmatch
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,10 @@ hypothesis.settings.load_profile("baton")
 # Whatever processes keep for their next start is kept for this run of tests alone.
 os.environ["BATON_CACHE"] = tempfile.mkdtemp(prefix="baton-tests-cache-")
 atexit.register(shutil.rmtree, os.environ["BATON_CACHE"], ignore_errors=True)
+
+# Whoever is started in the background by a shell ignores interrupts, and so would all that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _skipped: dict[str, str] = {}
 
