@@ -10,8 +10,8 @@ else happens; what is answered while an order is out goes by the state of the la
 orders, `max_steps`, changes no decision.
 
 Memory is promised in order of asking, between tenants in turn (`scheduler/fair.py`), by one of the two rules of
-`scheduler/past_future.py`, and to no more rows than a step may have: who has a promise waits for nobody once its KV is
-here. Where lengths are forecast, memory runs out in ordinary life. Then, in this order: pins of sessions end (for a new
+`scheduler/past_future.py`, and to no more rows than a step may have: who has a promise has a place in a step, too.
+Where lengths are forecast, memory runs out in ordinary life. Then, in this order: pins of sessions end (for a new
 promise, too); requests whose KV is not on its way yet lose their promise, newest first; requests that run or wait to
 join are *retired*, newest first, into host memory or to be computed again, whichever the cost model says is shorter
 (FastSwitch swaps, others recompute). Nothing is promised to anybody while a retired row waits. The oldest request that

@@ -765,13 +765,8 @@ class PrefillPolicy:
             return []
         if not held.begun and held.pages + self._ungranted > self._capacity:
             return []
-        sink, second, tenant, left_s = (
-            held.ticket.sink,
-            held.second,
-            held.request.hints.tenant,
-            held.wanted_by - self._now,
-        )
-        if second is not None and self._sinks.is_better(second, sink, tenant, left_s, self._now):
+        sink, second, left_s = held.ticket.sink, held.second, held.wanted_by - self._now
+        if second is not None and self._sinks.is_better(second, sink, held.request.hints.tenant, left_s, self._now):
             sink = second
         if sink == self._me:
             if self._own_is_asked(held):
